@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from nt_utils import studies
+from nt_utils import parameters, studies
 from nt_utils.errors import InputError
 
 #: Keys of a parameter file that are not notebook parameters.
@@ -47,7 +47,7 @@ def study_parameters(study: str, notebook: str, root: Path) -> dict:
             raise InputError(f"{file}: notebooks: {name!r} is no notebook; known: {', '.join(notebooks(root))}")
     takes = studies.notebook_parameters(root / "notebooks" / f"{notebook}.ipynb")
     for name, value in content.items():
-        _check_key(file, name, value, list(studies.PARAMETERS))
+        _check_key(file, name, value, list(parameters.PARAMETERS))
     for name, value in (own.get(notebook) or {}).items():
         _check_key(file, name, value, takes)
     return {k: v for k, v in content.items() if k in takes} | (own.get(notebook) or {})
@@ -57,7 +57,7 @@ def _check_key(file: Path, name: str, value, allowed: Sequence[str]) -> None:
     if name not in allowed:
         raise InputError(f"{file}: {name}: unknown parameter; allowed: {', '.join(sorted(allowed))}")
     if value is not None:
-        studies.PARAMETERS[name].check(name, value)
+        parameters.PARAMETERS[name].check(name, value)
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print(testbed.build(seed=parse_seeds(options.seed)[0]).folder)
             return 0
-        studies.PARAMETERS["preset"].check("preset", options.preset)
+        parameters.PARAMETERS["preset"].check("preset", options.preset)
         if options.command == "run":
             seed = parse_seeds(options.seed)[0]
             start = time.time()

@@ -156,13 +156,13 @@ def publish(folders: Sequence[Path], root: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m nt_utils.ledger publish --studies testbed --seeds "0 1 2" --preset full``."""
-    from nt_utils import studies
+    from nt_utils import parameters, studies
 
     parser = argparse.ArgumentParser(prog="python -m nt_utils.ledger", description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=["publish"])
     parser.add_argument("--studies", default="testbed")
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--preset", default="full", choices=studies.PRESETS)
+    parser.add_argument("--preset", default="full", choices=parameters.PRESETS)
     options = parser.parse_args(arguments)
     try:
         folders = [

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from nt_utils import studies
+from nt_utils import parameters, studies
 from nt_utils.errors import InputError
 
 ROOT = studies.project_root()
@@ -49,7 +49,7 @@ def cells(path):
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(name, value, allowed):
     with pytest.raises(InputError) as error:
-        studies.check_parameters({name: value})
+        parameters.check_parameters({name: value})
     text = str(error.value)
     assert text.startswith(f"{name}: got")
     assert allowed in text
@@ -57,16 +57,16 @@ def test_a_wrong_value_is_named_with_what_is_allowed(name, value, allowed):
 
 
 def test_none_takes_the_presets_value_and_tuples_become_lists():
-    for preset, draws in zip(studies.PRESETS, studies.PARAMETERS["draws"].presets, strict=True):
-        assert studies.check_parameters({"preset": preset, "draws": None}).draws == draws
-    p = studies.check_parameters({"draws": 7, "dose": (0.1, 1), "rho": 1})
+    for preset, draws in zip(parameters.PRESETS, parameters.PARAMETERS["draws"].presets, strict=True):
+        assert parameters.check_parameters({"preset": preset, "draws": None}).draws == draws
+    p = parameters.check_parameters({"draws": 7, "dose": (0.1, 1), "rho": 1})
     assert (p.draws, p.dose, p.rho) == (7, [0.1, 1.0], 1.0)
     assert isinstance(p.rho, float)
 
 
 def test_unknown_names_are_refused():
     with pytest.raises(InputError, match="modle: unknown parameter"):
-        studies.check_parameters({"modle": "x"})
+        parameters.check_parameters({"modle": "x"})
 
 
 OWN = "model = 'testbed'\nseed = 0  # seed\nruns = ''"
@@ -92,7 +92,7 @@ def test_every_parameter_of_every_notebook_is_known_valid_and_seen_by_papermill(
     seen = inspect_notebook(str(path))
     names = studies.notebook_parameters(path)
     assert names
-    assert set(seen) == set(names) <= set(studies.PARAMETERS)
+    assert set(seen) == set(names) <= set(parameters.PARAMETERS)
     namespace: dict = {}
     exec(
         "".join(
@@ -100,7 +100,7 @@ def test_every_parameter_of_every_notebook_is_known_valid_and_seen_by_papermill(
         ),
         namespace,
     )
-    studies.check_parameters({name: namespace[name] for name in names})
+    parameters.check_parameters({name: namespace[name] for name in names})
     assert all(seen[name]["help"] for name in names), "every parameter is explained in its comment"
 
 

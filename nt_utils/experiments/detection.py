@@ -5,9 +5,7 @@ Scores come in, tables go out; a model is only needed where neurons are zeroed. 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -15,9 +13,7 @@ import pandas as pd
 from nt_utils import selection
 from nt_utils.errors import InputError
 from nt_utils.evaluation import metrics
-from nt_utils.evaluation.suite import METRICS, Evaluation, Suite, evaluate
-from nt_utils.interventions import Deactivate
-from nt_utils.models import LanguageModel
+from nt_utils.experiments.bench import Bench, Measure
 from nt_utils.neurons import NeuronScores, NeuronSet
 from nt_utils.selection import Ranking
 
@@ -80,80 +76,6 @@ def place_interval(
 
 
 # --------------------------------------------------------------------------------------------- deactivation
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One number of an evaluation: a prompt set, a metric in it, and what figures call it."""
-
-    set: str
-    metric: str
-    label: str
-
-
-@dataclass
-class Bench:
-    """Evaluates a model with sets of neurons zeroed; every set once.
-
-    Args:
-        lm: the model; suite: what it is evaluated on; measures: which rates are read off;
-        batch_size: prompts generated at once (None: chosen by length).
-    """
-
-    lm: LanguageModel
-    suite: Suite
-    measures: Sequence[Measure]
-    batch_size: int | None = None
-
-    def __post_init__(self):
-        self._done: dict[str, Evaluation] = {}
-        wanted = {(m.set, m.metric) for m in self.measures}
-        sets = [
-            dataclasses.replace(
-                s, metrics=tuple(m for m in s.metrics if (s.name, m) in wanted or m in METRICS), groups=()
-            )
-            for s in self.suite.sets
-        ]  # what nobody reads, such as refusal margins, costs a pass over every set
-        self.suite = dataclasses.replace(self.suite, sets=tuple(sets))
-
-    def __call__(self, neurons: NeuronSet | None = None) -> Evaluation:
-        """The evaluation with these neurons zeroed (None: the model as it is)."""
-        key = neurons.fingerprint if neurons is not None else ""
-        if key not in self._done:
-            action = Deactivate(neurons) if neurons is not None else None
-            self._done[key] = evaluate(
-                self.lm, self.suite, intervention=action, batch_size=self.batch_size, progress=False
-            )
-        return self._done[key]
-
-    def rates(self, neurons: NeuronSet | None, measures: Sequence[Measure] | None = None, **labels) -> list[dict]:
-        """One row a measure: labels, metric, value, low, high (Wilson), n."""
-        found = self(neurons)
-        rows = []
-        for m in measures or self.measures:
-            value, low, high, n = found.rate(m.set, m.metric)
-            rows.append({**labels, "metric": m.label, "value": value, "low": low, "high": high, "n": n})
-        return rows
-
-    def change(self, neurons: NeuronSet, measure: Measure, seed: int = 0) -> metrics.Interval:
-        """Rate with the neurons zeroed minus the rate without, paired over prompts, resampled by topic."""
-        return self._difference(neurons, [None], measure, seed)
-
-    def excess(
-        self, neurons: NeuronSet, controls: Sequence[NeuronSet], measure: Measure, seed: int = 0
-    ) -> metrics.Interval:
-        """Rate with the neurons zeroed minus the mean rate of the controls, over topics and control draws."""
-        return self._difference(neurons, controls, measure, seed)
-
-    def _difference(self, neurons, controls, measure: Measure, seed: int) -> metrics.Interval:
-        def values(chosen):
-            return self(chosen).values(measure.set, measure.metric).to_numpy(float)
-
-        rows = self(None).rows
-        rows = rows[rows["set"] == measure.set]
-        topics = rows["topic"].where(rows["topic"] != "", rows["number"].astype(str))
-        clusters = pd.factorize(topics)[0]
-        return metrics.clustered_difference([values(c) for c in controls], values(neurons), clusters, seed=seed)
 
 
 def random_rows(bench: Bench, draws: Sequence[NeuronSet], name: str, **labels) -> list[dict]:

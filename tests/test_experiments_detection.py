@@ -7,10 +7,12 @@ import pandas as pd
 import pytest
 import torch
 
-from nt_utils import detection, selection
+from nt_utils import selection
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.evaluation import metrics
 from nt_utils.evaluation.suite import Suite, SuiteSet
+from nt_utils.experiments import detection
+from nt_utils.experiments.bench import Bench, Measure
 from nt_utils.neurons import POOL, NeuronSet, NeuronSpace, ScoreWriter
 
 SPACE = NeuronSpace(
@@ -19,7 +21,7 @@ SPACE = NeuronSpace(
     total_parameters=4000,
     architecture="toy",
 )
-ASR = detection.Measure("direct", "asr", "direct ASR")
+ASR = Measure("direct", "asr", "direct ASR")
 CHOSEN = NeuronSet.from_flat(SPACE, [0, 1, 32, 41], POOL)
 
 
@@ -38,7 +40,7 @@ class FakeEvaluation:
         return pd.DataFrame({"set": "direct", "topic": "", "number": range(len(self.outcomes))})
 
 
-class FakeBench(detection.Bench):
+class FakeBench(Bench):
     """Zeroing complies on as many of 40 prompts as the chosen neurons it hits, times ten."""
 
     def __init__(self):
@@ -124,7 +126,7 @@ def test_stability_is_one_without_noise_and_near_chance_with_nothing_else(tmp_pa
 def test_the_bench_zeroes_neurons_of_a_real_model(lm):
     prompts = PromptSet([Prompt(text=f"say {i}", kind="harmful", helpful="x") for i in range(6)], "p")
     suite = Suite((SuiteSet("direct", prompts, ("asr", "refusal"), "known", correct="known"),), max_new_tokens=4)
-    bench = detection.Bench(lm, suite, [ASR])
+    bench = Bench(lm, suite, [ASR])
     space = lm.view.space
     many = NeuronSet(space, {s: torch.ones(space.width(s)).bool() for s in space.sites(("ffn",))})
     plain, zeroed = bench(None), bench(many)

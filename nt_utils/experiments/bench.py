@@ -1,0 +1,89 @@
+"""One model, one suite, many interventions: each is evaluated once, and rates and paired differences are read off."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from nt_utils.evaluation import metrics
+from nt_utils.evaluation.suite import METRICS, Evaluation, Suite, evaluate
+from nt_utils.interventions import Deactivate, Intervention
+from nt_utils.models import LanguageModel
+from nt_utils.neurons import NeuronSet
+
+#: What is done to the model: nothing, zeroing these neurons, or any intervention.
+Action = NeuronSet | Intervention | None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of an evaluation: a prompt set, a metric in it, and what figures call it."""
+
+    set: str
+    metric: str
+    label: str
+
+
+@dataclass
+class Bench:
+    """Evaluates a model under interventions; each once. A neuron set stands for zeroing it.
+
+    Args:
+        lm: the model; suite: what it is evaluated on; measures: which rates are read off;
+        batch_size: prompts generated at once (None: chosen by length).
+    """
+
+    lm: LanguageModel
+    suite: Suite
+    measures: Sequence[Measure]
+    batch_size: int | None = None
+
+    def __post_init__(self):
+        self._done: dict[str, Evaluation] = {}
+        wanted = {(m.set, m.metric) for m in self.measures}
+        sets = [
+            dataclasses.replace(
+                s, metrics=tuple(m for m in s.metrics if (s.name, m) in wanted or m in METRICS), groups=()
+            )
+            for s in self.suite.sets
+        ]  # what nobody reads, such as refusal margins, costs a pass over every set
+        self.suite = dataclasses.replace(self.suite, sets=tuple(sets))
+
+    def __call__(self, action: Action = None) -> Evaluation:
+        """The evaluation under this action (None: the model as it is)."""
+        if isinstance(action, NeuronSet):
+            action = Deactivate(action)
+        key = action.key if action is not None else ""
+        if key not in self._done:
+            self._done[key] = evaluate(
+                self.lm, self.suite, intervention=action, batch_size=self.batch_size, progress=False
+            )
+        return self._done[key]
+
+    def rates(self, action: Action, measures: Sequence[Measure] | None = None, **labels) -> list[dict]:
+        """One row a measure: labels, metric, value, low, high (Wilson), n."""
+        found = self(action)
+        rows = []
+        for m in measures or self.measures:
+            value, low, high, n = found.rate(m.set, m.metric)
+            rows.append({**labels, "metric": m.label, "value": value, "low": low, "high": high, "n": n})
+        return rows
+
+    def change(self, action: Action, measure: Measure, seed: int = 0) -> metrics.Interval:
+        """Rate under the action minus the rate without, paired over prompts, resampled by topic."""
+        return self.excess(action, [None], measure, seed)
+
+    def excess(self, action: Action, controls: Sequence[Action], measure: Measure, seed: int = 0) -> metrics.Interval:
+        """Rate under the action minus the mean rate of the controls, over topics and control draws."""
+
+        def values(chosen):
+            return self(chosen).values(measure.set, measure.metric).to_numpy(float)
+
+        rows = self(None).rows
+        rows = rows[rows["set"] == measure.set]
+        topics = rows["topic"].where(rows["topic"] != "", rows["number"].astype(str))
+        clusters = pd.factorize(topics)[0]
+        return metrics.clustered_difference([values(c) for c in controls], values(action), clusters, seed=seed)

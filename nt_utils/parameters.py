@@ -1,0 +1,119 @@
+"""Every parameter of every notebook: its type, what is allowed, and its value in each preset."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from nt_utils.errors import InputError
+
+PRESETS = ("quick", "default", "full")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One notebook parameter: its type, what is allowed, and its value in each preset when left at None."""
+
+    kind: type
+    help: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple = ()
+    presets: tuple | None = None  # values for quick, default, full
+    items: type | None = None  # of a list
+
+    def check(self, name: str, value: Any) -> Any:
+        """Return the value, or raise InputError with one line that names the parameter."""
+        if isinstance(value, tuple):
+            value = list(value)
+        if self.kind is list:
+            if not isinstance(value, list) or not value:
+                raise InputError(f"{name}: got {value!r}; allowed: a list, not empty ({self.help})")
+            one = Parameter(self.items or str, self.help, self.low, self.high, self.choices)
+            return [one.check(name, v) for v in value]
+        if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not self.kind:
+            raise InputError(f"{name}: got {value!r} ({type(value).__name__}); allowed: {self._allowed()}")
+        if self.choices and value not in self.choices:
+            raise InputError(f"{name}: got {value!r}; allowed: {self._allowed()}")
+        if isinstance(value, (int, float)) and not self._in_range(value):
+            raise InputError(f"{name}: got {value!r}; allowed: {self._allowed()}")
+        return value
+
+    def _in_range(self, value: float) -> bool:
+        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+
+    def _allowed(self) -> str:
+        words = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}[self.kind]
+        if self.choices:
+            words = "one of " + ", ".join(repr(c) for c in self.choices)
+        if self.low is not None and self.high is not None:
+            words += f" from {self.low:g} to {self.high:g}"
+        elif self.low is not None:
+            words += f", at least {self.low:g}"
+        return f"{words} ({self.help})"
+
+
+#: Every parameter. A notebook's first cell names those it takes; None means the preset's value.
+PARAMETERS: dict[str, Parameter] = {
+    "model": Parameter(str, "'testbed', a hub id or a local folder"),
+    "base_model": Parameter(
+        str, "the unaligned counterpart: a hub id, a folder, 'auto' (the testbed's own) or '' to skip"
+    ),
+    "study": Parameter(str, "name of the run folder; '' = after the model"),
+    "runs": Parameter(str, "folder that holds the run folders; '' = runs/ of the project"),
+    "preset": Parameter(str, "how much to compute", choices=PRESETS),
+    "seed": Parameter(int, "seed of the testbed's training and of every random draw", low=0, high=2**31 - 1),
+    "dtype": Parameter(str, "precision of the weights", choices=("auto", "float32", "bfloat16", "float16")),
+    "device_map": Parameter(str, "where the weights go, as in transformers: 'auto', 'cpu', 'cuda', ..."),
+    "system_prompt": Parameter(str, "system prompt for the chat template; '' = none"),
+    "batch_size": Parameter(int, "prompts per forward pass", low=1, high=4096),
+    "max_new_tokens": Parameter(
+        int, "longest answer in tokens; 0 = 40 on the embedded prompts, else 256", low=0, high=8192
+    ),
+    "harmful": Parameter(str, "source of harmful prompts; 'testbed' = the embedded ones, matched with the benign ones"),
+    "benign": Parameter(str, "source of benign prompts; 'testbed' = the embedded ones"),
+    "general": Parameter(str, "source of general text for foundation neurons; 'testbed' = the embedded one"),
+    "harmful_test": Parameter(str, "source of harmful prompts to evaluate on; '' = rows of harmful not used to detect"),
+    "benign_test": Parameter(str, "source of benign prompts to evaluate on; '' = rows of benign not used to detect"),
+    "borderline": Parameter(str, "source of benign prompts that look harmful; '' to skip"),
+    "second_language": Parameter(
+        str, "source of harmful prompts in a second language, '' to skip; 'testbed' goes with harmful='testbed'"
+    ),
+    "attacks": Parameter(str, "wrapper attacks for the harmful prompts, comma-separated; '' = none"),
+    "n_detect": Parameter(int, "prompts to find neurons with", low=4, presets=(48, 200, 200)),
+    "n_test": Parameter(int, "prompts of each kind to evaluate on", low=4, presets=(40, 120, 200)),
+    "top_share": Parameter(
+        float, "share of a projection's neurons that count as important on one prompt", low=1e-4, high=1
+    ),
+    "rho": Parameter(
+        float, "share of the prompts a neuron must be important for; 1 is the paper's rule", low=0.01, high=1
+    ),
+    "share": Parameter(
+        float, "share of the pool (FFN neurons and o_proj inputs) that is deactivated", low=1e-6, high=0.5
+    ),
+    "draws": Parameter(int, "random control sets of each kind", low=2, high=1000, presets=(5, 20, 40)),
+    "dose": Parameter(list, "shares of the pool, for the dose curve", items=float, low=1e-6, high=1),
+    "dose_draws": Parameter(int, "random sets at each dose", low=1, high=1000, presets=(2, 5, 10)),
+    "subset_sizes": Parameter(list, "numbers of prompts, for the stability study", items=int, low=2),
+    "subset_draws": Parameter(int, "random prompt subsets of each size", low=2, high=1000, presets=(4, 10, 30)),
+}
+
+
+def check_parameters(values: Mapping[str, Any]) -> SimpleNamespace:
+    """Validate notebook parameters and fill in the preset's values; raises InputError at the first fault."""
+    preset = PARAMETERS["preset"].check("preset", values.get("preset", "default"))
+    checked = {}
+    for name, value in values.items():
+        if name not in PARAMETERS:
+            raise InputError(
+                f"{name}: unknown parameter; known: {', '.join(sorted(values.keys() & PARAMETERS.keys()))}"
+            )
+        rule = PARAMETERS[name]
+        if value is None and rule.presets:
+            value = rule.presets[PRESETS.index(preset)]
+        checked[name] = rule.check(name, value)
+    return SimpleNamespace(**checked)

@@ -1,0 +1,3 @@
+from nt_utils.plots import main
+
+raise SystemExit(main())

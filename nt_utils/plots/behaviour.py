@@ -1,0 +1,62 @@
+"""Figures of notebook 00."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from nt_utils.plots.style import COLOURS, counts, figure, interval, ordered, panels, percent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@figure
+def behaviour(table: pd.DataFrame) -> Figure:
+    """Notebook 00: rates of the unaligned and the aligned model on every prompt set.
+
+    Columns: model, set, metric, value, low, high, n.
+    """
+    table = table.assign(label=table["set"] + "\n" + table["metric"])
+    labels = ordered(table["label"])
+    drawn, axes = panels(height=0.36 * len(labels) + 1.0)
+    ax = axes[0, 0]
+    models = ordered(table["model"])
+    for i, model in enumerate(models):
+        rows = table[table["model"] == model]
+        y = np.array([labels.index(v) for v in rows["label"]]) + 0.16 * (i - (len(models) - 1) / 2)
+        interval(ax, y, rows, COLOURS[i], horizontal=True, label=model)
+    ax.set_yticks(range(len(labels)), [label.replace("\n", ": ") for label in labels])
+    ax.invert_yaxis()
+    ax.set_xlim(-0.02, 1.02)
+    percent(ax.xaxis)
+    ax.set_xlabel(f"share of prompts, 95% Wilson interval ({counts(table)})")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(models))
+    return drawn
+
+
+@figure
+def verdicts(table: pd.DataFrame) -> Figure:
+    """Notebook 00: what the answers are, as shares. Columns: model, set, verdict, share, n."""
+    models, sets = ordered(table["model"]), ordered(table["set"])
+    names = ordered(table["verdict"])
+    drawn, axes = panels(1, len(models), height=0.3 * len(sets) + 1.3, sharey=True)
+    for ax, model in zip(axes[0], models, strict=True):
+        rows = table[table["model"] == model].pivot_table(index="set", columns="verdict", values="share", sort=False)
+        left = np.zeros(len(sets))
+        for colour, name in zip(COLOURS, names, strict=False):
+            width = rows.reindex(sets)[name].fillna(0).to_numpy() if name in rows else np.zeros(len(sets))
+            ax.barh(range(len(sets)), width, left=left, color=colour, label=name, height=0.75)
+            left += width
+        ax.set_title(model)
+        ax.set_yticks(range(len(sets)), sets)
+        ax.set_ylim(len(sets) - 0.4, -0.6)
+        ax.set_xlim(0, 1)
+        percent(ax.xaxis)
+        ax.grid(axis="y", visible=False)
+    drawn.supxlabel(f"share of answers ({counts(table)} prompts a set)", fontsize=9)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside upper center", ncols=len(names))
+    return drawn
