@@ -612,6 +612,7 @@ def test_same_seed_same_weights_whatever_the_callback_does():
     assert [step for step, _ in seen] == [0, 2, 4, 6] == list(b.snapshots)
     assert len({fingerprint for _, fingerprint in seen}) == 4
     assert [row["step"] for row in a.history] == [0, 6]
+    assert [row["step"] for row in quick(lm, scope, every=(1, 4)).history] == [0, 1, 4, 6]
     assert list(b.table.columns) == ["step", "loss", "drawn"]
     assert b.history[1]["loss"] == pytest.approx(sum(b.losses[:2]) / 2)
     assert b.snapshots[0].moved == 0 and b.snapshots[6].fingerprint == b.delta.fingerprint
@@ -677,6 +678,8 @@ def test_a_failing_run_leaves_the_base():
         ({"steps": 0}, "steps"),
         ({"batch_size": 0}, "batch_size"),
         ({"every": 0}, "every"),
+        ({"every": [2, 0]}, "every"),
+        ({"every": [2, 7]}, r"every: got 7; allowed: 1 to the number of steps \(6\)"),
         ({"warmup": 99}, "warmup"),
         ({"schedule": "cosine"}, "schedule"),
     ],

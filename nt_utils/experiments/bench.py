@@ -27,6 +27,39 @@ class Measure:
     label: str
 
 
+def trimmed(suite: Suite, measures: Sequence[Measure]) -> Suite:
+    """The suite without what nobody reads: refusal margins, for one, cost a pass over every set."""
+    wanted = {(m.set, m.metric) for m in measures}
+    sets = [
+        dataclasses.replace(s, metrics=tuple(m for m in s.metrics if (s.name, m) in wanted or m in METRICS), groups=())
+        for s in suite.sets
+        if "perplexity" not in s.metrics or (s.name, "perplexity") in wanted
+    ]
+    return dataclasses.replace(suite, sets=tuple(sets))
+
+
+def rates(found: Evaluation, measures: Sequence[Measure], **labels) -> list[dict]:
+    """One row a measure: labels, metric, value, low, high (its interval), n."""
+    rows = []
+    for m in measures:
+        value, low, high, n = found.rate(m.set, m.metric)
+        rows.append({**labels, "metric": m.label, "value": value, "low": low, "high": high, "n": n})
+    return rows
+
+
+def difference(controls: Sequence[Evaluation], after: Evaluation, measure: Measure, seed: int = 0) -> metrics.Interval:
+    """A rate minus the mean rate of the controls on the same prompts, resampled over topics and controls."""
+
+    def values(found):
+        return found.values(measure.set, measure.metric).to_numpy(float)
+
+    rows = after.rows
+    rows = rows[rows["set"] == measure.set]
+    topics = rows["topic"].where(rows["topic"] != "", rows["number"].astype(str))
+    clusters = pd.factorize(topics)[0]
+    return metrics.clustered_difference([values(c) for c in controls], values(after), clusters, seed=seed)
+
+
 @dataclass
 class Bench:
     """Evaluates a model under interventions; each once. A neuron set stands for zeroing it.
@@ -43,14 +76,7 @@ class Bench:
 
     def __post_init__(self):
         self._done: dict[str, Evaluation] = {}
-        wanted = {(m.set, m.metric) for m in self.measures}
-        sets = [
-            dataclasses.replace(
-                s, metrics=tuple(m for m in s.metrics if (s.name, m) in wanted or m in METRICS), groups=()
-            )
-            for s in self.suite.sets
-        ]  # what nobody reads, such as refusal margins, costs a pass over every set
-        self.suite = dataclasses.replace(self.suite, sets=tuple(sets))
+        self.suite = trimmed(self.suite, self.measures)
 
     def __call__(self, action: Action = None) -> Evaluation:
         """The evaluation under this action (None: the model as it is)."""
@@ -65,12 +91,7 @@ class Bench:
 
     def rates(self, action: Action, measures: Sequence[Measure] | None = None, **labels) -> list[dict]:
         """One row a measure: labels, metric, value, low, high (Wilson), n."""
-        found = self(action)
-        rows = []
-        for m in measures or self.measures:
-            value, low, high, n = found.rate(m.set, m.metric)
-            rows.append({**labels, "metric": m.label, "value": value, "low": low, "high": high, "n": n})
-        return rows
+        return rates(self(action), measures or self.measures, **labels)
 
     def change(self, action: Action, measure: Measure, seed: int = 0) -> metrics.Interval:
         """Rate under the action minus the rate without, paired over prompts, resampled by topic."""
@@ -79,11 +100,4 @@ class Bench:
     def excess(self, action: Action, controls: Sequence[Action], measure: Measure, seed: int = 0) -> metrics.Interval:
         """Rate under the action minus the mean rate of the controls, over topics and control draws."""
 
-        def values(chosen):
-            return self(chosen).values(measure.set, measure.metric).to_numpy(float)
-
-        rows = self(None).rows
-        rows = rows[rows["set"] == measure.set]
-        topics = rows["topic"].where(rows["topic"] != "", rows["number"].astype(str))
-        clusters = pd.factorize(topics)[0]
-        return metrics.clustered_difference([values(c) for c in controls], values(action), clusters, seed=seed)
+        return difference([self(c) for c in controls], self(action), measure, seed)

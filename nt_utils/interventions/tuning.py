@@ -192,7 +192,7 @@ def tune(
     clip: float = 1.0,
     max_length: int = 512,
     seed: int = 0,
-    every: int | None = None,
+    every: int | Sequence[int] | None = None,
     callback: Callback | None = None,
     snapshots: bool = False,
     gradient_checkpointing: bool = False,
@@ -216,7 +216,8 @@ def tune(
         clip: largest norm of the gradient of the trained parameters; 0 = no clipping.
         max_length: tokens of prompt and response together; longer responses are cut.
         seed: of the order of the pairs, of dropout and of adapters; same seed, machine and threads, same result.
-        every: evaluate each this many steps, besides before the first and after the last (None = those two only).
+        every: evaluate each this many steps, or after each of these steps, besides before the first and after the last
+            (None = those two only).
         callback: called as callback(lm, step) at each evaluation, the model in eval mode with the trained weights in
             force; what it returns joins the history.
         snapshots: keep the delta of every evaluation.
@@ -234,6 +235,7 @@ def tune(
     ]
     stream = batches(*learnt, size=batch_size, share=benign_share, seed=seed)
     total = lm.view.space.total_parameters
+    stops = {steps, *(range(every, steps, every) if isinstance(every, int) else every or ())}
     with _seeded(seed), scope.start(lm) as training:
         run = _Run(lm, training, callback, snapshots)
         optimiser = torch.optim.AdamW(training.parameters, lr=learning_rate, weight_decay=weight_decay)
@@ -243,7 +245,7 @@ def tune(
                 for group in optimiser.param_groups:
                     group["lr"] = learning_rate * _rate(step, steps, warmup, schedule)
                 run.step(collate(next(stream), lm.pad_id), optimiser, clip)
-                if step + 1 == steps or (every and (step + 1) % every == 0):
+                if step + 1 in stops:
                     run.evaluate(step + 1)
         size, size_bytes = training.size, training.bytes
         delta = training.finish()
@@ -344,9 +346,12 @@ def _check(harmful, benign, benign_share, learning_rate, steps, batch_size, warm
         raise InputError(f"benign_share: got {benign_share}; allowed: 0 to 1")
     if not learning_rate > 0:
         raise InputError(f"learning_rate: got {learning_rate}; it must be above 0")
-    for name, value in (("steps", steps), ("batch_size", batch_size), ("every", 1 if every is None else every)):
+    stops = [every] if isinstance(every, int) else every or ()
+    for name, value in (("steps", steps), ("batch_size", batch_size), *(("every", stop) for stop in stops)):
         if value < 1:
             raise InputError(f"{name}: got {value}; allowed: 1 or more")
+    if not isinstance(every, int) and any(stop > steps for stop in stops):
+        raise InputError(f"every: got {max(stops)}; allowed: 1 to the number of steps ({steps})")
     if not 0 <= warmup <= steps:
         raise InputError(f"warmup: got {warmup}; allowed: 0 to the number of steps ({steps})")
     if schedule not in ("constant", "linear"):

@@ -1,0 +1,139 @@
+"""Fine-tuning attacks: somebody fine-tunes the model further and its safety is measured on the way.
+
+    with sn.delta.active(lm):                                   # any state of the model: merge what was learnt before
+        rate, tried = choose_rate(lm, rows, held_out, [3e-4, 1e-3], steps=40)
+        run = finetune(lm, rows, suite, steps=[10, 20, 40], learning_rate=rate, reference=base)
+        frozen = finetune(lm, rows, suite, steps=[10, 20, 40], learning_rate=rate, scope=AllBut(units))
+    curves({"SN-Tune": run, ...}, measures)
+
+Rows learn their `helpful` response. Harmless rows of a new task are the benign fine-tuning of [SN] (section 5) and
+[SSAH] (section 4); harmful prompts with their harmless stubs are a harmful attack. ``scope`` says what the fine-tuner
+trains: `Everything()`, `AllBut(units)` (a defence: some units frozen), `LoRA(...)`, `Only(...)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from nt_utils.data.records import Prompt
+from nt_utils.evaluation.generation import response_likelihood
+from nt_utils.evaluation.suite import Evaluation, Suite, evaluate
+from nt_utils.experiments.bench import Measure, rates
+from nt_utils.interventions.delta import Delta
+from nt_utils.interventions.tuning import AllBut, Everything, LoRA, Only, Tuned, tune
+from nt_utils.models import LanguageModel
+
+Scope = Only | AllBut | Everything | LoRA
+
+
+@dataclass
+class FineTuned:
+    """What fine-tuning did: an evaluation a step (step 0: before it), and the training itself."""
+
+    evaluations: dict[int, Evaluation]
+    tuned: Tuned
+
+    @property
+    def delta(self) -> Delta:
+        """What the fine-tuning changed, on top of the state it started from."""
+        return self.tuned.delta
+
+    @property
+    def last(self) -> Evaluation:
+        return self.evaluations[max(self.evaluations)]
+
+
+def finetune(
+    lm: LanguageModel,
+    rows: Sequence[Prompt],
+    suite: Suite,
+    *,
+    steps: Sequence[int],
+    learning_rate: float,
+    scope: Scope | None = None,
+    reference: LanguageModel | None = None,
+    batch_size: int = 16,
+    eval_batch_size: int | None = None,
+    seed: int = 0,
+    **options,
+) -> FineTuned:
+    """Fine-tune on the rows' helpful responses and evaluate after each of these steps; `lm` is as before afterwards.
+
+    Args:
+        lm: the model in the state that is attacked (merge what was learnt before: ``with delta.active(lm)``).
+        steps: when to evaluate, ascending or not; step 0, the state that is attacked, comes by itself. The last step
+            ends the training.
+        learning_rate: of AdamW, constant; see :func:`choose_rate`.
+        scope: what is trained (None: everything).
+        reference: the model by which improbable responses are found (None: `lm` in the attacked state, at step 0; then
+            the model under training itself, which takes its own babble for probable).
+        seed: of the order of the rows, the same for every state that is to be compared.
+        options: further ones of :func:`nt_utils.interventions.tuning.tune`.
+
+    Raises:
+        InputError: as :func:`tune`.
+    """
+    found: dict[int, Evaluation] = {}
+
+    def measure(model: LanguageModel, step: int) -> None:
+        found[step] = evaluate(model, suite, base=reference, batch_size=eval_batch_size, progress=False)
+
+    stops = [step for step in steps if step]
+    tuned = tune(
+        lm, scope or Everything(), benign=rows, learning_rate=learning_rate, steps=max(stops, default=0), every=stops,
+        callback=measure, batch_size=batch_size, seed=seed, **{"progress": False, **options},
+    )  # fmt: skip
+    return FineTuned(found, tuned)
+
+
+def choose_rate(
+    lm: LanguageModel,
+    rows: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    learning_rates: Sequence[float],
+    *,
+    steps: int,
+    scope: Scope | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    **options,
+) -> tuple[float, pd.DataFrame]:
+    """The rate a fine-tuner would take: the one that learns the task best. Safety has no part in it.
+
+    Args:
+        held_out: rows of the same task, not trained on (development split).
+    Returns:
+        The rate, and a table: learning_rate, loss (nats a token of the held-out responses after the last step), chosen.
+    """
+    losses = []
+    for rate in learning_rates:
+        tuned = tune(
+            lm, scope or Everything(), benign=rows, learning_rate=rate, steps=steps, batch_size=batch_size, seed=seed,
+            **{"progress": False, **options},
+        )  # fmt: skip
+        with tuned.delta.active(lm):
+            losses.append(task_loss(lm, held_out))
+    best = min(range(len(losses)), key=losses.__getitem__)
+    table = pd.DataFrame({"learning_rate": list(learning_rates), "loss": losses})
+    return learning_rates[best], table.assign(chosen=table.index == best)
+
+
+def task_loss(lm: LanguageModel, rows: Sequence[Prompt], target: str = "helpful") -> float:
+    """Mean negative log-likelihood of the rows' responses, in nats a token."""
+    totals, counts = response_likelihood(lm, list(rows), [getattr(row, target) for row in rows])
+    return float(-totals.sum() / max(counts.sum(), 1))
+
+
+def curves(runs: Mapping[str, FineTuned], measures: Sequence[Measure], **labels) -> pd.DataFrame:
+    """Rates against fine-tuning steps: labels, arm, step, metric, value, low, high, n."""
+    return pd.DataFrame(
+        [
+            row
+            for arm, run in runs.items()
+            for step, found in run.evaluations.items()
+            for row in rates(found, measures, **labels, arm=arm, step=step)
+        ]
+    )
