@@ -103,6 +103,16 @@ def _rows_by_head(view: DecoderView) -> dict[str, slice | Tensor]:
 FUSED: dict[str, Callable] = {"in sequence": _rows_in_sequence, "by head": _rows_by_head}
 
 
+#: Which weights a neuron owns: kind -> (role of the projection, side); "input" = its row, "output" = its column.
+OWNED = {
+    "q": (("q", "input"),),
+    "k": (("k", "input"),),
+    "v": (("v", "input"),),
+    "o": (("o", "output"),),
+    "ffn": (("gate", "input"), ("up", "input"), ("ffn", "output")),
+}
+
+
 # --------------------------------------------------------------------------------------------------- projections
 
 

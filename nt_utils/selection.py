@@ -139,6 +139,35 @@ def mean_importance(scores: NeuronScores, kinds: Sequence[str] = POOL) -> Rankin
     return Ranking(scores.space, tuple(kinds), scores.matrix(kinds).mean(dim=0), "mean importance")
 
 
+def set_difference(safety: NeuronScores, utility: NeuronScores, p: float, kinds: Sequence[str] = POOL) -> Ranking:
+    """Important on safety data and not on utility data [Wei et al. 2024, section 3.3].
+
+    The paper takes the top q% on safety data minus the top p% on utility data. Here p is given (a share of the neurons,
+    0 to 1) and every q follows from the ranking: neurons outside the utility data's top p in the order of their mean
+    safety score, then those inside, so that any n of them are the set difference with the q that leaves n. **Ours**: both
+    tops are taken over all of ``kinds``, where the paper compares the weights of one matrix row with each other.
+    """
+    if safety.space.architecture != utility.space.architecture:
+        raise InputError("utility: scored on another architecture than safety")
+    if not 0 <= p < 1:
+        raise InputError(f"p: got {p!r}; allowed: 0 or more, below 1 (a share of the neurons)")
+    score = mean_importance(safety, kinds).values
+    useful = torch.zeros(score.numel(), dtype=torch.bool)
+    order = torch.sort(mean_importance(utility, kinds).values, descending=True, stable=True).indices
+    useful[order[: round(p * score.numel())]] = True
+    ranks = _ranks(score[None])[0].double()
+    return Ranking(safety.space, tuple(kinds), -(ranks + score.numel() * useful), f"set difference p={p:g}")
+
+
+def root_mean_square(scores: NeuronScores, kinds: Sequence[str] = POOL) -> Ranking:
+    """Root mean square over tokens, from sums of squares a prompt (``scoring.activation_change``) [Chen et al. 2024]."""
+    if "tokens" not in scores.meta:
+        raise InputError("scores: these are no sums of squares with their numbers of tokens; use activation_change")
+    tokens = sum(scores.meta["tokens"][row] for row in scores.rows)
+    values = (scores.matrix(kinds).double().sum(dim=0) / tokens).sqrt()
+    return Ranking(scores.space, tuple(kinds), values, "activation change")
+
+
 # -------------------------------------------------------------------------------------------------- controls
 
 

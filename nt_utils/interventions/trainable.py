@@ -39,20 +39,12 @@ from torch.autograd.function import once_differentiable
 from nt_utils import hooks
 from nt_utils.errors import InputError
 from nt_utils.interventions.delta import Delta, Part, put, take
-from nt_utils.models import DecoderView, LanguageModel, Projection
+from nt_utils.models import OWNED, DecoderView, LanguageModel, Projection
 from nt_utils.neurons import NeuronSet
 
 #: Which sides of a neuron are trained. q, k and v have input rows only (with their biases), o has output columns only,
 #: an FFN neuron has both: its rows of gate and up, its column of down.
 SIDES = ("input", "output", "both")
-#: kind -> (role of the projection, side)
-_OWNED = {
-    "q": (("q", "input"),),
-    "k": (("k", "input"),),
-    "v": (("v", "input"),),
-    "o": (("o", "output"),),
-    "ffn": (("gate", "input"), ("up", "input"), ("ffn", "output")),
-}
 
 
 # ------------------------------------------------------------------------------------------------------ one slice
@@ -306,7 +298,7 @@ def _places(view: DecoderView, neurons: NeuronSet, sides: str) -> list[_Place]:
     paths = {module: name for name, module in view.model.named_modules()}
     found: dict[tuple, _Place] = {}
     for (layer, kind), mask in neurons.masks.items():
-        for role, side in _OWNED[kind]:
+        for role, side in OWNED[kind]:
             if sides not in (side, "both") or (role == "gate" and not view.gated):
                 continue
             projection = view.projection(layer, role)
