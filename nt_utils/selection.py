@@ -8,14 +8,16 @@ comes from the same numbers. Sources: [SN] Zhao et al., ICLR 2025, Eq. 2 and its
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nt_utils.errors import InputError
-from nt_utils.neurons import KINDS, POOL, NeuronScores, NeuronSet, NeuronSpace
+from nt_utils.neurons import KINDS, POOL, NeuronScores, NeuronSet, NeuronSpace, Site
+from nt_utils.scoring.fluctuation import Fluctuation
+from nt_utils.units import CATEGORIES, UnitMap, category
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,203 @@ def root_mean_square(scores: NeuronScores, kinds: Sequence[str] = POOL) -> Ranki
     tokens = sum(scores.meta["tokens"][row] for row in scores.rows)
     values = (scores.matrix(kinds).double().sum(dim=0) / tokens).sqrt()
     return Ranking(scores.space, tuple(kinds), values, "activation change")
+
+
+# ----------------------------------------------------------------------------------------------------- units
+
+#: Shares of the units that make the first three groups; the rest is CU (methods.md section 3; ours).
+PROPORTIONS = {"SCU": 0.03, "UCU": 0.10, "RU": 0.20}
+SCORES = ("weighted variance", "variance", "mean square")
+CONTRASTS = ("log ratio", "difference")
+
+
+@dataclass(frozen=True)
+class UnitScores:
+    """Normalised scores of every unit on safety and on utility data, and how units are ranked by them [SSAH, section 3].
+
+    Attributes:
+        safety, utility: float64 [units], in the order of ``space.sites(POOL)``; each (layer, kind) has mean 1.
+        head_dim: channels of an attention unit (1: channels are units).
+    """
+
+    space: NeuronSpace
+    safety: Tensor
+    utility: Tensor
+    head_dim: int
+    contrast: str = "log ratio"
+
+    def __post_init__(self):
+        if self.contrast not in CONTRASTS:
+            raise InputError(f"contrast: got {self.contrast!r}; allowed: {', '.join(CONTRASTS)}")
+
+    @property
+    def difference(self) -> Tensor:
+        """How much more a unit does on safety data: the log ratio of the scores, or their difference (the paper)."""
+        if self.contrast == "difference":
+            return self.safety - self.utility
+        tiny = torch.finfo(torch.float64).tiny  # a channel that never moves has score 0 on both: ratio 1
+        return (self.safety + tiny).log() - (self.utility + tiny).log()
+
+    def order(self, name: str) -> Tensor:
+        """Units from the first candidate of SCU (highest contrast), UCU (lowest) or RU (lowest sum) to the last."""
+        key = {"SCU": -self.difference, "UCU": self.difference, "RU": self.safety + self.utility}
+        if category(name) not in key:
+            raise InputError(f"category: got {name!r}; SCU, UCU and RU are ranked, CU is the rest")
+        return torch.sort(key[category(name)], stable=True).indices
+
+    def neurons(self, units: Tensor) -> NeuronSet:
+        """The channels of these units (positions)."""
+        chosen = torch.zeros(self.safety.numel(), dtype=torch.bool)
+        chosen[units] = True
+        return NeuronSet(self.space, {site: mask.bool() for site, mask in self._channels(chosen).items()})
+
+    def _channels(self, flat: Tensor) -> dict[Site, Tensor]:
+        steps = {site: 1 if site[1] == "ffn" else self.head_dim for site in self.space.sites(POOL)}
+        parts = flat.split([self.space.width(site) // step for site, step in steps.items()])
+        return {site: p.repeat_interleave(step) for (site, step), p in zip(steps.items(), parts, strict=True)}
+
+    def map(self, proportions: Mapping[str, float] | None = None, weights: str = "", **meta) -> UnitMap:
+        """Assign every unit: the top SCU share by contrast, the last UCU share, of the others the least active RU share.
+
+        Args:
+            proportions: shares of the units for SCU, UCU and RU (and CU, which must be the rest); PROPORTIONS if None.
+
+        Raises:
+            InputError: shares that are negative, exceed 1, overlap or do not add up; or a group that comes out empty.
+        """
+        shares = check_proportions(PROPORTIONS if proportions is None else proportions)
+        n = self.safety.numel()
+        labels = torch.full((n,), CATEGORIES.index("CU"))
+        free = torch.ones(n, dtype=torch.bool)
+        for name in ("SCU", "UCU", "RU"):
+            order = self.order(name)
+            order = order[free[order]][: _count(name, shares[name], n, int(free.sum()))]
+            labels[order], free[order] = CATEGORIES.index(name), False
+        if not free.any():
+            raise InputError(f"CU: none of the {n} units is left for it; lower the shares of SCU, UCU or RU")
+        meta = {"proportions": shares, "contrast": self.contrast, **meta}
+        return UnitMap(self.space, self._channels(labels), self.head_dim, weights, meta)
+
+
+def unit_scores(
+    safety: Fluctuation,
+    utility: Fluctuation,
+    *,
+    score: str = "weighted variance",
+    contrast: str = "log ratio",
+    heads: bool = True,
+) -> UnitScores:
+    """Scores of every unit from the statistics on safety and on utility data [SSAH, section 3].
+
+    Args:
+        score: "weighted variance" (Var ||W||^2, the default), "variance", or "mean square" (E[x^2] ||W||^2); an attention
+            head's is the sum of its channels'. Each is divided by its mean over the (layer, kind).
+        contrast: "log ratio" of the normalised scores, or their "difference", the paper's wording.
+        heads: attention heads as units; False: o_proj channels.
+
+    Raises:
+        InputError: an unknown name, or statistics of two architectures.
+    """
+    if score not in SCORES:
+        raise InputError(f"score: got {score!r}; allowed: {', '.join(SCORES)}")
+    if safety.space.architecture != utility.space.architecture:
+        raise InputError("utility: its statistics are of another architecture than safety's")
+    head_dim = safety.head_dim if heads else 1
+
+    def values(statistics: Fluctuation) -> Tensor:
+        found = []
+        for layer, kind in safety.space.sites(POOL):
+            raw = statistics.variance(layer, kind)
+            if score == "mean square":
+                raw = raw + statistics.mean(layer, kind) ** 2
+            if score != "variance":
+                raw = raw * statistics.readers[layer, kind]
+            raw = raw.reshape(-1, head_dim).sum(1) if kind == "o" else raw
+            found.append(raw / raw.mean().clamp_min(torch.finfo(torch.float64).tiny))
+        return torch.cat(found)
+
+    return UnitScores(safety.space, values(safety), values(utility), head_dim, contrast)
+
+
+def check_proportions(proportions: Mapping[str, float]) -> dict[str, float]:
+    """Shares of SCU, UCU and RU under their present names; raises InputError where they make no partition."""
+    shares = {category(name): float(value) for name, value in proportions.items()}
+    if len(shares) != len(proportions):
+        raise InputError(f"proportions: a category is named twice in {', '.join(proportions)}")
+    if missing := {"SCU", "UCU", "RU"} - set(shares):
+        raise InputError(f"proportions: no share for {', '.join(sorted(missing))}; give SCU, UCU and RU")
+    for name, value in shares.items():
+        if not 0 < value < 1:
+            raise InputError(f"proportions: {name} is {value:g}; allowed: above 0 and below 1")
+    rest = 1 - (shares["SCU"] + shares["UCU"] + shares["RU"])
+    if rest < -1e-9:
+        raise InputError(f"proportions: SCU, UCU and RU overlap: together {1 - rest:g}, at most 1 is there")
+    if "CU" in shares and abs(shares["CU"] - rest) > 1e-6:
+        raise InputError(f"proportions: they add up to {sum(shares.values()):g}, not 1; CU is the rest, {rest:g}")
+    return {name: shares[name] for name in ("SCU", "UCU", "RU")}
+
+
+def _count(name: str, share: float, n: int, free: int) -> int:
+    found = min(round(share * n), free)
+    if found < 1:
+        raise InputError(
+            f"{name}: {100 * share:g}% of {n} units, {free} of them free, is none; raise its share to at least {100 / n:.2g}%"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What pruning a set costs: how much less safe and how much less useful the model is (differences of rates)."""
+
+    safety: float
+    utility: float
+
+
+def find_proportions(
+    scores: UnitScores,
+    cost: Callable[[NeuronSet], Cost],
+    shares: Sequence[float],
+    *,
+    safety: float = 0.3,
+    utility: float = 0.1,
+    free: float = 0.05,
+) -> tuple[dict[str, float], list[dict]]:
+    """Grow each group until pruning it costs a stated amount, as the paper sets its proportions [SSAH, section 3].
+
+    SCU is the smallest of the shares at which safety falls by at least ``safety``; UCU the smallest at which utility falls
+    by at least ``utility``; RU the largest up to which neither has fallen by more than ``free``. A group that never gets
+    there takes the largest share (SCU, UCU), one that starts above it the smallest (RU). Where the three exceed 90% of
+    the units, RU is cut to what is left.
+
+    Args:
+        cost: evaluates a model with these channels pruned, on a development set.
+        shares: the candidates, from 0 to 1; each group is grown along them in rising order.
+    Returns:
+        The proportions, and one row a step: category, share, safety (fall), utility (fall), chosen.
+    """
+    steps = sorted(shares)
+    if not steps or not 0 < steps[0] <= steps[-1] < 1:
+        raise InputError(f"shares: got {list(shares)!r}; allowed: at least one, above 0 and below 1")
+    n, chosen, rows = scores.safety.numel(), {}, []
+    enough = {
+        "SCU": lambda c: c.safety >= safety,
+        "UCU": lambda c: c.utility >= utility,
+        "RU": lambda c: max(c.safety, c.utility) > free,
+    }
+    for name, done in enough.items():
+        order, last = scores.order(name), steps[0]
+        for share in steps:
+            found = cost(scores.neurons(order[: _count(name, share, n, n)]))
+            rows.append({"category": name, "share": share, "safety": found.safety, "utility": found.utility})
+            stop = done(found)
+            if not (name == "RU" and stop):
+                last = share
+            if stop:
+                break
+        chosen[name] = last
+    chosen["RU"] = min(chosen["RU"], max(0.9 - chosen["SCU"] - chosen["UCU"], steps[0]))
+    return chosen, [{**row, "chosen": row["share"] == chosen[row["category"]]} for row in rows]
 
 
 # -------------------------------------------------------------------------------------------------- controls

@@ -17,7 +17,7 @@ PINS = dict(
 
 #: A file may import what stands before it in this list (and its own room), never what stands after.
 FLOW = [
-    ("errors",), ("neurons",), ("data",), ("models",), ("hooks",), ("scoring",), ("selection",), ("interventions",),
+    ("errors",), ("neurons",), ("units",), ("data",), ("models",), ("hooks",), ("scoring",), ("selection",), ("interventions",),
     ("evaluation",), ("testbed",), ("experiments",), ("parameters", "plots", "studies", "ledger", "batch"),
 ]  # fmt: skip
 
