@@ -1,9 +1,10 @@
 """The only place where hooks are registered: capture, ablate, scale and replace as context managers.
 
 A site is (layer, kind): the output channels of q, k and v (bias included, before any query/key norm and rotary
-embedding), the input channels of the attention's output projection (o) and of the down projection (ffn). Hooks are
-registered on entry and removed on exit whatever happens; they nest, the outer one acting first; no activation is
-edited in place; a selection that matches nothing is an error.
+embedding), the input channels of the attention's output projection (o) and of the down projection (ffn). Beside the
+sites there is the residual stream between the layers. Hooks are registered on entry and removed on exit whatever
+happens; they nest, the outer one acting first; no activation is edited in place; a selection that matches nothing is
+an error.
 """
 
 from __future__ import annotations
@@ -165,6 +166,65 @@ def replace(source: LanguageModel | DecoderView, values: Mapping[Site, tuple[Ten
 
     with edit(view, {site: put(*pair) for site, pair in values.items()}):
         yield
+
+
+@contextmanager
+def residual(source: LanguageModel | DecoderView, edits: Mapping[int, Edit]) -> Iterator[None]:
+    """Apply ``edits[place](stream [batch, tokens, hidden size]) -> new stream`` (None leaves it) between the layers.
+
+    Place 0 is what enters the first layer, place n what leaves layer n - 1.
+
+    Raises:
+        InputError: no edits, or no such place.
+    """
+    view = _view(source)
+    if not edits:
+        raise InputError("places: the selection is empty; nothing would be hooked")
+    for place in edits:
+        if not 0 <= place <= view.num_layers:
+            raise InputError(f"place: got {place}; the residual stream has places 0 to {view.num_layers}")
+
+    def register(place: int, function: Edit) -> Callable:
+        if place == 0:
+            return lambda: view.layers[0].register_forward_pre_hook(_on_input(function), with_kwargs=True)
+        return after(view.layers[place - 1], _on_first_output(function))
+
+    with registered([register(place, function) for place, function in edits.items()]):
+        yield
+
+
+@contextmanager
+def attention_output(source: LanguageModel | DecoderView, edits: Mapping[int, Edit]) -> Iterator[None]:
+    """Apply ``edits[layer]`` to what the layer's attention module gives out [batch, tokens, hidden size]."""
+    view = _view(source)
+    if not edits:
+        raise InputError("layers: the selection is empty; nothing would be hooked")
+    with registered([after(view.attention(i), _on_first_output(function)) for i, function in edits.items()]):
+        yield
+
+
+def _on_input(edit: Edit) -> Callable:
+    def hook(_module, args: tuple, kwargs: dict) -> tuple | None:
+        stream = args[0] if args else kwargs["hidden_states"]
+        edited = edit(stream)
+        if edited is None:
+            return None
+        return ((edited, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": edited})
+
+    return hook
+
+
+def _on_first_output(edit: Edit) -> Callable:
+    """Modules give a tensor, or a tuple that starts with it."""
+
+    def hook(_module, _args, output):
+        several = isinstance(output, tuple)
+        edited = edit(output[0] if several else output)
+        if edited is None:
+            return None
+        return (edited, *output[1:]) if several else edited
+
+    return hook
 
 
 @contextmanager

@@ -463,6 +463,11 @@ class LanguageModel:
 
     # -- text
 
+    def set_system_prompt(self, text: str | None) -> None:
+        """Another system prompt from now on; None or "" for none."""
+        self.system_prompt = text or None
+        self.__dict__.pop("_system_role", None)  # whether the template shows it was looked up for the old one
+
     def _messages(self, prompt: str, system_role: bool) -> list[dict]:
         if not self.system_prompt:
             return [{"role": "user", "content": prompt}]

@@ -1,0 +1,198 @@
+"""Steering: the direction against the model's own hidden states, ablation against orthogonalised weights."""
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from nt_utils import hooks
+from nt_utils.errors import InputError
+from nt_utils.evaluation.generation import generate
+from nt_utils.interventions.steering import (
+    Steering,
+    SystemPrompt,
+    candidates,
+    choose,
+    last_token_means,
+    mean_difference,
+)
+from nt_utils.models import LanguageModel
+from tests.tiny import tiny_lm
+
+IDS = torch.randint(3, 300, (2, 7), generator=torch.Generator().manual_seed(0))
+HARMFUL, BENIGN = ["forge it", "how do I steal a bicycle?", "rob"], ["bake bread", "how do I plant a tree?"]
+VECTOR = torch.randn(32, generator=torch.Generator().manual_seed(1))
+
+
+def _hidden(lm):
+    """What enters every layer, and the logits."""
+    seen = {}
+    places = range(lm.view.num_layers + 1)
+    with torch.no_grad(), hooks.residual(lm.view, {p: (lambda x, p=p: seen.update({p: x})) for p in places}):
+        logits = lm.model(IDS, use_cache=False).logits
+    return seen, logits
+
+
+def _own_hidden(lm, **inputs):
+    """transformers' hidden states, from a copy: it leaves hooks of its own on the model it is asked of."""
+    model = copy.deepcopy(lm.model)
+    with torch.no_grad():
+        return model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
+
+
+def _hooks_left(lm) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in lm.model.modules())
+
+
+def test_the_residual_stream_is_the_models_hidden_states(any_lm):
+    seen, _ = _hidden(any_lm)
+    own = _own_hidden(any_lm, input_ids=IDS)
+    assert len(own) == len(seen)
+    for place in range(any_lm.view.num_layers):  # the last of the model's own is behind the final norm
+        assert torch.equal(seen[place], own[place])
+    assert not torch.equal(seen[0], seen[1])
+    assert _hooks_left(any_lm) == 0
+
+
+def test_the_means_do_not_depend_on_batches_or_padding(any_lm):
+    together = last_token_means(any_lm, HARMFUL)
+    assert together.shape == (any_lm.view.num_layers + 1, 32)
+    torch.testing.assert_close(last_token_means(any_lm, HARMFUL, batch_size=1), together, rtol=1e-4, atol=1e-4)
+    own = _own_hidden(any_lm, **any_lm.encode(HARMFUL[:1]).inputs)
+    torch.testing.assert_close(last_token_means(any_lm, HARMFUL[:1])[1], own[1][0, -1])
+    difference = mean_difference(any_lm, HARMFUL, BENIGN)
+    torch.testing.assert_close(difference, together - last_token_means(any_lm, BENIGN))
+    assert difference[1].norm() > 0
+    with pytest.raises(InputError, match="prompts: the list is empty"):
+        last_token_means(any_lm, [])
+
+
+def test_adding_shifts_the_stream_at_one_place(any_lm):
+    plain, logits = _hidden(any_lm)
+    with Steering(VECTOR, 1, strength=0.5).active(any_lm):
+        steered, moved = _hidden(any_lm)
+    assert torch.equal(steered[0], plain[0])
+    torch.testing.assert_close(steered[1], plain[1] + 0.5 * VECTOR)
+    assert not torch.allclose(moved, logits)
+    assert _hooks_left(any_lm) == 0
+    with Steering(VECTOR, 0).active(any_lm):
+        torch.testing.assert_close(_hidden(any_lm)[0][0], plain[0] + VECTOR)
+
+
+def test_ablation_leaves_nothing_of_the_direction(any_lm):
+    unit = VECTOR / VECTOR.norm()
+    plain, _ = _hidden(any_lm)
+    with Steering(VECTOR, 1, "ablate").active(any_lm):
+        left, _ = _hidden(any_lm)
+    for place, stream in left.items():
+        assert (stream @ unit).abs().max() < 1e-4
+        assert (plain[place] @ unit).abs().max() > 0.01
+    assert _hooks_left(any_lm) == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt_neox"])
+def test_ablation_equals_orthogonalised_weights(name):
+    """The paper's weight form: every matrix that writes to the stream loses the direction (biases too)."""
+    lm, unit = tiny_lm(name), VECTOR / VECTOR.norm()
+    with Steering(VECTOR, 1, "ablate").active(lm), torch.no_grad():
+        hooked = lm.model(IDS, use_cache=False).logits
+    other = LanguageModel(copy.deepcopy(lm.model), lm.tokenizer, "orthogonalised")
+    with torch.no_grad():
+        embedding = other.model.get_input_embeddings().weight
+        embedding -= (embedding @ unit)[:, None] * unit
+        for layer in range(other.view.num_layers):
+            for kind in ("o", "ffn"):
+                weight, bias = other.view.weight(layer, kind), other.view.bias(layer, kind)
+                weight -= unit[:, None] * (unit @ weight)
+                if bias is not None:
+                    bias -= (bias @ unit) * unit
+        torch.testing.assert_close(other.model(IDS, use_cache=False).logits, hooked, rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(lm.model(IDS, use_cache=False).logits, hooked, atol=1e-2)
+
+
+def test_keys_tell_what_acts():
+    one = Steering(VECTOR, 1)
+    assert one.key == Steering(VECTOR.clone(), 1, name="other").key
+    others = [
+        Steering(VECTOR, 2),
+        Steering(2 * VECTOR, 1),
+        Steering(VECTOR, 1, strength=2.0),
+        Steering(VECTOR, 1, "ablate"),
+    ]
+    assert len({one.key, *(s.key for s in others)}) == 5
+    assert Steering(VECTOR, 1, "ablate").key == Steering(VECTOR, 2, "ablate").key  # the place acts only when added
+
+
+def test_the_choice_is_the_smallest_measure():
+    lm = tiny_lm()
+    directions = mean_difference(lm, HARMFUL, BENIGN)
+    options = candidates(lm, directions, "add", (0.5, 1.0))
+    assert [(o.place, o.strength) for o in options] == [(1, 0.5), (1, 1.0)]
+    best, values = choose(options, lambda option: math.nan if option.strength == 0.5 else 3.0)
+    assert best is options[1] and math.isnan(values[0])
+    assert candidates(lm, torch.zeros(3, 32), "ablate") == []
+    with pytest.raises(InputError, match="measure: gave no number"):
+        choose(options, lambda option: math.nan)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"direction": torch.zeros(32)}, "direction: needs one finite vector"),
+        ({"direction": torch.full((32,), math.nan)}, "direction: needs one finite vector"),
+        ({"direction": torch.ones(2, 16)}, "direction: needs one finite vector"),
+        ({"mode": "subtract"}, "mode: got 'subtract'; allowed: add, ablate"),
+        ({"strength": math.inf}, "strength: got inf"),
+    ],
+)
+def test_bad_steering_is_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(Steering(VECTOR, 1), **change)
+
+
+def test_bad_places_and_models_are_refused():
+    lm = tiny_lm()
+    with (
+        pytest.raises(InputError, match="place: got 3; the residual stream has places 0 to 2"),
+        Steering(VECTOR, 3).active(lm),
+    ):
+        pass
+    for wrong in (Steering(VECTOR, 1, architecture="other"), Steering(torch.ones(5), 1)):
+        with pytest.raises(InputError, match="steering: made for architecture"):
+            wrong.active(lm)
+    for empty in (hooks.residual, hooks.attention_output):
+        with pytest.raises(InputError, match="the selection is empty"), empty(lm, {}):
+            pass
+    assert _hooks_left(lm) == 0
+
+
+def test_a_system_prompt_stands_before_every_prompt_while_active():
+    lm = tiny_lm()
+    lm.model.config.max_position_embeddings = 512
+    plain = lm.render(["hello"])
+    defence = SystemPrompt("Be safe.")
+    with defence.active(lm):
+        assert lm.render(["hello"])[0] == "<s><|system|>Be safe.<|end|><|user|>hello<|end|><|assistant|>"
+        inside = generate(lm, ["hello"], max_new_tokens=4, progress=False)
+    assert lm.render(["hello"]) == plain and lm.system_prompt is None
+    answers = [generate(lm, ["hello"], max_new_tokens=4, progress=False, intervention=i) for i in (None, defence)]
+    assert answers[1] == inside != answers[0]
+    assert defence.key != SystemPrompt("Be kind.").key
+    with pytest.raises(InputError, match="text: the system prompt is empty"):
+        SystemPrompt(" ")
+
+
+def test_a_system_prompt_where_the_template_has_no_such_role():
+    """The template's answer is looked up anew for every system prompt."""
+    lm = tiny_lm()
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}[{{ m['content'] }}]{% endif %}{% endfor %}"
+    )
+    lm = LanguageModel(lm.model, tokenizer, "no system role")
+    assert lm.render(["hello"]) == ["[hello]"]
+    with SystemPrompt("Be safe.").active(lm):
+        assert lm.render(["hello"]) == ["[Be safe.\n\nhello]"]
+    assert lm.render(["hello"]) == ["[hello]"]
