@@ -86,6 +86,7 @@ PARAMETERS: dict[str, Parameter] = {
     "attacks": Parameter(str, "wrapper attacks for the harmful prompts, comma-separated; '' = none"),
     "n_detect": Parameter(int, "prompts to find neurons with", low=4, presets=(48, 200, 200)),
     "n_test": Parameter(int, "prompts of each kind to evaluate on", low=4, presets=(40, 120, 200)),
+    "n_dev": Parameter(int, "prompts of each kind to choose on (development split)", low=4, presets=(24, 48, 80)),
     "top_share": Parameter(
         float, "share of a projection's neurons that count as important on one prompt", low=1e-4, high=1
     ),
@@ -100,6 +101,31 @@ PARAMETERS: dict[str, Parameter] = {
     "dose_draws": Parameter(int, "random sets at each dose", low=1, high=1000, presets=(2, 5, 10)),
     "subset_sizes": Parameter(list, "numbers of prompts, for the stability study", items=int, low=2),
     "subset_draws": Parameter(int, "random prompt subsets of each size", low=2, high=1000, presets=(4, 10, 30)),
+    "n_tune": Parameter(int, "harmful prompts that learn their refusal, and as many benign ones", low=2),
+    "refusal": Parameter(str, "refusal learnt for harmful prompts that come without one"),
+    "benign_share": Parameter(float, "share of benign pairs in every batch; 0 = refusals alone", low=0, high=0.95),
+    "sides": Parameter(
+        str, "what of a neuron is trained: input rows, output columns or both", choices=("input", "output", "both")
+    ),
+    "tune_steps": Parameter(list, "steps at which tuning is evaluated; the last one ends it", items=int, low=1),
+    "tune_batch": Parameter(int, "pairs a training step", low=1, high=4096),
+    "rates": Parameter(
+        list, "learning rates of neurons and LoRA, chosen from on the development split", items=float, low=1e-9, high=1
+    ),
+    "full_rates": Parameter(
+        list, "learning rates of full fine-tuning, chosen from likewise", items=float, low=1e-9, high=1
+    ),
+    "baselines": Parameter(str, "other ways of tuning: full, lora, comma-separated; '' = none"),
+    "target": Parameter(
+        float, "harmful score (development split) that every way of tuning has to reach", low=0, high=1
+    ),
+    "tune_draws": Parameter(int, "random sets that are tuned, for each rule", low=1, high=100, presets=(1, 1, 2)),
+    "new_task": Parameter(str, "source of the task of later fine-tuning; 'testbed' = subtraction; '' to skip"),
+    "n_task": Parameter(int, "rows of the new task", low=4),
+    "task_steps": Parameter(list, "steps at which later fine-tuning is evaluated", items=int, low=1),
+    "task_rates": Parameter(
+        list, "learning rates of later fine-tuning; the one that learns the task best", items=float, low=1e-9, high=1
+    ),
 }
 
 

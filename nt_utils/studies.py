@@ -33,7 +33,7 @@ from nt_utils.parameters import check_parameters
 TESTBED = "testbed"
 EMBEDDED = "testbed"  # as a prompt source: the corpus that the testbed was made with
 #: Parameters that are prompt sources.
-SOURCES = ("harmful", "benign", "general", "harmful_test", "benign_test", "borderline", "second_language")
+SOURCES = ("harmful", "benign", "general", "harmful_test", "benign_test", "borderline", "second_language", "new_task")
 
 
 # ------------------------------------------------------------------------------------------------ parameters
@@ -314,28 +314,68 @@ class Run:
         }
         return {role: part.rename(f"{part.name} ({role})") for role, part in parts.items()}
 
-    def suite(self):
-        """What the model is evaluated on: the embedded corpus's test split, or the given sources' test rows."""
+    @cached_property
+    def tuning_prompts(self) -> tuple[Any, Any]:
+        """Harmful prompts that learn their refusal and benign ones that learn their answer, n_tune of each.
+
+        They are detection prompts, as in [SN]; of the embedded benign ones half are how-to requests in the harmful
+        ones' wordings and half other tasks. Without a refusal of its own a prompt gets the parameter `refusal`.
+        """
+        from nt_utils.data import corpus
+
+        p = self.parameters
+        harmful = self.prompts["harmful"].take(p.n_tune, p.seed)
+        if not self.is_embedded:
+            harmful = harmful.map(lambda prompt: prompt if prompt.refusal else prompt.replace(refusal=p.refusal))
+            return harmful, self.prompts["benign"].take(p.n_tune, p.seed)
+        others = corpus.utility(20, "train", p.seed).take(p.n_tune - p.n_tune // 2, p.seed)
+        return harmful, self.prompts["benign"].take(p.n_tune // 2, p.seed) + others
+
+    def suite(self, split: str = "test"):
+        """What the model is evaluated on: the embedded corpus's test split, or the given sources' test rows.
+
+        Split "dev" is for choosing (learning rates, doses): n_dev prompts of the development split; of own sources
+        detection rows that are not tuned on, and borderline rows that are not test rows.
+        """
         from nt_utils.evaluation import suite as suites
 
         p = self.parameters
+        n = p.n_test if split == "test" else p.n_dev
         if self.is_embedded:
-            whole = suites.corpus_suite("test", seed=p.seed)
-            sizes = {"wrapped": 4 * p.n_test}
-            sets = [
-                dataclasses.replace(s, prompts=s.prompts.take(sizes.get(s.name, p.n_test), p.seed)) for s in whole.sets
-            ]
+            whole = suites.corpus_suite(split, seed=p.seed)
+            sizes = {"wrapped": 4 * n}
+            sets = [dataclasses.replace(s, prompts=s.prompts.take(sizes.get(s.name, n), p.seed)) for s in whole.sets]
             return suites.Suite(tuple(sets), whole.name, p.max_new_tokens or whole.max_new_tokens)
+        rows = self._test_rows() if split == "test" else self._dev_rows(n)
         built = suites.make_suite(
-            harmful=self.prompts["harmful_test"], benign=self.prompts["benign_test"],
-            borderline=self.prompts.get("borderline"),
-            attacks=_names(getattr(p, "attacks", "")),
-            max_new_tokens=p.max_new_tokens or 256, name=study_name(p.model, p.study),
+            **rows, attacks=_names(getattr(p, "attacks", "")), max_new_tokens=p.max_new_tokens or 256,
+            name=study_name(p.model, p.study),
         )  # fmt: skip
-        if "second_test" in self.prompts:
+        if split == "test" and "second_test" in self.prompts:
             second = suites.SuiteSet("direct-second", self.prompts["second_test"], ("asr", "refusal", "degenerate"))
             built = dataclasses.replace(built, sets=(*built.sets, second))
         return built
+
+    def _test_rows(self) -> dict[str, Any]:
+        roles = {"harmful": "harmful_test", "benign": "benign_test", "borderline": "borderline", "text": "general"}
+        return {kind: self.prompts.get(role) for kind, role in roles.items()}
+
+    def _dev_rows(self, n: int) -> dict[str, Any]:
+        """Rows to choose on: neither tuned on nor tested on."""
+        p, rows = self.parameters, {}
+        for kind, tuned in zip(("harmful", "benign"), self.tuning_prompts, strict=True):
+            seen = set(tuned.texts)
+            rows[kind] = self.prompts[kind].filter(text=lambda text, seen=seen: text not in seen).take(n, p.seed)
+            if len(rows[kind]) < 4:
+                raise InputError(
+                    f"n_tune: {p.n_tune} of the {len(self.prompts[kind])} {kind} detection prompts are tuned on; "
+                    "too few are left to choose learning rates on"
+                )
+        if "borderline" in self.prompts:
+            seen = set(self.prompts["borderline"].texts)
+            rest = self._source("borderline", "borderline").filter(text=lambda text: text not in seen)
+            rows["borderline"] = rest.take(n, p.seed) if len(rest) >= 4 else None
+        return rows
 
     def importance(self, lm, role: str, kinds, positions: str):
         """Exact importance on the prompts of a role, from file when the same scores were made before."""
