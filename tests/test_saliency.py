@@ -69,7 +69,8 @@ def test_wanda_equals_numpy_one_prompt_at_a_time(any_lm):
         roles = ["q", "k", "v", "o", "up", "ffn"] + (["gate"] if view.gated else [])
         places = {(layer, role): view.projection(layer, role).module for layer in (0, 1) for role in roles}
         watch = [
-            (m, lambda args, kwargs, key=key: inputs.__setitem__(key, args[0][0].numpy())) for key, m in places.items()
+            (m, lambda args, kwargs, key=key, inputs=inputs: inputs.__setitem__(key, args[0][0].numpy()))
+            for key, m in places.items()
         ]
         with torch.no_grad(), hooks.observe(watch):
             _, start = loss_of_one(any_lm.model, any_lm, text, response)
