@@ -1,32 +1,67 @@
 # The study as a graph: one papermill process a notebook, model and seed. `make study` runs it on this machine;
 # snakemake --config studies=testbed seeds=0,1,2 preset=default runs it wherever Snakemake does.
+import json
+import shlex
 import sys
 from pathlib import Path
 
 from nt_utils import batch, studies
 
-STUDIES = str(config.get("studies", "testbed")).split(",")
-SEEDS = [str(s) for s in batch.parse_seeds(str(config.get("seeds", "0")))]
+ROOT = Path(workflow.basedir)
+STUDIES = str(config.get("studies", "testbed")).replace(",", " ").split()
+SEEDS = batch.parse_seeds(str(config.get("seeds", "0")))
 PRESET = config.get("preset", "default")
-FOLDER = {studies.study_name(s, s, PRESET): s for s in STUDIES}
-NOTEBOOKS = batch.notebooks(Path(workflow.basedir))
+FILES = {study: batch.read(study, ROOT) for study in STUDIES}
+RUNS = {v.folder: v for study in STUDIES for v in batch.variants(study, SEEDS, PRESET, ROOT)}
+SWEPT = {studies.study_name(study, study, PRESET): study for study in STUDIES if FILES[study].sweep}
+
+
+wildcard_constraints:
+    seed=r"\d+",
+    notebook=r"\d\d_\w+",
 
 
 rule all:
     input:
-        expand("runs/{folder}/seed-{seed}/{notebook}.ipynb", folder=FOLDER, seed=SEEDS, notebook=NOTEBOOKS),
+        [output for run in RUNS.values() for output in run.outputs()],
+        expand("runs/{folder}/sweep.csv", folder=SWEPT),
 
 
 def model_of(wildcards):
     """The testbed must be trained before its notebooks start; other models are loaded by the notebooks."""
-    trained = FOLDER[wildcards.folder] == "testbed"
+    trained = FILES[RUNS[wildcards.folder].study].is_testbed
     return [f"runs/{wildcards.folder}/seed-{wildcards.seed}/.testbed"] if trained else []
+
+
+def others(wildcards):
+    """What a comparison compares: the other notebooks of its seed."""
+    if wildcards.notebook not in batch.LAST:
+        return []
+    names = [n for n in RUNS[wildcards.folder].notebooks if n not in batch.LAST]
+    return expand("runs/{folder}/seed-{seed}/{name}.ipynb", name=names, **wildcards)
+
+
+def given(wildcards):
+    """A notebook's parameters: a change of one makes its result out of date."""
+    run = RUNS[wildcards.folder]
+    return json.dumps(batch.settings(run, wildcards.notebook, int(wildcards.seed), PRESET, ROOT), sort_keys=True)
+
+
+def point(wildcards):
+    run = RUNS[wildcards.folder]
+    changes = [f"--set {shlex.quote(f'{k}={json.dumps(v)}')}" for k, v in run.changes.items()]
+    return " ".join([f"--study {run.study} --name {run.name}", *changes])
+
+
+def cores(wildcards):
+    """The testbed is small: one thread a notebook and several notebooks at once. A large model takes every core."""
+    return 1 if FILES[RUNS[wildcards.folder].study].is_testbed else workflow.cores or 8
 
 
 rule testbed:
     output:
         touch("runs/{folder}/seed-{seed}/.testbed"),
-    threads: workflow.cores
+    threads: 2
     shell:
         "{sys.executable} -m nt_utils.batch testbed --seed {wildcards.seed}"
 
@@ -34,14 +69,27 @@ rule testbed:
 rule notebook:
     input:
         model_of,
+        others,
         source="notebooks/{notebook}.ipynb",
-        parameters=lambda w: f"notebooks/params/{FOLDER[w.folder]}.yaml",
     output:
         "runs/{folder}/seed-{seed}/{notebook}.ipynb",
     params:
-        study=lambda w: FOLDER[w.folder],
+        given=given,
+        point=point,
         code=studies.code_fingerprint(),  # a change of the package makes its results out of date
-    threads: workflow.cores
+    threads: cores
     shell:
-        "{sys.executable} -m nt_utils.batch run {wildcards.notebook} --study {params.study} --seed {wildcards.seed}"
-        " --preset {PRESET} --output {output}"
+        "OMP_NUM_THREADS={threads} {sys.executable} -m nt_utils.batch run {wildcards.notebook} {params.point}"
+        " --seed {wildcards.seed} --preset {PRESET} --output {output}"
+
+
+rule sweep:
+    input:
+        lambda w: [o for run in RUNS.values() if run.study == SWEPT[w.folder] for o in run.outputs()],
+    output:
+        "runs/{folder}/sweep.csv",
+    params:
+        study=lambda w: SWEPT[w.folder],
+        seeds=",".join(map(str, SEEDS)),
+    shell:
+        "{sys.executable} -m nt_utils.batch collect --study {params.study} --seeds {params.seeds} --preset {PRESET}"

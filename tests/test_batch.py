@@ -14,7 +14,7 @@ from nt_utils.errors import InputError
 
 ROOT = studies.project_root()
 TOY = """
-value = 3  # a number
+rho = 1.0  # a number
 seed = 0  # seed
 study = "toy"  # study
 preset = "quick"  # preset
@@ -36,8 +36,8 @@ def project(tmp_path):
     """A project with one toy notebook."""
     (tmp_path / "notebooks" / "params").mkdir(parents=True)
     (tmp_path / "nt_utils").mkdir()
-    (tmp_path / "notebooks" / "00_toy.ipynb").write_text(notebook(TOY, "print(value, seed, study)"))
-    (tmp_path / "notebooks" / "params" / "toy.yaml").write_text("model: testbed\nseed: 4\n")
+    (tmp_path / "notebooks" / "00_toy.ipynb").write_text(notebook(TOY, "print(rho, seed, study)"))
+    (tmp_path / "notebooks" / "params" / "toy.yaml").write_text("rho: 0.5\n")
     return tmp_path
 
 
@@ -49,18 +49,26 @@ def write_params(project, **content):
 
 
 def test_a_notebook_gets_the_parameters_it_takes(project):
-    write_params(project, model="testbed", seed=4, notebooks={"00_toy": {"preset": "full"}})
-    assert batch.study_parameters("toy", "00_toy", project) == {"seed": 4, "preset": "full"}
+    (project / "notebooks" / "01_other.ipynb").write_text(notebook(TOY + "model = 1  # m\nn_test = 4  # n\n"))
+    write_params(project, model="testbed", rho=0.5, notebooks={"00_toy": {"rho": 0.25}})
+    assert batch.study_parameters("toy", "00_toy", project) == {"rho": 0.25}
+    assert batch.study_parameters("toy", "01_other", project) == {"model": "testbed", "rho": 0.5}
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"modle": "x"}, "modle: unknown parameter; allowed: .*model"),
-        ({"seed": "one"}, "seed: got 'one'"),
+        ({"rhoo": 1}, "toy.yaml: rhoo: unknown parameter; did you mean rho\\? allowed: rho, notebooks, sweep, facts"),
+        ({"model": "testbed"}, "model: unknown parameter"),
+        ({"seed": 1}, "seed: set by SEEDS"),
+        ({"facts": {"gate": True}}, "facts: gate: unknown; allowed: gated"),
+        ({"notebooks": [1]}, "notebooks: got"),
+        ({"sweep": {"rho": 0.5}}, "sweep: rho: got 0.5; allowed: a list"),
+        ({"sweep": {"rho": [0.5, 2]}}, "rho: got 2"),
+        ({"sweep": {"rhoo": [0.5]}}, "rhoo: unknown"),
         ({"rho": 2}, "rho: got 2"),
         ({"notebooks": {"09_none": {}}}, "'09_none' is no notebook; known: 00_toy"),
-        ({"notebooks": {"00_toy": {"rho": 0.5}}}, "rho: unknown parameter; allowed: preset, seed, study"),
+        ({"notebooks": {"00_toy": {"rho2": 0.5}}}, "rho2: unknown parameter; did you mean rho"),
     ],
 )
 def test_a_wrong_parameter_file_is_named(project, content, message):
@@ -105,9 +113,10 @@ def outputs(path):
 
 def test_a_step_leaves_the_executed_notebook(project):
     output = project / "runs" / "toy" / "00_toy.ipynb"
-    batch.run_notebook("00_toy", "toy", 7, "default", output, project)
-    assert "3 7 toy" in outputs(output)
-    assert [p.name for p in output.parent.iterdir()] == ["00_toy.ipynb"]
+    batch.run_notebook("00_toy", {"seed": 7, "rho": 0.5}, output, project)
+    assert "0.5 7 toy" in outputs(output)
+    assert sorted(p.name for p in output.parent.iterdir()) == ["00_toy.ipynb", "logs"]
+    assert "0.5 7 toy" in (output.parent / "logs" / "00_toy.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -123,12 +132,12 @@ def test_a_failed_cell_or_a_dead_kernel_is_no_finished_notebook(project, cell, m
     output.parent.mkdir()
     output.write_text("an older result")
     with pytest.raises(InputError, match=message) as error:
-        batch.run_notebook("00_toy", "toy", 0, "default", output, project)
+        batch.run_notebook("00_toy", {"seed": 0}, output, project)
     assert "\n" not in str(error.value)
     assert output.read_text() == "an older result"
     assert sorted(p.name for p in output.parent.iterdir()) in (
-        ["00_toy.failed.ipynb", "00_toy.ipynb"],
-        ["00_toy.ipynb"],
+        ["00_toy.failed.ipynb", "00_toy.ipynb", "logs"],
+        ["00_toy.ipynb", "logs"],
     )
 
 

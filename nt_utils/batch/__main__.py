@@ -1,0 +1,3 @@
+from nt_utils.batch import main
+
+raise SystemExit(main())
