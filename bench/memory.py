@@ -1,8 +1,7 @@
 """Peak memory of one way of going through N prompts, in a process of its own: ``python -m bench.memory what shape N``.
 
-Counted is the process's anonymous memory (resident minus file-backed pages) above what it holds once the model is
-loaded and has run once. The pages of the score file are the system's file cache: written back and dropped when memory
-is short, they are not counted. Freed blocks go back to the system at once (malloc's thresholds are set by
+Counted is the process's highest resident memory, by the kernel's own mark, above what it holds once the model is loaded
+and has run once. The score file is written, not mapped, so its pages are the system's and are not counted. Freed blocks go back to the system at once (malloc's thresholds are set by
 the caller), so that the peak is what was needed, not what was kept.
 """
 
@@ -13,34 +12,21 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
-PAGE = os.sysconf("SC_PAGE_SIZE")
+
+def resident(which: str = "VmRSS") -> int:
+    """Bytes of memory this process has resident now (VmRSS) or had at most since :func:`forget_peak` (VmHWM)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(which + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {which}")
 
 
-def anonymous() -> int:
-    """Bytes of anonymous memory this process has resident."""
-    resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
-    return (int(resident) - int(shared)) * PAGE
-
-
-class Peak:
-    """Samples :func:`anonymous` in a thread of its own."""
-
-    def __enter__(self) -> Peak:
-        self.bytes, self._stop = 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.0003):
-            self.bytes = max(self.bytes, anonymous())
-
-    def __exit__(self, *_) -> None:
-        self._stop.set()
-        self._thread.join()
+def forget_peak() -> None:
+    """Let the kernel's own mark of the highest resident memory start anew (a sampling thread misses short peaks,
+    and fewer of them the longer the run)."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def measure(what: str, shape: str, prompts: int) -> int:
@@ -72,10 +58,10 @@ def _main(what: str, name: str, prompts: int) -> int:
 
         run(numbers[: shape.batch])  # threads, caches and libraries are set up
         gc.collect()
-        before = anonymous()
-        with Peak() as peak:
-            run(numbers)
-    return peak.bytes - before
+        before = resident()
+        forget_peak()
+        run(numbers)
+        return resident("VmHWM") - before
 
 
 if __name__ == "__main__":
