@@ -14,8 +14,9 @@ from scipy.stats import spearmanr
 
 from bench import memory, rivals
 from bench.errors import error_table
-from bench.growth import draw, growth
+from bench.growth import growth
 from bench.setup import SHAPES, batch_of, forward, random_model, ratio, seconds, set_clock
+from nt_utils import plots
 from nt_utils.errors import InputError
 from nt_utils.models import DecoderView
 from nt_utils.scoring.importance import _Readers, score_batch
@@ -152,8 +153,8 @@ def main(arguments: list[str]) -> int:
         results |= peak_memory()
     if options.only in (None, "growth"):
         grown = growth(max(3, options.repeats // 3))
-        grown.to_csv(options.out / "bench_growth.csv", index=False)
-        draw(grown, options.out / "bench_growth.png")
+        grown.to_csv(options.out / "bench_growth.csv", index=False, float_format="%.6g")
+        plots.draw(options.out / "bench_growth.csv")
         results["growth"] = grown.to_dict("records")
     if options.only in (None, "errors"):
         errors = error_table()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 
 import pandas as pd
 
@@ -70,27 +69,3 @@ def _point(sweep: str, shape: Shape, repeats: int) -> dict:
         "exact_ms": times["exact"],
         **operations(shape),
     }
-
-
-def draw(table: pd.DataFrame, path: Path) -> None:
-    """The figure of the table, as PNG and PDF beside ``path``."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(9, 3.1), constrained_layout=True, sharey=True)
-    labels = {"tokens": "tokens in a prompt", "layers": "layers", "width": "hidden size"}
-    for axis, (sweep, part) in zip(axes, table.groupby("sweep", sort=False), strict=True):
-        axis.loglog(part[sweep], part.forward_ms, "o-", color="#0072B2", label="plain forward")
-        axis.loglog(part[sweep], part.exact_ms, "s-", color="#D55E00", label="exact scores, all neurons")
-        axis.loglog(part[sweep], part.expected_ms, "k--", linewidth=1, label="expected from the formulas")
-        axis.set_xlabel(labels[sweep])
-        axis.set_xticks(part[sweep], [str(x) for x in part[sweep]])
-        axis.minorticks_off()
-        axis.grid(color="#E5E5E5", linewidth=0.6)
-    axes[0].set_ylabel("milliseconds a batch")
-    axes[0].legend(frameon=False, fontsize=8)
-    for suffix in (".png", ".pdf"):
-        figure.savefig(path.with_suffix(suffix), dpi=160)
-    plt.close(figure)

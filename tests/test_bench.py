@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from bench import rivals
 from bench.__main__ import table
@@ -55,6 +56,22 @@ def test_the_linearised_scores_are_the_first_order(batch):
             linear = score_batch(view, batch, kinds=("q", "k"))
         close = all(torch.allclose(exact[s], linear[s], rtol=2e-2) for s in exact)
         assert close == same
+
+
+def test_the_gpu_script_runs(monkeypatch):
+    """At a tiny shape on the CPU: its table's error against brute force is within bf16's tolerance."""
+    from bench import gpu
+
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    monkeypatch.setattr(gpu, "CONFIGS", {"tiny": lambda layers: config})
+    monkeypatch.setattr(gpu, "VOCABULARY", 256)
+    monkeypatch.setattr(gpu, "PROMPTS", 8)
+    (row,) = gpu.gpu_table(device="cpu")
+    assert 0 < row["brute_error"] < row["tolerance"]
+    assert row["exact_over_forward"] > 1 and row["tokens_per_second"] > 0
 
 
 def test_the_linearised_mode_ends_with_its_context(view, batch):

@@ -24,6 +24,13 @@ TABLES = {
     "languages": pd.DataFrame(
         {"zeroed": ["nothing", "en"] * 2, "evaluated": ["en", "en", "de", "de"], "jaccard": 0.1, "chance": 0.05, **RATE}
     ),
+    "growth": pd.DataFrame(
+        {
+            "sweep": ["tokens", "tokens", "layers", "layers", "width", "width"], "tokens": [16, 32, 64, 64, 64, 64],
+            "layers": [2, 2, 1, 2, 2, 2], "width": [512, 512, 512, 512, 256, 512],
+            "forward_ms": [1, 2, 1, 2, 1, 2], "exact_ms": [3.5, 8, 3, 6, 4, 9], "expected_ms": [3, 8, 3, 6, 4, 9],
+        }
+    ),
     "stability": pd.DataFrame({"rule": ["a", "a", "b", "b"], "prompts": [8, 16] * 2, "chance": 0.02, **RATE}),
 }  # fmt: skip
 
@@ -42,7 +49,7 @@ def test_a_figure_comes_from_its_table(tmp_path, name):
     plots.draw(table)
     assert (table.with_suffix(".png").read_bytes(), table.with_suffix(".pdf").read_bytes()) == first
     changed = TABLES[name].copy()
-    column = "value" if "value" in changed else "share"
+    column = next(c for c in ("value", "share", "exact_ms") if c in changed)
     changed.loc[0, column] = 0.15
     changed.to_csv(table, index=False)
     plots.draw(table)

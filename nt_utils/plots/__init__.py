@@ -17,11 +17,16 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from nt_utils.errors import InputError
-from nt_utils.plots import behaviour, detection  # noqa: F401  (their figures register themselves)
+from nt_utils.plots import behaviour, bench, detection  # noqa: F401  (their figures register themselves)
 from nt_utils.plots.style import FIGURES, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def figure_name(table: Path) -> str:
+    """What a table's figure function is called: its file name without the notebook's number or ``bench``."""
+    return re.sub(r"^(\d+|bench)_", "", table.stem)
 
 
 def draw(table: Path) -> Figure:
@@ -32,7 +37,7 @@ def draw(table: Path) -> Figure:
     from nt_utils.studies import atomic
 
     table = Path(table)
-    name = re.sub(r"^\d+_", "", table.stem)
+    name = figure_name(table)
     if name not in FIGURES:
         raise InputError(f"{table}: no figure is called {name!r}; known: {', '.join(sorted(FIGURES))}")
     with plt.rc_context(STYLE):
@@ -50,7 +55,7 @@ def redraw(folder: Path) -> list[Path]:
     drawn = []
     style = max(file.stat().st_mtime for file in Path(__file__).parent.glob("*.py"))
     for table in sorted(Path(folder).glob("*.csv")):
-        if re.sub(r"^\d+_", "", table.stem) not in FIGURES:
+        if figure_name(table) not in FIGURES:
             continue
         newest = max(table.stat().st_mtime, style)
         pictures = [table.with_suffix(s) for s in (".png", ".pdf")]
