@@ -101,6 +101,27 @@ PARAMETERS: dict[str, Parameter] = {
     "dose_draws": Parameter(int, "random sets at each dose", low=1, high=1000, presets=(2, 5, 10)),
     "subset_sizes": Parameter(list, "numbers of prompts, for the stability study", items=int, low=2),
     "subset_draws": Parameter(int, "random prompt subsets of each size", low=2, high=1000, presets=(4, 10, 30)),
+    "n_calibrate": Parameter(int, "prompts of each kind to score units with", low=16, presets=(64, 512, 512)),
+    "scu_share": Parameter(float, "share of the units that are safety-critical", low=1e-4, high=0.9),
+    "ucu_share": Parameter(float, "share of the units that are utility-critical", low=1e-4, high=0.9),
+    "ru_share": Parameter(float, "share of the units that are redundant", low=1e-4, high=0.9),
+    "unit_contrast": Parameter(
+        str, "how scores on safety and utility data are compared", choices=("log ratio", "difference")
+    ),
+    "unit_score": Parameter(str, "a unit's score", choices=("weighted variance", "variance", "mean square")),
+    "heads": Parameter(bool, "attention heads as units; False for single channels"),
+    "replace_by": Parameter(
+        str, "what pruned units become: their mean on utility data, or zero", choices=("mean", "zero")
+    ),
+    "unit_draws": Parameter(int, "random sets of units for each category", low=2, high=1000, presets=(2, 6, 12)),
+    "growth": Parameter(list, "shares along which each group is grown", items=float, low=1e-4, high=0.9),
+    "growth_limits": Parameter(
+        list,
+        "rise of direct ASR that ends SCU, fall of utility that ends UCU, change that RU must not pass",
+        items=float,
+        low=0,
+        high=1,
+    ),
     "n_tune": Parameter(int, "harmful prompts that learn their refusal, and as many benign ones", low=2),
     "refusal": Parameter(str, "refusal learnt for harmful prompts that come without one"),
     "benign_share": Parameter(float, "share of benign pairs in every batch; 0 = refusals alone", low=0, high=0.95),

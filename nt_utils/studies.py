@@ -264,7 +264,7 @@ class Run:
         from nt_utils.data import corpus
 
         p, sets = self.parameters, {}
-        n, seed = getattr(p, "n_detect", p.n_test), p.seed
+        n, seed = getattr(p, "n_detect", getattr(p, "n_calibrate", p.n_test)), p.seed
         if p.harmful == EMBEDDED:
             sets["harmful"], sets["benign"] = corpus.pairs(n, "train", "en", seed)
         else:
@@ -331,6 +331,20 @@ class Run:
         others = corpus.utility(20, "train", p.seed).take(p.n_tune - p.n_tune // 2, p.seed)
         return harmful, self.prompts["benign"].take(p.n_tune // 2, p.seed) + others
 
+    @cached_property
+    def calibration_prompts(self) -> tuple[Any, Any]:
+        """Harmful and benign prompts that unit maps are made from: the embedded pairs, or three quarters of own rows.
+
+        The other rows are left to choose on (:meth:`suite`, split "dev"). Where the notebook has a text `refusal`, harmful
+        prompts without one of their own get it.
+        """
+        p, found = self.parameters, []
+        for kind in ("harmful", "benign"):
+            rows = self.prompts[kind]
+            found.append(rows if self.is_embedded else rows.take(3 * len(rows) // 4, p.seed))
+        text = getattr(p, "refusal", "")
+        return found[0].map(lambda prompt: prompt if prompt.refusal else prompt.replace(refusal=text)), found[1]
+
     def suite(self, split: str = "test"):
         """What the model is evaluated on: the embedded corpus's test split, or the given sources' test rows.
 
@@ -363,13 +377,14 @@ class Run:
     def _dev_rows(self, n: int) -> dict[str, Any]:
         """Rows to choose on: neither tuned on nor tested on."""
         p, rows = self.parameters, {}
-        for kind, tuned in zip(("harmful", "benign"), self.tuning_prompts, strict=True):
+        used = self.tuning_prompts if hasattr(p, "n_tune") else self.calibration_prompts
+        for kind, tuned in zip(("harmful", "benign"), used, strict=True):
             seen = set(tuned.texts)
             rows[kind] = self.prompts[kind].filter(text=lambda text, seen=seen: text not in seen).take(n, p.seed)
             if len(rows[kind]) < 4:
                 raise InputError(
-                    f"n_tune: {p.n_tune} of the {len(self.prompts[kind])} {kind} detection prompts are tuned on; "
-                    "too few are left to choose learning rates on"
+                    f"{kind}: {len(tuned)} of its {len(self.prompts[kind])} detection prompts are tuned on; "
+                    "too few are left to choose on"
                 )
         if "borderline" in self.prompts:
             seen = set(self.prompts["borderline"].texts)

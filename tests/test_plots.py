@@ -32,6 +32,22 @@ TABLES = {
         }
     ),
     "stability": pd.DataFrame({"rule": ["a", "a", "b", "b"], "prompts": [8, 16] * 2, "chance": 0.02, **RATE}),
+    "units_where": pd.DataFrame(
+        {"layer": 0, "unit": "ffn channel", "category": ["SCU", "UCU", "CU", "RU"], "count": 1, "units": 4, "share": 0.25}
+    ),
+    "units_pruning": pd.DataFrame(
+        {
+            "condition": ["dense", "SCU", "random, as SCU, max of 2", "RU"], "group": ["none", "chosen", "control", "chosen"],
+            "share": [0, 0.03, 0.03, 0.2], "metric": "direct ASR", **RATE,
+        }
+    ),
+    "units_growth": pd.DataFrame(
+        {"category": ["SCU", "SCU", "RU", "RU"], "share": [0.01, 0.1] * 2, "chosen": [False, True] * 2, "cost": "c", **RATE}
+    ),
+    "units_sensitivity": pd.DataFrame(
+        {"variant": "a", "prompts": [8, 16] * 2, "category": ["SCU", "SCU", "RU", "RU"], "chance": 0.02, **RATE}
+    ),
+    "units_agreement": pd.DataFrame({"changed": ["a", "b"] * 2, "category": ["SCU", "SCU", "RU", "RU"], "chance": 0.02, **RATE}),
 }  # fmt: skip
 
 

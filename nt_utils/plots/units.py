@@ -1,0 +1,135 @@
+"""Figures of notebook 03: where units of each category lie, what pruning them does, on what the categories depend."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+
+from nt_utils.plots.style import COLOURS, GREY, counts, figure, interval, ordered, panels, percent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: One colour a category in every figure.
+CATEGORY_COLOURS = {"SCU": COLOURS[1], "UCU": COLOURS[0], "CU": COLOURS[3], "RU": GREY}
+
+
+@figure
+def units_where(table: pd.DataFrame) -> Figure:
+    """Notebook 03: share of each layer's units in each category. Columns: layer, unit, category, count, units, share."""
+    kinds = ordered(table["unit"])
+    layers = table["layer"].nunique()
+    drawn, axes = panels(1, len(kinds), height=min(6.5, 1.6 + 0.26 * layers), sharey=True)
+    for ax, kind in zip(axes[0], kinds, strict=True):
+        rows = table[table["unit"] == kind]
+        grid = rows.pivot_table(index="layer", columns="category", values="share", sort=False)
+        sns.heatmap(
+            100 * grid, ax=ax, cmap="cividis", vmin=0, vmax=100, annot=layers <= 12, fmt=".0f", annot_kws={"size": 8},
+            cbar=kind == kinds[-1], cbar_kws={"label": "% of the layer's units"},
+        )  # fmt: skip
+        ax.set_title(f"{str(kind).replace('ffn', 'FFN')}s ({int(rows['units'].max())} a layer)")
+        ax.set_xlabel("")
+        ax.set_ylabel("layer" if kind == kinds[0] else "")
+        ax.tick_params(axis="y", rotation=0)
+    return drawn
+
+
+@figure
+def units_pruning(table: pd.DataFrame) -> Figure:
+    """Notebook 03: the dense model, each category pruned, and random units in their place (the paper's Table 1).
+
+    Columns: condition, group (none, chosen, control), share, metric, value, low, high, n.
+    """
+    metrics, conditions = ordered(table["metric"]), ordered(table["condition"])
+    shares = table.groupby("condition", sort=False)["share"].first()
+    drawn, axes = panels(1, len(metrics), height=0.29 * len(conditions) + 1.1, sharey=True)
+    for ax, metric in zip(axes[0], metrics, strict=True):
+        rows = table[table["metric"] == metric]
+        for condition, part in rows.groupby("condition", sort=False):
+            name = str(condition).removeprefix("random, as ").split(",")[0]
+            colour = "#000000" if part["group"].iloc[0] == "none" else CATEGORY_COLOURS.get(name, GREY)
+            hollow = {"mfc": "white"} if part["group"].iloc[0] == "control" else {}
+            interval(ax, [conditions.index(condition)], part, colour, horizontal=True, **hollow)
+        labels = [f"{c} ({100 * shares[c]:.3g}%)" if c in CATEGORY_COLOURS else c for c in conditions]
+        ax.set_yticks(range(len(conditions)), labels)
+        ax.set_ylim(len(conditions) - 0.4, -0.6)
+        ax.set_xlim(-0.04, 1.04)
+        percent(ax.xaxis)
+        ax.set_title(f"{metric}\n({counts(rows)})")
+    return drawn
+
+
+@figure
+def units_growth(table: pd.DataFrame) -> Figure:
+    """Notebook 03: each group grown until pruning costs the stated amount. Columns: category, share, chosen, cost, value."""
+    costs = ordered(table["cost"])
+    drawn, axes = panels(1, len(costs), height=2.7, sharey=True)
+    for ax, cost in zip(axes[0], costs, strict=True):
+        for name in ordered(table["category"]):
+            rows = table[(table["category"] == name) & (table["cost"] == cost)].sort_values("share")
+            ax.plot(rows["share"], rows["value"], "o-", color=CATEGORY_COLOURS[name], ms=4, mfc="white", label=name)
+            chosen = rows[rows["chosen"]]
+            ax.plot(chosen["share"], chosen["value"], "o", color=CATEGORY_COLOURS[name], ms=6)
+        ax.axhline(0, color="black", lw=0.6)
+        ax.set_xscale("log")
+        ax.set_xlabel("share of the units pruned")
+        ax.xaxis.set_major_formatter(lambda v, _: f"{100 * v:g}%")
+        ax.minorticks_off()
+        percent(ax.yaxis)
+        ax.set_title(f"{cost} (development split)")
+    axes[0, 0].legend(title="filled: chosen")
+    return drawn
+
+
+@figure
+def units_sensitivity(table: pd.DataFrame) -> Figure:
+    """Notebook 03: agreement of two disjoint calibration sets by their size.
+
+    Columns: variant, prompts, category, value (mean Jaccard), low, high (middle 95% of the pairs), n, chance.
+    """
+    variants = ordered(table["variant"])
+    drawn, axes = panels(1, len(variants), height=2.9, sharey=True)
+    for ax, variant in zip(axes[0], variants, strict=True):
+        for i, name in enumerate(CATEGORY_COLOURS):
+            rows = table[(table["variant"] == variant) & (table["category"] == name)].sort_values("prompts")
+            x = rows["prompts"] * 1.05 ** (i - 1.5)
+            interval(ax, x, rows, CATEGORY_COLOURS[name], fmt="o-", ms=3.5, label=name)
+            ax.plot(x, rows["chance"], ":", color=CATEGORY_COLOURS[name], lw=1.1)
+        ax.set_xscale("log")
+        ticks = sorted(table["prompts"].unique())
+        ax.set_xticks(ticks, [str(t) for t in ticks])
+        ax.minorticks_off()
+        ax.set_ylim(0, 1.03)
+        ax.set_title(variant)
+        ax.set_xlabel("prompts of each kind")
+    axes[0, 0].set_ylabel("Jaccard of the two maps' sets")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    title = f"middle 95% of {int(table['n'].max())} pairs of disjoint sets; dotted: layer-matched chance"
+    drawn.legend(handles, labels, loc="outside lower center", ncols=4, title=title)
+    return drawn
+
+
+@figure
+def units_agreement(table: pd.DataFrame) -> Figure:
+    """Notebook 03: agreement with the default map when one thing changes.
+
+    Columns: changed, category, value (mean Jaccard), low, high (middle 95%), n, chance.
+    """
+    changes = ordered(table["changed"])
+    drawn, axes = panels(height=0.36 * len(changes) + 1.2)
+    ax = axes[0, 0]
+    for i, name in enumerate(CATEGORY_COLOURS):
+        rows = table[table["category"] == name]
+        y = np.array([changes.index(c) for c in rows["changed"]]) + 0.17 * (i - 1.5)
+        interval(ax, y, rows, CATEGORY_COLOURS[name], horizontal=True, ms=3.5, label=name)
+        ax.plot(rows["chance"], y, "|", color=CATEGORY_COLOURS[name], ms=6)
+    ax.set_yticks(range(len(changes)), changes)
+    ax.set_ylim(len(changes) - 0.4, -0.6)
+    ax.set_xlim(-0.02, 1.03)
+    ax.set_xlabel("Jaccard with the default map")
+    ax.set_title(f"mean and middle 95% of {int(table['n'].max())} random halves; bars: layer-matched chance")
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return drawn
