@@ -14,19 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-
-def resident(which: str = "VmRSS") -> int:
-    """Bytes of memory this process has resident now (VmRSS) or had at most since :func:`forget_peak` (VmHWM)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(which + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {which}")
-
-
-def forget_peak() -> None:
-    """Let the kernel's own mark of the highest resident memory start anew (a sampling thread misses short peaks,
-    and fewer of them the longer the run)."""
-    Path("/proc/self/clear_refs").write_text("5")
+from nt_utils.experiments.cost import forget_peak, resident
 
 
 def measure(what: str, shape: str, prompts: int) -> int:

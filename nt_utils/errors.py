@@ -11,3 +11,7 @@ class InputError(ValueError):
 
 class ModelError(InputError):
     """The model cannot be found, loaded or scored; the message says which part is missing."""
+
+
+class DivergedError(InputError):
+    """A training's loss is no longer finite: its learning rate is too high."""

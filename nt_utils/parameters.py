@@ -122,30 +122,59 @@ PARAMETERS: dict[str, Parameter] = {
         low=0,
         high=1,
     ),
-    "n_tune": Parameter(int, "harmful prompts that learn their refusal, and as many benign ones", low=2),
+    "n_tune": Parameter(
+        int, "harmful prompts that learn their refusal, and as many benign ones", low=2, presets=(24, 50, 50)
+    ),
     "refusal": Parameter(str, "refusal learnt for harmful prompts that come without one"),
     "benign_share": Parameter(float, "share of benign pairs in every batch; 0 = refusals alone", low=0, high=0.95),
     "sides": Parameter(
         str, "what of a neuron is trained: input rows, output columns or both", choices=("input", "output", "both")
     ),
-    "tune_steps": Parameter(list, "steps at which tuning is evaluated; the last one ends it", items=int, low=1),
+    "tune_steps": Parameter(
+        list,
+        "steps at which tuning is evaluated; the last one ends it",
+        items=int,
+        low=1,
+        presets=([5, 20], [5, 10, 20, 40], [5, 10, 15, 20, 30, 40]),
+    ),
     "tune_batch": Parameter(int, "pairs a training step", low=1, high=4096),
     "rates": Parameter(
-        list, "learning rates of neurons and LoRA, chosen from on the development split", items=float, low=1e-9, high=1
+        list,
+        "learning rates of neurons and LoRA, chosen from on the development split",
+        items=float,
+        low=1e-9,
+        high=1,
+        presets=([0.01], [0.003, 0.01], [0.003, 0.01, 0.03]),
     ),
     "full_rates": Parameter(
-        list, "learning rates of full fine-tuning, chosen from likewise", items=float, low=1e-9, high=1
+        list,
+        "learning rates of full fine-tuning, chosen from likewise",
+        items=float,
+        low=1e-9,
+        high=1,
+        presets=([0.0003], [0.0003, 0.001], [0.0001, 0.0003, 0.001]),
     ),
     "baselines": Parameter(str, "other ways of tuning: full, lora, comma-separated; '' = none"),
     "target": Parameter(
-        float, "harmful score (development split) that every way of tuning has to reach", low=0, high=1
+        float, "harmful score on the development split that every way of tuning has to reach", low=0, high=1
     ),
     "tune_draws": Parameter(int, "random sets that are tuned, for each rule", low=1, high=100, presets=(1, 1, 2)),
     "new_task": Parameter(str, "source of the task of later fine-tuning; 'testbed' = subtraction; '' to skip"),
     "n_task": Parameter(int, "rows of the new task", low=4),
-    "task_steps": Parameter(list, "steps at which later fine-tuning is evaluated", items=int, low=1),
+    "task_steps": Parameter(
+        list,
+        "steps at which later fine-tuning is evaluated",
+        items=int,
+        low=1,
+        presets=([10], [5, 15, 40], [5, 15, 40, 80]),
+    ),
     "task_rates": Parameter(
-        list, "learning rates of later fine-tuning; the one that learns the task best", items=float, low=1e-9, high=1
+        list,
+        "learning rates of later fine-tuning, of which the one that learns the task best is taken",
+        items=float,
+        low=1e-9,
+        high=1,
+        presets=([0.001], [0.0003, 0.001], [0.0003, 0.001, 0.003]),
     ),
 }
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import platform
+import random
 import re
 import subprocess
 import sys
@@ -392,6 +393,24 @@ class Run:
             rows["borderline"] = rest.take(n, p.seed) if len(rest) >= 4 else None
         return rows
 
+    @cached_property
+    def new_task(self) -> tuple[Any, Any, Any]:
+        """Rows of `new_task` to fine-tune on (n_task), others to choose the rate on (n_dev) and to test on (n_test)."""
+        from nt_utils.data import tasks
+
+        p = self.parameters
+        if p.new_task == EMBEDDED:
+            sizes = {"train": p.n_task, "dev": p.n_dev, "test": p.n_test}
+            return tuple(tasks.differences(n, split, p.seed) for split, n in sizes.items())
+        rows = self._source("new_task", "benign").filter(helpful=bool)
+        rows = rows.take(p.n_task + p.n_dev + p.n_test, p.seed)
+        if len(rows) < 12:
+            raise InputError(f"new_task: {p.new_task} has {len(rows)} prompts with an answer; at least 12 are needed")
+        first, second = (len(rows) * n // (p.n_task + p.n_dev + p.n_test) for n in (p.n_task, p.n_task + p.n_dev))
+        mixed = list(range(len(rows)))
+        random.Random(p.seed).shuffle(mixed)
+        return tuple(rows[part] for part in (mixed[:first], mixed[first:second], mixed[second:]))
+
     def importance(self, lm, role: str, kinds, positions: str):
         """Exact importance on the prompts of a role, from file when the same scores were made before."""
         from nt_utils.neurons import NeuronScores
@@ -451,6 +470,13 @@ class Run:
         finally:
             self.timings[what] = self.timings.get(what, 0.0) + time.perf_counter() - start
 
+    def timing_table(self, name: str, frame) -> Path:
+        """Save a table of seconds and bytes, which differ from run to run, beside the timings."""
+        path = self.path("timings", f"{name}.csv")
+        with atomic(path) as tmp:
+            frame.to_csv(tmp, index=False, float_format="%.4g")
+        return path
+
     def record(self, what: str, value: Any) -> None:
         """Keep a fact for provenance: a fingerprint, a count of dropped prompts."""
         self.facts[what] = value
@@ -496,7 +522,7 @@ class Run:
 
     def _drop_leftovers(self) -> None:
         """Remove what an earlier run of this notebook left and this one did not write again."""
-        for kind in ("tables", "figures", "neurons"):
+        for kind in ("tables", "figures", "neurons", "deltas"):
             for file in (self.folder / kind).glob(f"{self.number}_*"):
                 if file.stat().st_mtime < self.started - 1:
                     file.unlink()

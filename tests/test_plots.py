@@ -24,6 +24,19 @@ TABLES = {
     "languages": pd.DataFrame(
         {"zeroed": ["nothing", "en"] * 2, "evaluated": ["en", "en", "de", "de"], "jaccard": 0.1, "chance": 0.05, **RATE}
     ),
+    "sn_steps": pd.DataFrame(
+        {"arm": ["SN", "SN", "random", "random"], "step": [0, 5] * 2, "metric": "perplexity", "chosen": [False, True] * 2, **RATE}
+    ),
+    "sn_tradeoff": pd.DataFrame(
+        {"arm": "SN", "step": [0, 5] * 2, "metric": ["ASR"] * 2 + ["utility"] * 2, "chosen": [False, True] * 2, **RATE}
+    ),
+    "sn_sides": pd.DataFrame(
+        {"arm": "SN", "sides": ["input", "input", "both", "both"], "step": [0, 5] * 2, "metric": "ASR", **RATE}
+    ),
+    "sn_wrappers": pd.DataFrame({"attack": ["all", "all", "x", "x"], "state": ["before", "SN"] * 2, **RATE}),
+    "rsn_finetuning": pd.DataFrame(
+        {"arm": ["SN", "SN", "full", "full"], "step": [0, 5] * 2, "metric": "ASR", **RATE}
+    ),
     "growth": pd.DataFrame(
         {
             "sweep": ["tokens", "tokens", "layers", "layers", "width", "width"], "tokens": [16, 32, 64, 64, 64, 64],

@@ -110,9 +110,8 @@ def test_notebooks_are_thin_and_without_outputs(path):
     assert "parameters" in code[0]["metadata"].get("tags", [])
     assert f'studies.begin("{path.stem}", globals())' in "".join(code[1]["source"])
     assert "run.finish()" in "".join(code[-1]["source"])
-    for cell in code:
-        assert not cell["outputs"]
-        assert cell["execution_count"] is None
+    assert not [cell for cell in code if cell["outputs"] or cell["execution_count"] is not None]
+    for cell in code[1:]:  # the parameters are declarations, one a line
         assert len("".join(cell["source"]).splitlines()) <= 30
 
 

@@ -126,6 +126,9 @@ class Suite:
                 return member
         raise InputError(f"the suite has no set {name!r}: it has {', '.join(s.name for s in self.sets)}")
 
+    def __contains__(self, name: str) -> bool:
+        return any(member.name == name for member in self.sets)
+
     def only(self, *names: str) -> Suite:
         """The suite with some of its sets."""
         return Suite(tuple(self[name] for name in names), self.name, self.max_new_tokens)

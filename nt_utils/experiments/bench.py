@@ -53,11 +53,16 @@ def difference(controls: Sequence[Evaluation], after: Evaluation, measure: Measu
     def values(found):
         return found.values(measure.set, measure.metric).to_numpy(float)
 
-    rows = after.rows
-    rows = rows[rows["set"] == measure.set]
-    topics = rows["topic"].where(rows["topic"] != "", rows["number"].astype(str))
-    clusters = pd.factorize(topics)[0]
+    clusters = clusters_of(after, measure.set)
     return metrics.clustered_difference([values(c) for c in controls], values(after), clusters, seed=seed)
+
+
+def clusters_of(found: Evaluation, name: str):
+    """Cluster of each prompt of a set, 0, 1, ...: its topic, or itself where it has none."""
+    rows = found.rows
+    rows = rows[rows["set"] == name]
+    topics = rows["topic"].where(rows["topic"] != "", rows["number"].astype(str))
+    return pd.factorize(topics)[0]
 
 
 @dataclass

@@ -14,14 +14,14 @@ trains: `Everything()`, `AllBut(units)` (a defence: some units frozen), `LoRA(..
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from nt_utils.data.records import Prompt
+from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.evaluation.generation import response_likelihood
-from nt_utils.evaluation.suite import Evaluation, Suite, evaluate
-from nt_utils.experiments.bench import Measure, rates
+from nt_utils.evaluation.suite import Evaluation, Suite, evaluate, make_suite
+from nt_utils.experiments.bench import Measure, rates, trimmed
 from nt_utils.interventions.delta import Delta
 from nt_utils.interventions.tuning import AllBut, Everything, LoRA, Only, Tuned, tune
 from nt_utils.models import LanguageModel
@@ -119,6 +119,20 @@ def choose_rate(
     best = min(range(len(losses)), key=losses.__getitem__)
     table = pd.DataFrame({"learning_rate": list(learning_rates), "loss": losses})
     return learning_rates[best], table.assign(chosen=table.index == best)
+
+
+def with_task(suite: Suite, task: PromptSet, measures: Sequence[Measure]) -> tuple[Suite, list[Measure]]:
+    """The suite of these measures with the new task's test rows, told by their final number where they have one.
+
+    Returns the suite and the measures, with "new task (correct answers)" last where that can be told.
+    """
+    member = make_suite(benign=task).sets[0]
+    measures = list(measures)
+    if member.correct:
+        measures.append(Measure("task", "helpful", "new task (correct answers)"))
+    sets = (*suite.only(*dict.fromkeys(m.set for m in measures if m.set != "task")).sets, replace(member, name="task"))
+    whole = replace(suite, sets=sets if member.correct else sets[:-1])
+    return trimmed(whole, measures), measures
 
 
 def task_loss(lm: LanguageModel, rows: Sequence[Prompt], target: str = "helpful") -> float:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nt_utils.data.records import Prompt
-from nt_utils.errors import InputError
+from nt_utils.errors import DivergedError, InputError
 from nt_utils.interventions.delta import Delta
 from nt_utils.interventions.trainable import AllBut, Everything, LoRA, Only, Training
 from nt_utils.models import LanguageModel, pad
@@ -226,7 +226,8 @@ def tune(
 
     Raises:
         InputError: parameters out of range, no pairs, pairs without the response they should learn, an empty or foreign
-            neuron set, or a loss that is not finite.
+            neuron set.
+        DivergedError: a loss that is not finite.
     """
     _check(harmful, benign, benign_share, learning_rate, steps, batch_size, warmup, schedule, every)
     learnt = [
@@ -268,7 +269,7 @@ class _Run:
         loss = response_loss(self.lm, batch)
         value = float(loss.detach())
         if value != value or value in (float("inf"), float("-inf")):
-            raise InputError(f"learning_rate: the loss is {value} at step {len(self.losses)}; try a smaller one")
+            raise DivergedError(f"learning_rate: the loss is {value} at step {len(self.losses)}; try a smaller one")
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         if clip:

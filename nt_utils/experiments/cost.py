@@ -1,0 +1,45 @@
+"""What a piece of work costs in memory, measured from inside the process. For timings, never for results tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+
+
+def resident(which: str = "VmRSS") -> int:
+    """Bytes of memory this process has resident now (VmRSS) or had at most since :func:`forget_peak` (VmHWM)."""
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(which + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{_STATUS} has no {which}")
+
+
+def forget_peak() -> None:
+    """Let the kernel's own mark of the highest resident memory start anew (a sampling thread misses short peaks,
+    and fewer of them the longer the run)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_of(work: Callable[[], object]) -> float:
+    """Bytes that the work needs above what is held before it: of the GPU where there is one, else of this process.
+
+    On a CPU freed memory that the allocator kept is used again without being seen, so that small amounts read too low.
+    NaN where neither can be told (no Linux).
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return float(torch.cuda.max_memory_allocated() - before)
+    try:
+        forget_peak()
+        before = resident()
+    except OSError:
+        return math.nan
+    work()
+    return float(max(resident("VmHWM") - before, 0))

@@ -1,0 +1,340 @@
+"""What notebook 02 asks of tuning: what each way of tuning gains and costs, step by step, at a fairly chosen rate.
+
+    arm = choose(lm, "SN-Tune", Only(neurons), [0.003, 0.01], pairs, steps, dev, goal)   # trains, chooses rate and step
+    arm.delta                                                                            # the Delta of the chosen step
+    curve_table(bench, {"SN-Tune": [arm], ...}, measures)                                # rates against steps, on test
+
+Everything is chosen on the development split (``dev``) and reported on another (``bench``). [SN] is Zhao et al., ICLR
+2025, sections 4 and 5.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pandas as pd
+
+from nt_utils.data.records import Prompt, PromptSet
+from nt_utils.errors import DivergedError, InputError
+from nt_utils.evaluation import metrics
+from nt_utils.evaluation.generation import generate
+from nt_utils.evaluation.suite import Evaluation
+from nt_utils.experiments.bench import Bench, Measure, clusters_of, rates
+from nt_utils.experiments.cost import peak_of
+from nt_utils.experiments.finetuning import FineTuned, Scope
+from nt_utils.interventions.delta import Delta
+from nt_utils.interventions.tuning import Tuned, tune
+from nt_utils.models import LanguageModel
+from nt_utils.neurons import NeuronSet
+from nt_utils.selection import Ranking
+
+# ------------------------------------------------------------------------------------------------------ one arm
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What every arm is tuned on: harmful prompts learn their refusal, benign ones their answer.
+
+    Args:
+        benign_share: of each batch; 0 = refusals alone, as in [SN].
+        batch_size: pairs a step; seed: of their order, the same for every arm.
+    """
+
+    harmful: PromptSet
+    benign: PromptSet
+    benign_share: float = 0.5
+    batch_size: int = 12
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a rate and a step are chosen by.
+
+    Args:
+        harm: the harmful score, lower is better; keep: rates that shall stay high; avoid: rates that shall stay low.
+        target: the harmful score to reach: of the points that reach it the one with the least cost is chosen, and
+            where none does the one with the least harm. None: the least sum of harm and cost.
+    """
+
+    harm: Measure
+    keep: tuple[Measure, ...] = ()
+    avoid: tuple[Measure, ...] = ()
+    target: float | None = 0.1
+
+    def cost(self, found: Evaluation) -> float:
+        """Mean loss of what shall be kept plus mean rate of what shall be avoided (0 to 2)."""
+        kept = [1 - found.rate(m.set, m.metric).value for m in self.keep]
+        avoided = [found.rate(m.set, m.metric).value for m in self.avoid]
+        return sum(sum(part) / len(part) for part in (kept, avoided) if part)
+
+    def order(self, harm: float, cost: float) -> tuple[float, float]:
+        """The smaller the better."""
+        if self.target is None:
+            return (harm + cost, harm)
+        return (0.0, cost) if harm <= self.target else (harm, cost)
+
+    def reached(self, harm: float) -> bool:
+        return self.target is None or harm <= self.target
+
+
+@dataclass
+class Arm:
+    """One way of tuning at its chosen rate.
+
+    Attributes:
+        rate, step: chosen on the development split; reached: whether the goal's target is met there.
+        tuned: the training, with a snapshot at every evaluated step.
+        tried: what was chosen from: arm, learning_rate, step, harm, cost, chosen.
+    """
+
+    name: str
+    scope: Scope
+    rate: float
+    step: int
+    reached: bool
+    tuned: Tuned
+    tried: pd.DataFrame = field(repr=False)
+
+    @property
+    def delta(self) -> Delta:
+        """What was learnt at the chosen step."""
+        return self.tuned.snapshots[self.step]
+
+    @property
+    def steps(self) -> dict[int, Delta | None]:
+        """Evaluated step -> what to do to the model; nothing at step 0."""
+        return {step: delta if step else None for step, delta in self.tuned.snapshots.items()}
+
+
+def train_arm(lm: LanguageModel, scope: Scope, pairs: Pairs, rate: float, steps: Sequence[int], **options) -> Tuned:
+    """Tune on the pairs at one rate, keeping the delta of each of these steps (in main memory)."""
+    return tune(
+        lm, scope, harmful=pairs.harmful, benign=pairs.benign if pairs.benign_share else (),
+        benign_share=pairs.benign_share, learning_rate=rate, steps=max(steps), every=list(steps), snapshots=True,
+        batch_size=pairs.batch_size, seed=pairs.seed, **{"progress": False, **options},
+    )  # fmt: skip
+
+
+def choose(
+    lm: LanguageModel,
+    name: str,
+    scope: Scope,
+    learning_rates: Sequence[float],
+    pairs: Pairs,
+    steps: Sequence[int],
+    dev: Bench,
+    goal: Goal,
+) -> Arm:
+    """Train at every rate; keep the rate and the step that serve the goal best on the development split.
+
+    A rate at which the training diverges is left out; DivergedError when none is left.
+    """
+    best, rows = None, []
+    for rate in learning_rates:
+        try:
+            tuned = train_arm(lm, scope, pairs, rate, steps)
+        except DivergedError:
+            if best is None and rate == learning_rates[-1]:
+                raise
+            continue
+        for step in sorted(steps):
+            found = dev(tuned.snapshots[step])
+            harm, cost = found.rate(goal.harm.set, goal.harm.metric).value, goal.cost(found)
+            rows.append({"arm": name, "learning_rate": rate, "step": step, "harm": harm, "cost": cost})
+            if best is None or goal.order(harm, cost) < best[0]:
+                best = (goal.order(harm, cost), rate, step, goal.reached(harm), tuned)
+    _, rate, step, reached, tuned = best
+    tried = pd.DataFrame(rows)
+    tried["chosen"] = (tried["learning_rate"] == rate) & (tried["step"] == step)
+    return Arm(name, scope, rate, step, reached, tuned, tried)
+
+
+def slug(name: str) -> str:
+    """An arm's name as a file name: "SN, paper's rule" is sn_paper_rule."""
+    return "_".join(re.findall(r"[a-z0-9]+", name.lower().replace("'s", "")))
+
+
+def choose_draws(
+    lm: LanguageModel, name: str, scopes: Sequence[Scope], learning_rates: Sequence[float], *setting
+) -> list[Arm]:
+    """As :func:`choose` for random draws: the first chooses the rate, the others only their step."""
+    first = choose(lm, name, scopes[0], learning_rates, *setting)
+    return [first, *(choose(lm, name, scope, [first.rate], *setting) for scope in scopes[1:])]
+
+
+def without(ranking: Ranking, excluded: NeuronSet, share: float) -> NeuronSet:
+    """The top share of a ranking with some neurons left out, the count refilled from further down.
+
+    RSN-Tune's set: safety neurons that are not foundation neurons, as many as SN-Tune has, so that the two differ in
+    which neurons they train and not in how many (the paper takes the plain difference).
+    """
+    values = ranking.values.double().masked_fill(excluded.flat(ranking.kinds), -math.inf)
+    if len(excluded) + round(share * values.numel()) > values.numel():
+        raise InputError(f"share: got {share}; {len(excluded)} of {values.numel()} neurons are excluded")
+    return replace(ranking, values=values, name=f"{ranking.name}, refilled").top_share(share)
+
+
+def answered(lm: LanguageModel, prompts: PromptSet, max_new_tokens: int, batch_size: int | None = None) -> PromptSet:
+    """The prompts, those without a known answer with the model's own: learning it keeps what the model does."""
+    bare = [i for i, prompt in enumerate(prompts) if not prompt.helpful]
+    if not bare:
+        return prompts
+    texts = generate(
+        lm, prompts[bare], max_new_tokens=max_new_tokens, batch_size=batch_size, progress=False, cache=True
+    )
+    own = {i: response.text for i, response in zip(bare, texts, strict=True)}
+    filled: list[Prompt] = [p.replace(helpful=own[i]) if own.get(i) else p for i, p in enumerate(prompts)]
+    found = PromptSet((p for p in filled if p.helpful), prompts.name)
+    if not len(found):
+        raise InputError(f"benign: none of the {len(prompts)} prompts has an answer, and the model gives none")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------ tables
+
+
+def curve_table(bench: Bench, arms: Mapping[str, Sequence[Arm]], measures: Sequence[Measure]) -> pd.DataFrame:
+    """Rates against training steps, every arm at its own rate.
+
+    Several draws of an arm: the value is their mean, low and high their smallest and largest rate. Columns: arm, step,
+    metric, value, low, high, n, chosen (the step is the one chosen on the development split, of the first draw).
+    """
+    rows = []
+    for name, draws in arms.items():
+        for step in draws[0].steps:
+            found = [bench(draw.steps[step]) for draw in draws]
+            rows += _mean_rates(found, measures, arm=name, step=step, chosen=step == draws[0].step)
+    return pd.DataFrame(rows)
+
+
+def stop_table(bench: Bench, arms: Mapping[str, Sequence[Arm]], measures: Sequence[Measure]) -> pd.DataFrame:
+    """Rates at each arm's chosen step: arm, learning_rate, step, reached, metric, value, low, high, n."""
+    rows = []
+    for name, draws in arms.items():
+        first, found = draws[0], [bench(draw.delta) for draw in draws]
+        labels = {
+            "arm": name,
+            "learning_rate": first.rate,
+            "step": first.step,
+            "reached": all(d.reached for d in draws),
+        }
+        rows += _mean_rates(found, measures, **labels)
+    return pd.DataFrame(rows)
+
+
+def _mean_rates(found: Sequence[Evaluation], measures: Sequence[Measure], **labels) -> list[dict]:
+    if len(found) == 1:
+        return rates(found[0], measures, **labels)
+    rows = []
+    for m in measures:
+        values = [one.rate(m.set, m.metric) for one in found]
+        each = [v.value for v in values]
+        row = {"metric": m.label, "value": float(np.mean(each)), "low": min(each), "high": max(each), "n": values[0].n}
+        rows.append({**labels, **row})
+    return rows
+
+
+def cost_table(lm: LanguageModel, arms: Mapping[str, Sequence[Arm]]) -> pd.DataFrame:
+    """What each arm trains and leaves behind.
+
+    Columns: arm, trained (parameters), share (of the model's), state_bytes (gradient and AdamW's two moments),
+    delta_bytes (values and positions), share_of_checkpoint (delta_bytes over the model's), moved (share of the trained
+    entries whose stored value changed).
+    """
+    checkpoint = sum(p.numel() * p.element_size() for p in lm.model.parameters())
+    rows = []
+    for name, draws in arms.items():
+        tuned, delta = draws[0].tuned, draws[0].delta
+        rows.append(
+            {
+                "arm": name, "trained": tuned.trained, "share": tuned.share, "state_bytes": 3 * tuned.trained_bytes,
+                "delta_bytes": delta.bytes, "share_of_checkpoint": delta.bytes / checkpoint, "moved": delta.moved_share,
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def spent_table(lm: LanguageModel, arms: Mapping[str, Arm], pairs: Pairs, steps: int = 3) -> pd.DataFrame:
+    """Seconds a training step and the peak of memory above what is held before: arm, seconds_a_step, peak_mib."""
+    rows = []
+    for name, arm in arms.items():
+
+        def work(arm=arm) -> Tuned:
+            return tune(
+                lm, arm.scope, harmful=pairs.harmful, benign=pairs.benign if pairs.benign_share else (),
+                benign_share=pairs.benign_share, learning_rate=arm.rate, steps=steps, batch_size=pairs.batch_size,
+                progress=False,
+            )  # fmt: skip
+
+        rows.append((name, work().seconds / steps, peak_of(work) / 2**20))
+    return pd.DataFrame(rows, columns=["arm", "seconds_a_step", "peak_mib"])
+
+
+def class_table(before: Evaluation, after: Mapping[str, Evaluation], name: str = "wrapped") -> pd.DataFrame:
+    """ASR by class of attack before and after: attack, state, value, low, high, n; the first attack is "all"."""
+    rows = []
+    for state, found in {"before": before, **after}.items():
+        part = found.rows[found.rows["set"] == name]
+        values = found.values(name, "asr")
+        groups = [("all", values), *values.groupby(part["attack_class"], sort=True)]
+        for attack, hits in groups:
+            judged = hits.dropna()
+            interval = metrics.wilson(int(judged.sum()), len(judged))
+            rows.append({"attack": attack, "state": state, **interval._asdict()})
+    return pd.DataFrame(rows)
+
+
+# ------------------------------------------------------------------------------------------------------ comparisons
+
+
+def along(bench: Bench, arm: Arm, measure: Measure) -> np.ndarray:
+    """One value a prompt: its outcome, averaged over the evaluated steps after step 0."""
+    outcomes = [
+        bench(delta).values(measure.set, measure.metric).to_numpy(float) for step, delta in arm.steps.items() if step
+    ]
+    return np.mean(outcomes, axis=0)
+
+
+def faster(bench: Bench, arm: Arm, controls: Sequence[Arm], measure: Measure, seed: int = 0) -> metrics.Interval:
+    """A rate averaged over the evaluated steps, minus the controls'; resampled over topics and draws.
+
+    Steps are equal effort: one number for the whole curve instead of one step picked from it.
+    """
+    values = [along(bench, control, measure) for control in controls]
+    found = bench(arm.delta)
+    return metrics.clustered_difference(values, along(bench, arm, measure), clusters_of(found, measure.set), seed=seed)
+
+
+def gap_change(
+    bench: Bench,
+    pair: tuple[Arm, Sequence[Arm]],
+    other: tuple[Arm, Sequence[Arm]],
+    measure: Measure,
+    seed: int = 0,
+) -> metrics.Interval:
+    """How much further (arm, controls) lie apart than another such pair: the difference of two :func:`faster`."""
+
+    def gap(arm, controls):
+        return np.mean([along(bench, c, measure) for c in controls], axis=0) - along(bench, arm, measure)
+
+    found = bench(pair[0].delta)
+    return metrics.clustered_difference([gap(*other)], gap(*pair), clusters_of(found, measure.set), seed=seed)
+
+
+def rise(run: FineTuned, measure: Measure, control: FineTuned | None = None, seed: int = 0) -> metrics.Interval:
+    """How much a rate rises under later fine-tuning, averaged over its steps; minus the control's rise, if given."""
+
+    def values(one: FineTuned) -> np.ndarray:
+        start, *later = (
+            e.values(measure.set, measure.metric).to_numpy(float) for _, e in sorted(one.evaluations.items())
+        )
+        return np.mean(later, axis=0) - start
+
+    own = values(run)
+    base = values(control) if control is not None else np.zeros_like(own)
+    return metrics.clustered_difference([base], own, clusters_of(run.last, measure.set), seed=seed)
