@@ -26,10 +26,13 @@ BIN := $(PREFIX)/bin
 LISTS := $(shell (cat pyproject.toml constraints.txt; echo "$(CURDIR) $(TORCH_INDEX)") | cksum | cut -d' ' -f1)
 READY := $(PREFIX)/.nt-utils-$(LISTS)
 
-.PHONY: study test lab figures publish bench bench-gpu lint clean help env env-test env-dev
+.PHONY: study plan test lab figures publish bench bench-gpu lint clean help env env-test env-dev
 
 study: env ## run the study: executed notebooks, tables and figures in runs/<study>/seed-<seed>/
 	@$(BIN)/python -m nt_utils.batch study --studies "$(STUDY)" --seeds "$(SEEDS)" --preset "$(PRESET)" --cores "$(CORES)"
+
+plan: env ## what the study will do, need and take, and what is missing; loads no weights
+	@$(BIN)/python -m nt_utils.plan --studies "$(STUDY)" --seeds "$(SEEDS)" --preset "$(PRESET)"
 
 test: env-test ## run the tests
 	@$(BIN)/python -m pytest

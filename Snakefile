@@ -5,7 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from nt_utils import batch, studies
+from nt_utils import batch, plan, studies
 
 ROOT = Path(workflow.basedir)
 STUDIES = str(config.get("studies", "testbed")).replace(",", " ").split()
@@ -58,10 +58,18 @@ def cores(wildcards):
     return 1 if FILES[RUNS[wildcards.folder].study].is_testbed else workflow.cores or 8
 
 
+def needs(wildcards):
+    """What a cluster is asked for: worked out from the model's size."""
+    return plan.resources(FILES[RUNS[wildcards.folder].study])
+
+
 rule testbed:
     output:
         touch("runs/{folder}/seed-{seed}/.testbed"),
     threads: 2
+    resources:
+        mem_mb=4000,
+        runtime=60,
     shell:
         "{sys.executable} -m nt_utils.batch testbed --seed {wildcards.seed}"
 
@@ -78,6 +86,10 @@ rule notebook:
         point=point,
         code=studies.code_fingerprint(),  # a change of the package makes its results out of date
     threads: cores
+    resources:
+        gpu=lambda w: needs(w)["gpu"],
+        mem_mb=lambda w: needs(w)["mem_mb"],
+        runtime=lambda w: needs(w)["runtime"],
     shell:
         "OMP_NUM_THREADS={threads} {sys.executable} -m nt_utils.batch run {wildcards.notebook} {params.point}"
         " --seed {wildcards.seed} --preset {PRESET} --output {output}"
@@ -91,5 +103,8 @@ rule sweep:
     params:
         study=lambda w: SWEPT[w.folder],
         seeds=",".join(map(str, SEEDS)),
+    resources:
+        mem_mb=2000,
+        runtime=10,
     shell:
         "{sys.executable} -m nt_utils.batch collect --study {params.study} --seeds {params.seeds} --preset {PRESET}"

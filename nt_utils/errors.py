@@ -15,3 +15,11 @@ class ModelError(InputError):
 
 class DivergedError(InputError):
     """A training's loss is no longer finite: its learning rate is too high."""
+
+
+def gate_message(model: str) -> str:
+    """Which page to visit and which variable to set for a gated model of the hub."""
+    return (
+        f"{model} is gated: accept its licence at https://huggingface.co/{model}, then set the variable HF_TOKEN "
+        "to a token of that account (or run `hf auth login`)"
+    )

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nt_utils.errors import InputError, ModelError
+from nt_utils.errors import InputError, ModelError, gate_message
 from nt_utils.neurons import KINDS, NeuronSpace
 
 # ------------------------------------------------------------------------------------------------------ families
@@ -618,6 +618,8 @@ def check_source(source, revision: str | None = None):
     try:
         config = AutoConfig.from_pretrained(str(source), revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
+        if "gated repo" in str(error):
+            raise ModelError(f"model: {gate_message(str(source))}") from error
         where = (
             "its config.json cannot be read"
             if is_folder

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nt_utils import parameters, studies
-from nt_utils.batch import files, step, sweep
+from nt_utils.batch import access, files, step, sweep
 from nt_utils.errors import InputError
 
 
@@ -24,6 +24,8 @@ def run_study(names: Sequence[str], seeds: Sequence[int], preset: str, cores: st
     Every run folder is claimed first, so a second run on it is refused while the first is alive. Snakemake's own lock
     outlives a killed process; ours does not, so Snakemake's is left out. Steps that a kill left incomplete are repeated.
     """
+    for study in names:
+        access.check_access(files.read(study, root))
     runs = [v for study in names for v in files.variants(study, seeds, preset, root)]
     folders = [root / "runs" / v.folder / f"seed-{seed}" for v in runs for seed in v.seeds]
     command = [

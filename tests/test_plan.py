@@ -1,0 +1,125 @@
+"""A plan loads no weights, follows the config, says what is missing, and never shows a token."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from nt_utils import batch, plan, studies
+from nt_utils.batch import access
+from nt_utils.errors import InputError
+from tests.tiny import CONFIGS, tiny_lm
+
+ROOT = studies.project_root()
+#: Parameters as the model cards publish them, in billions.
+PUBLISHED = {
+    "llama-2-7b": 6.74, "llama-2-7b-chat": 6.74, "llama-3-8b": 8.03, "llama-3-8b-instruct": 8.03,
+    "llama-3.1-8b-instruct": 8.03, "mistral-7b-v0.1": 7.24, "mistral-7b-instruct-v0.2": 7.24, "vicuna-13b-v1.5": 13.0,
+    "qwen2.5-7b-instruct": 7.62, "qwen2.5-14b-instruct": 14.8,
+}  # fmt: skip
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """No network, nothing cached, no token."""
+    monkeypatch.setattr("nt_utils.data.sources.hub_reachable", lambda address="": False)
+    monkeypatch.setattr(access, "cached_file", lambda *_: None)
+    monkeypatch.setattr(plan, "cached_file", lambda *_: None)
+    for module in (access, plan):
+        monkeypatch.setattr(module, "has_token", lambda: False)
+
+
+def test_every_model_of_the_papers_has_its_published_size():
+    found = {name: plan.sizes(name, batch.read(name, ROOT).facts["config"], "").count / 1e9 for name in PUBLISHED}
+    assert found == pytest.approx(PUBLISHED, rel=0.005)
+    studies_with_facts = {p.stem for p in (ROOT / "notebooks" / "params").glob("*.yaml")} - {"testbed"}
+    assert studies_with_facts == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_size_follows_the_config(family):
+    model = tiny_lm(family).model
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    linear = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    if family == "gpt2":  # its learned positions are a table of their own
+        linear -= model.transformer.wpe.weight.numel()
+    assert plan.sizes(family, config, "").count == linear
+
+
+def test_the_plan_of_a_gated_model_offline(offline, monkeypatch):
+    text = str(plan.make_plan("llama-3.1-8b-instruct", [0, 1], "full", ROOT))
+    assert "8.03 billion parameters, bfloat16, 15.0 GiB" in text
+    assert "https://huggingface.co/meta-llama/Llama-3.1-8B-Instruct, then set the variable HF_TOKEN" in text
+    assert "the parameter file (the hub cannot be reached" in text
+    assert "circuit-breakers (harmful): 4994 prompts" in text
+    assert "01_safety_neurons: 1200 prompts scored" in text
+    with pytest.raises(InputError, match="gated: accept its licence at https://hugg"):
+        access.check_access(batch.read("llama-3.1-8b-instruct", ROOT))
+    monkeypatch.setattr(access, "has_token", lambda: True)
+    access.check_access(batch.read("llama-3.1-8b-instruct", ROOT))
+
+
+def test_a_local_config_needs_no_network(offline, tmp_path):
+    (tmp_path / "nt_utils").mkdir()
+    (tmp_path / "notebooks" / "params").mkdir(parents=True)
+    source = ROOT / "notebooks" / "01_safety_neurons.ipynb"
+    (tmp_path / "notebooks" / source.name).write_bytes(source.read_bytes())
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(batch.read("qwen2.5-7b-instruct", ROOT).facts["config"]))
+    (tmp_path / "prompts.csv").write_text("goal\none\ntwo\n")
+    content = {
+        "model": str(model),
+        "dtype": "bfloat16",
+        "harmful": f"{tmp_path}/prompts.csv:goal",
+        "benign": "gone.csv:x",
+    }
+    (tmp_path / "notebooks" / "params" / "mine.yaml").write_text(yaml.safe_dump(content | {"second_language": ""}))
+    found = plan.make_plan("mine", [0], "default", tmp_path)
+    assert "7.6 parameters" in str(found)
+    assert "prompts.csv:goal (harmful): 2 prompts, a local file" in str(found)
+    assert any("gone.csv" in line for line in found.missing)
+    (model / "config.json").write_text("{}")
+    assert "no size" in str(plan.make_plan("mine", [0], "default", tmp_path))
+    (model / "config.json").write_text('{"hidden_size": 8}')
+    with pytest.raises(InputError, match="has no"):
+        plan.make_plan("mine", [0], "default", tmp_path)
+
+
+def test_a_larger_model_needs_more_of_everything():
+    small, large = (plan.sizes(n, batch.read(n, ROOT).facts["config"], "") for n in ("llama-2-7b", "vicuna-13b-v1.5"))
+    rate = plan.Rates(1e-15, 1e-12, 3.0, "")
+    work = plan.Work(scored=200, answers=400, trained=50)
+    assert plan.seconds_of(work, small, 256, "float16", rate) < plan.seconds_of(work, large, 256, "float16", rate)
+    assert plan.memory_of(work, small, 256, "float16", 8) < plan.memory_of(work, large, 256, "float16", 8)
+    tuned = plan.Work(trained=50, full_tuning=True)
+    extra = plan.memory_of(tuned, small, 256, "float16", 8) - plan.memory_of(work, small, 256, "float16", 8)
+    assert extra == pytest.approx(16 * small.count, rel=0.01)
+    needs = [plan.resources(batch.read(n, ROOT)) for n in ("testbed", "llama-2-7b", "qwen2.5-14b-instruct")]
+    assert [n["gpu"] for n in needs] == [0, 1, 1]
+    assert needs[0]["mem_mb"] < needs[1]["mem_mb"] < needs[2]["mem_mb"]
+
+
+def test_rates_are_the_measured_ones_where_there_are_any(tmp_path):
+    assert plan.rates(tmp_path, on_gpu=True).source.startswith("assumed")
+    (tmp_path / "runs").mkdir()
+    row = {"device": "GPU", "date": "2026-01-01", "tokens_per_second": 1000.0, "exact_over_forward": 2.0}
+    (tmp_path / "runs" / "bench_gpu.json").write_text(json.dumps([row]))
+    found = plan.rates(tmp_path, on_gpu=True)
+    assert "measured on GPU" in found.source
+    assert found.scoring == 2.0
+
+
+def test_the_command_loads_no_torch_and_shows_no_token():
+    code = "import sys; from nt_utils import plan; assert plan.main(['--studies', 'testbed llama-2-7b']) == 0; assert 'torch' not in sys.modules"
+    token = "hf_" + "planted" * 4
+    environment = {"HF_TOKEN": token, "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert token not in done.stdout + done.stderr
+    assert "a token is there" in done.stdout
+    assert plan.main(["--studies", "nope"]) == 1
