@@ -78,7 +78,7 @@ def test_a_local_config_needs_no_network(offline, tmp_path):
     }
     (tmp_path / "notebooks" / "params" / "mine.yaml").write_text(yaml.safe_dump(content | {"second_language": ""}))
     found = plan.make_plan("mine", [0], "default", tmp_path)
-    assert "7.6 parameters" in str(found)
+    assert "about 7.6" in str(found)
     assert "prompts.csv:goal (harmful): 2 prompts, a local file" in str(found)
     assert any("gone.csv" in line for line in found.missing)
     (model / "config.json").write_text("{}")
