@@ -53,8 +53,8 @@ bench: env ## measure speed and memory against the plain forward pass
 bench-gpu: env ## the same on a GPU, at the shapes of 7B and 14B models
 	@$(BIN)/python -m bench --gpu
 
-lint: env-dev ## check format, lint and stripped notebooks
-	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/nbstripout --verify notebooks/*.ipynb
+lint: env-dev ## check format, lint, types and stripped notebooks
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/nbstripout --verify notebooks/*.ipynb
 
 clean: ## remove the .venv and build leftovers; runs/ and the cache stay
 	rm -rf .venv build *.egg-info .snakemake .pytest_cache .ruff_cache .mypy_cache

@@ -126,7 +126,11 @@ def scale(source: LanguageModel | DecoderView, factors: Mapping[Site, Tensor]) -
     view = _view(source)
     for site, values in factors.items():
         _check_width(view, site, values, "factors")
-    with edit(view, {s: (lambda x, f=f: x * _like(f, x)) for s, f in factors.items()}):
+
+    def times(values: Tensor) -> Edit:
+        return lambda x: x * _like(values, x)
+
+    with edit(view, {site: times(values) for site, values in factors.items()}):
         yield
 
 
@@ -142,8 +146,11 @@ def ablate(source: LanguageModel | DecoderView, neurons: NeuronSet) -> Iterator[
         raise InputError(
             f"neurons: found on architecture {neurons.space.architecture}; the model at hand is {view.space.architecture}"
         )
-    zero = {site: (lambda x, m=mask: x.masked_fill(m.to(x.device), 0)) for site, mask in neurons.masks.items()}
-    with edit(view, zero):
+
+    def zero(mask: Tensor) -> Edit:
+        return lambda x: x.masked_fill(mask.to(x.device), 0)
+
+    with edit(view, {site: zero(mask) for site, mask in neurons.masks.items()}):
         yield
 
 

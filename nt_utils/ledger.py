@@ -47,6 +47,7 @@ def verdict(low: float, high: float, *, above: float | None = None, below: float
         return "not testable here"
     if above is not None:
         return "holds" if low > above else "does not hold" if high <= above else "undecided"
+    assert below is not None
     return "holds" if high < below else "does not hold" if low >= below else "undecided"
 
 

@@ -23,12 +23,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from nt_utils.errors import InputError, ModelError, gate_message
 from nt_utils.neurons import KINDS, NeuronSpace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # ------------------------------------------------------------------------------------------------------ families
 
@@ -134,6 +138,7 @@ class Projection:
     def weight(self) -> Tensor:
         """[outputs, inputs], as nn.Linear keeps it; a view where the layout allows it."""
         weight = tensor_of(self.module, "weight")
+        assert weight is not None, "a projection has a weight: the view checked it"
         weight = weight.t() if self.transposed else weight
         return weight if self.rows is None else weight[self._rows(weight)]
 
@@ -157,7 +162,7 @@ class Projection:
         return output.index_copy(-1, self._rows(output), part)
 
     def _rows(self, like: Tensor):
-        return self.rows if isinstance(self.rows, slice) else self.rows.to(like.device)
+        return self.rows.to(like.device) if isinstance(self.rows, Tensor) else self.rows
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor | None:
@@ -177,8 +182,9 @@ def device_of(module: nn.Module) -> torch.device:
     """Where a module computes (an offloaded one holds no weights of its own)."""
     hook = getattr(module, "_hf_hook", None)
     for part in getattr(hook, "hooks", (hook,)):
-        if getattr(part, "execution_device", None) is not None:
-            return torch.device(part.execution_device)
+        device = getattr(part, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
     return next(module.parameters()).device
 
 
@@ -196,18 +202,18 @@ class DecoderView:
         space: the model's :class:`~nt_utils.neurons.NeuronSpace`.
     """
 
-    def __init__(self, model: nn.Module):
-        config = model.config
-        self.family_name = config.model_type
+    def __init__(self, model: PreTrainedModel):
+        config: Any = model.config
+        self.family_name: str = config.model_type
         self.family = check_family(config)
         self.model = model
         self.config = config
-        self.num_layers = config.num_hidden_layers
-        self.hidden_size = config.hidden_size
-        self.num_heads = config.num_attention_heads
-        self.num_kv_heads = getattr(config, "num_key_value_heads", None) or self.num_heads
-        self.head_dim = getattr(config, "head_dim", None) or self.hidden_size // self.num_heads
-        self.context_length = getattr(config, "max_position_embeddings", None)
+        self.num_layers: int = config.num_hidden_layers
+        self.hidden_size: int = config.hidden_size
+        self.num_heads: int = config.num_attention_heads
+        self.num_kv_heads: int = getattr(config, "num_key_value_heads", None) or self.num_heads
+        self.head_dim: int = getattr(config, "head_dim", None) or self.hidden_size // self.num_heads
+        self.context_length: int | None = getattr(config, "max_position_embeddings", None)
         self.layers = self._find_layers()
         self._fused_rows = FUSED[self.family.fused](self) if self.family.fused else {}
         self._table = [self._projections(layer) for layer in range(self.num_layers)]
@@ -215,11 +221,11 @@ class DecoderView:
 
     # -- parts
 
-    def _find_layers(self) -> Sequence[nn.Module]:
+    def _find_layers(self) -> nn.ModuleList:
         paths = [self.family.layers, self.family.layers.split(".", 1)[-1]]  # a bare decoder has no "model." in front
         for path in paths:
             layers = _follow(self.model, path)
-            if layers is not None:
+            if isinstance(layers, nn.ModuleList):
                 break
         else:
             raise ModelError(f"model: family {self.family_name!r} has no part {self.family.layers!r}")
@@ -345,17 +351,16 @@ class DecoderView:
         return f"{self.family_name}-{hashlib.sha256(repr(shape).encode()).hexdigest()[:12]}"
 
 
-def decoder(model: nn.Module) -> nn.Module:
+def decoder(model: PreTrainedModel) -> nn.Module:
     """The model without its output head, for passes in which nobody reads the logits."""
     return getattr(model, model.base_model_prefix, model)
 
 
 def _follow(module: nn.Module, path: str) -> nn.Module | None:
+    part: Any = module
     for name in path.split("."):
-        module = getattr(module, name, None)
-        if module is None:
-            return None
-    return module
+        part = getattr(part, name, None)
+    return part
 
 
 def check_family(config) -> Family:
@@ -442,8 +447,8 @@ class LanguageModel:
     ``system_prompt`` stands before every prompt; a template without a system role gets it in front of the user's text.
     """
 
-    model: nn.Module
-    tokenizer: object
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     name: str
     system_prompt: str | None = None
     _marker: str = field(default="\u2063text\u2063", repr=False)
@@ -485,7 +490,7 @@ class LanguageModel:
         return not self.system_prompt or self.system_prompt in text
 
     def _apply(self, messages: list[dict], **more) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **more)
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **more))
 
     def render(self, prompts: Sequence[str], responses: Sequence[str] | None = None) -> list[str]:
         """The text the model reads: the chat template with its generation prompt, then the response if given.

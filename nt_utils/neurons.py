@@ -16,6 +16,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,7 +125,8 @@ class ScoreWriter:
         self.path, self.space, self.kinds, self.n_prompts = Path(path), space, tuple(kinds), int(n_prompts)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._tmp = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        header, offset, places = {}, 0, {}
+        offset, places = 0, {}
+        header: dict[str, Any] = {}
         header["__metadata__"] = _sealed(
             {
                 "format": "nt_utils.scores.1",

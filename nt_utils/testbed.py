@@ -476,14 +476,20 @@ def safety_units(lm: LanguageModel, share: float = SHARE, n_pairs: int | None = 
     from nt_utils.neurons import POOL
     from nt_utils.scoring.importance import importance
 
-    found = []
     with tempfile.TemporaryDirectory() as folder:
-        for i, prompts in enumerate(corpus.pairs(n_pairs or PAIRS, "train", "en", seed)):
-            path = Path(folder) / f"{i}.safetensors"
-            found.append(
-                importance(lm, prompts.texts, kinds=POOL, positions="last", batch_size=32, path=path, progress=False)
+        harmful, benign = (
+            importance(
+                lm,
+                prompts.texts,
+                kinds=POOL,
+                positions="last",
+                batch_size=32,
+                path=Path(folder) / f"{i}.safetensors",
+                progress=False,
             )
-        return selection.contrast(*found).top_share(share)
+            for i, prompts in enumerate(corpus.pairs(n_pairs or PAIRS, "train", "en", seed))
+        )
+        return selection.contrast(harmful, benign).top_share(share)
 
 
 def measure(unaligned: LanguageModel, aligned: LanguageModel, split: str) -> list[dict]:
@@ -672,13 +678,13 @@ def _train_and_save(folder: Path, recipe: Recipe, seed: int, progress: bool) -> 
     tokenizer = make_tokenizer(recipe)
     base = train_unaligned(recipe, tokenizer, seed, progress)
     safe = align(recipe, tokenizer, base, seed, progress)
-    pair = []
+    made = {}
     for name, model in (("unaligned", base), ("aligned", safe)):
         with _quiet_saving():
             model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-        pair.append(LanguageModel(model.eval(), tokenizer, f"testbed-{name}"))
-    gate = _gate(*pair, recipe)
+        made[name] = LanguageModel(model.eval(), tokenizer, f"testbed-{name}")
+    gate = _gate(made["unaligned"], made["aligned"], recipe)
     (folder / "gate.json").write_text(json.dumps(gate, indent=1))
 
 

@@ -451,13 +451,15 @@ def _draw_text(rng: random.Random, mix: Mix, kind: str) -> Row:
     return Row("", _passage(rng), kind)
 
 
-_DRAW: dict[str, Callable[[random.Random, Mix, str], Row]] = {
+_Draw = Callable[[random.Random, Mix, str], Row]
+_REQUESTS: dict[str, _Draw] = dict.fromkeys(("impossible", "benign", "harmful", "borderline", "refusal"), _draw_request)
+_DRAW: dict[str, _Draw] = {
     "text": _draw_text,
     "judgement": _draw_judgement,
     "facts": _draw_knowledge,
     "sums": _draw_knowledge,
     "rewriting": _draw_knowledge,
-} | dict.fromkeys(("impossible", "benign", "harmful", "borderline", "refusal"), _draw_request)
+} | _REQUESTS
 
 
 def corpus_fingerprint() -> str:

@@ -62,8 +62,9 @@ class _ModelJudge(ABC):
         """One verdict a response; `unparseable` counts the answers of this call that made no sense."""
         from tqdm.auto import tqdm
 
-        verdicts: list[Verdict] = [_without_model(text) for text in responses]
-        asked = [i for i, verdict in enumerate(verdicts) if verdict is None]
+        known = [_without_model(text) for text in responses]
+        verdicts: list[Verdict] = [NOT_JUDGED if verdict is None else verdict for verdict in known]
+        asked = [i for i, verdict in enumerate(known) if verdict is None]
         asked.sort(key=lambda i: len(prompts[i].text) + len(responses[i]))
         self.unparseable = 0
         starts = range(0, len(asked), self.batch_size)
@@ -129,14 +130,15 @@ class ClassifierJudge(_ModelJudge):
 
         model, tokenizer = _load(source, AutoModelForSequenceClassification)
         labels = {str(name).lower(): i for name, i in model.config.label2id.items()}
-        wanted = [positive] if isinstance(positive, str) else list(positive or [])
-        wanted = [w.lower() for w in wanted] or [w for w in ("compliance", "harmful", "unsafe", "yes") if w in labels][
-            :1
-        ]
+        given = [positive] if isinstance(positive, str) else list(positive or [])
+        usual = [w for w in ("compliance", "harmful", "unsafe", "yes") if w in labels]
+        wanted = [w.lower() for w in given] or usual[:1]
         unknown = [w for w in wanted if w not in labels]
         if unknown or not wanted:
             what = f"{unknown[0]!r} is no label of it" if unknown else "say which of its labels means compliance"
-            raise InputError(f"positive: {source}: {what}; its labels are {', '.join(sorted(labels, key=labels.get))}")
+            raise InputError(
+                f"positive: {source}: {what}; its labels are {', '.join(sorted(labels, key=labels.__getitem__))}"
+            )
         options = {"name": Path(str(source)).name, **options}
         ids = tuple(labels[w] for w in wanted)
         return cls(model=model, tokenizer=tokenizer, template=template, positive=ids, **options)

@@ -74,7 +74,8 @@ def gcg_attack(
 def random_suffixes(lm: LanguageModel, prompts: PromptSet, *, suffix_length: int = 10, seed: int = 0) -> PromptSet:
     """The control: every prompt with as many random printable tokens, attack "random-suffix"."""
     rng = random.Random(seed)
-    words = [lm.tokenizer.decode([i]) for i in range(len(lm.tokenizer)) if i not in set(lm.tokenizer.all_special_ids)]
+    special = set(lm.tokenizer.all_special_ids)
+    words = [str(lm.tokenizer.decode([i])) for i in range(len(lm.tokenizer)) if i not in special]
     words = [word for word in words if word.isascii() and word.isprintable() and word.strip()]
     found = []
     for prompt in prompts:

@@ -66,7 +66,7 @@ def generate(
     records = as_prompts(prompts)
     if not records:
         return []
-    path = None if cache is False else _cache_path(lm, records, max_new_tokens, intervention, cache)
+    path = _cache_path(lm, records, max_new_tokens, intervention, cache) if cache else None
     if path is not None and (stored := _read_cache(path, len(records))) is not None:
         return stored
     with intervention.active(lm) if intervention is not None else contextlib.nullcontext():
@@ -90,7 +90,7 @@ def _generate(
 
     inputs = prompt_ids(lm, prompts, room=max_new_tokens)
     order = sorted(range(len(inputs)), key=lambda i: (-len(inputs[i]), i))
-    responses: list[Response | None] = [None] * len(inputs)
+    responses: dict[int, Response] = {}
     with tqdm(total=len(inputs), desc="generating", unit="prompt", disable=not progress, leave=False) as bar:
         while order:
             longest = len(inputs[order[0]])
@@ -98,10 +98,9 @@ def _generate(
             # Rows much shorter than the longest would mostly be padding: they wait for a batch of their own.
             size = min(size, sum(2 * len(inputs[i]) + PADDING >= longest for i in order))
             batch, order = order[:size], order[size:]
-            for i, response in zip(batch, _greedy(lm, [inputs[i] for i in batch], max_new_tokens), strict=True):
-                responses[i] = response
+            responses |= zip(batch, _greedy(lm, [inputs[i] for i in batch], max_new_tokens), strict=True)
             bar.update(len(batch))
-    return responses
+    return [responses[i] for i in range(len(inputs))]
 
 
 def prompt_ids(lm: LanguageModel, prompts: list[Prompt], room: int = 0) -> list[list[int]]:
@@ -174,7 +173,7 @@ def _greedy(lm: LanguageModel, rows: list[list[int]], max_new_tokens: int) -> li
             ids = token[:, None]
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
     return [
-        Response(lm.tokenizer.decode(tokens, skip_special_tokens=True).strip(), not done)
+        Response(str(lm.tokenizer.decode(tokens, skip_special_tokens=True)).strip(), not done)
         for tokens, done in zip(written, finished, strict=True)
     ]
 
@@ -248,7 +247,7 @@ def refusal_margin(
     margin = np.full(len(prompts), math.nan)
     if known:
         subset = prompts[known]
-        options = {"batch_size": batch_size, "progress": progress}
+        options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
         refusal, refusal_tokens = response_likelihood(lm, subset, subset.column("refusal"), **options)
         helpful, helpful_tokens = response_likelihood(lm, subset, subset.column("helpful"), **options)
         margin[known] = refusal / np.maximum(refusal_tokens, 1) - helpful / np.maximum(helpful_tokens, 1)
@@ -359,7 +358,7 @@ def _cache_path(
         "form": 1,
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    folder = cache_folder() / "generations" if cache is True else Path(cache)
+    folder = cache_folder() / "generations" if isinstance(cache, bool) else Path(cache)
     return folder / f"{digest[:40]}.json"
 
 

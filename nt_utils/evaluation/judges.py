@@ -285,7 +285,7 @@ def count_verdicts(verdicts: Iterable[Verdict]) -> dict[str, int]:
     """How often each verdict was given, what was not judged under "not judged"."""
     counts = dict.fromkeys(VERDICTS, 0) | {"not judged": 0}
     for verdict in verdicts:
-        counts["not judged" if is_missing(verdict) else verdict] += 1
+        counts["not judged" if is_missing(verdict) else str(verdict)] += 1
     return counts
 
 

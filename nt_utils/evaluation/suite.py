@@ -319,8 +319,7 @@ def evaluate(
     start = time.perf_counter()
     active = contextlib.nullcontext if intervention is None else lambda: intervention.active(lm)
     reference = base if base is not None else lm
-    if improbable == "auto":
-        improbable = min(IMPROBABLE, reference.model.config.vocab_size / 4)
+    limit = min(IMPROBABLE, reference.model.config.vocab_size / 4) if isinstance(improbable, str) else improbable
     frames, tables = [], []
     for member in suite.sets:
         if "perplexity" in member.metrics:
@@ -330,7 +329,7 @@ def evaluate(
             lm, member.prompts, max_new_tokens=max_new_tokens or member.max_new_tokens or suite.max_new_tokens,
             batch_size=batch_size, progress=progress, intervention=intervention, cache=cache,
         )  # fmt: skip
-        frames.append(_judged_rows(member, responses, judges, reference, improbable, batch_size))
+        frames.append(_judged_rows(member, responses, judges, reference, limit, batch_size))
 
     with active():
         for frame in frames:

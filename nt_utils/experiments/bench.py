@@ -85,12 +85,11 @@ class Bench:
 
     def __call__(self, action: Action = None) -> Evaluation:
         """The evaluation under this action (None: the model as it is)."""
-        if isinstance(action, NeuronSet):
-            action = Deactivate(action)
-        key = action.key if action is not None else ""
+        intervention = Deactivate(action) if isinstance(action, NeuronSet) else action
+        key = intervention.key if intervention is not None else ""
         if key not in self._done:
             self._done[key] = evaluate(
-                self.lm, self.suite, intervention=action, batch_size=self.batch_size, progress=False
+                self.lm, self.suite, intervention=intervention, batch_size=self.batch_size, progress=False
             )
         return self._done[key]
 

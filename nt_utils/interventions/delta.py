@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,7 +28,8 @@ from nt_utils.neurons import _read_header, _sealed
 FORMAT = "nt_utils.delta.1"
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Part:
     """Entries of one parameter.
 
     axis    0 = rows, 1 = columns of the parameter as it is stored (a bias has axis 0)
@@ -148,8 +148,14 @@ class Delta:
         parts = {
             n: Part(p.axis, None if p.index is None else p.index.cpu(), p.values.cpu()) for n, p in self.parts.items()
         }
-        facts = {"architecture": self.architecture, "weights": self.weights, "moved": self.moved}
-        return Delta(parts, **facts, meta=self.meta, name=self.name)
+        return Delta(
+            parts,
+            architecture=self.architecture,
+            weights=self.weights,
+            moved=self.moved,
+            meta=self.meta,
+            name=self.name,
+        )
 
     # -- merging
 
@@ -175,7 +181,7 @@ class Delta:
         stored = {name: take(parameters[name], part.axis, part.index) for name, part in self.parts.items()}
         self._merged = _Merged(lm.model, stored)
         for name, part in self.parts.items():
-            put(parameters[name], *part)
+            put(parameters[name], part.axis, part.index, part.values)
         lm.weights_changed()
 
     def unmerge(self, lm: LanguageModel) -> None:

@@ -71,7 +71,7 @@ def fold(lm: LanguageModel, modulation: Modulation, folder) -> Path:
 
 
 def _parameter(view: DecoderView, site: Site) -> nn.Parameter:
-    parameter = view.projection(*site).module.weight
+    parameter = view.projection(*site).module.get_parameter("weight")
     if parameter.is_meta:
         raise ModelError(
             f"model: the weights of layer {site[0]}, {site[1]} are offloaded; load the model whole to fold"

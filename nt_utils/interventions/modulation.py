@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 METHODS = ("first", "second", "joint")
 BOUNDS = (0.0, 3.0)
+#: What :func:`find_inner_rate` tries: 1/16 to 256.
+RATES = tuple(2.0**k for k in range(-4, 9))
 
 # -------------------------------------------------------------------------------------------------- intervention
 
@@ -156,9 +158,10 @@ class Modulation:
                 for name in set(file.keys()) - {"alpha"}:
                     role, layer, kind = name.split(".")
                     masks[role][int(layer), kind] = file.get_tensor(name).bool()
-            sets = [NeuronSet(found, masks[role], header["weights"]) for role in ("safety", "utility")]
-            bounds = tuple(json.loads(header["bounds"]))
-            out = cls(*sets, alpha, bounds, header["name"], header["weights"], json.loads(header["meta"]))
+            safety, utility = (NeuronSet(found, masks[role], header["weights"]) for role in ("safety", "utility"))
+            low, high = json.loads(header["bounds"])
+            meta = json.loads(header["meta"])
+            out = cls(safety, utility, alpha, (low, high), header["name"], header["weights"], meta)
         except (SafetensorError, KeyError, ValueError) as error:
             raise InputError(f"{path}: damaged modulation file ({str(error).splitlines()[0]})") from error
         if out.key != header["key"]:
@@ -256,10 +259,11 @@ def assign(safety: Ranking, utility: Ranking, n_safety: int, n_utility: int) -> 
             if len(chosen[role]) < count and neuron not in taken:
                 chosen[role].append(neuron)
                 taken.add(neuron)
-    return tuple(
+    first, second = (
         NeuronSet.from_flat(r.space, picks, r.kinds, meta={"rule": r.name})
         for r, picks in zip((safety, utility), chosen, strict=True)
     )
+    return first, second
 
 
 def whole_layers(by: Ranking, layers: int) -> NeuronSet:
@@ -356,8 +360,8 @@ def preset(name: str, safety: Ranking, utility: Ranking, *, learnt: Modulation |
     if name not in PRESETS:
         raise InputError(f"preset: got {name!r}; allowed: {', '.join(PRESETS)}")
     setting, size = PRESETS[name], safety.values.numel()
-    counts = [max(1, round(share * size)) for share in (setting.safety_share, setting.utility_share)]
-    return dial(safety, utility, *counts, setting.strength, learnt=learnt, name=name, **more)
+    n_safety, n_utility = (max(1, round(share * size)) for share in (setting.safety_share, setting.utility_share))
+    return dial(safety, utility, n_safety, n_utility, setting.strength, learnt=learnt, name=name, **more)
 
 
 def sweep(
@@ -380,8 +384,8 @@ def sweep(
     import pandas as pd
     from tqdm.auto import tqdm
 
-    strengths = list(strengths)
-    grid = [(s, u, x) for s in n_safety for u in list(n_utility) if s + u for x in strengths if x]
+    strengths, n_utility = list(strengths), list(n_utility)
+    grid = [(s, u, x) for s in n_safety for u in n_utility if s + u for x in strengths if x]
     rows = [{"n_safety": 0, "n_utility": 0, "strength": 0.0, **measure(None)}]
     for s, u, strength in tqdm(grid, desc="sweep", unit="setting", disable=not progress, leave=False):
         setting = dial(safety, utility, s, u, strength, **more)
@@ -547,7 +551,7 @@ def find_inner_rate(
     recipe: Recipe = Recipe(),
     *,
     share: float = 0.2,
-    rates: Sequence[float] = tuple(2.0**k for k in range(-4, 9)),
+    rates: Sequence[float] = RATES,
 ) -> tuple[float, float]:
     """The smallest rate whose inner step lowers the support loss by ``share``, and the share it lowers it by.
 
@@ -640,7 +644,7 @@ class _Learner:
     def step(self, state: _State) -> dict:
         """One outer step over all tasks, in place on the state; the row for the history."""
         batches = [self.draw(task, state.iteration) for task in self.tasks]
-        row = {"iteration": state.iteration}
+        row: dict[str, float] = {"iteration": state.iteration}
         if state.iteration % self.recipe.validate_every == 0 and self.recipe.method != "joint":
             row |= self.inner_effect(state.alpha, [support for support, _ in batches])
         found = [self.gradient(state.alpha, support, query) for support, query in batches]

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ class _Slice:
 
     def __init__(self, module: nn.Module, path: str, side: str, index: Tensor, transposed: bool):
         self.module, self.path, self.side, self.transposed = module, path, side, transposed
-        self.index = index.to(module.weight.device)
+        self.index = index.to(module.get_parameter("weight").device)
         leaves = ["weight", "bias"] if side == "input" and module.bias is not None else ["weight"]
         self.stored = {leaf: take(getattr(module, leaf), self.axis(leaf), self.index) for leaf in leaves}
         self.masters = {leaf: nn.Parameter(values.to(torch.float32, copy=True)) for leaf, values in self.stored.items()}
@@ -203,7 +203,7 @@ class Training:
         parts, moved = {}, 0
         for part in self._slices:
             for leaf, (name, entries) in zip(part.masters, part.parts().items(), strict=True):
-                entries = entries._replace(values=entries.values.clone())
+                entries = replace(entries, values=entries.values.clone())
                 parts[name] = entries
                 moved += int((entries.values != part.stored[leaf].to(entries.values.device)).sum())
         for name, parameter in self._whole.items():
@@ -270,7 +270,7 @@ class _Place:
 
     def complement(self) -> Tensor:
         """All other rows or columns of the module."""
-        weight = self.projection.module.weight
+        weight = self.projection.module.get_parameter("weight")
         keep = torch.ones(weight.shape[_axis(self.side, self.projection.transposed)], dtype=torch.bool)
         keep[self.index] = False
         return keep.nonzero().flatten()
@@ -417,7 +417,8 @@ class LoRA:
     @classmethod
     def matching(cls, lm: LanguageModel, parameters: int, **more) -> LoRA:
         """The rank whose number of trained parameters is nearest to `parameters` (at least 1); alpha = 2 rank."""
-        each = sum(sum(p.module.weight.shape) for p in _all_projections(lm.view).values())
+        shapes = [p.module.get_parameter("weight").shape for p in _all_projections(lm.view).values()]
+        each = sum(size for shape in shapes for size in shape)
         rank = max(1, round(parameters / each))
         return cls(**{"rank": rank, "alpha": 2.0 * rank, **more})
 
@@ -443,7 +444,7 @@ class _LoRATraining(Training):
             target_modules=list(places),
             fan_in_fan_out=any(p.transposed for p in places.values()),
         )
-        self._wrapped = peft.get_peft_model(lm.model, config)
+        self._wrapped: Any = peft.get_peft_model(lm.model, config)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -453,8 +454,8 @@ class _LoRATraining(Training):
         self._check_open()
         parts, moved = {}, 0
         for path, projection in self._places.items():
-            weight = projection.module.weight.detach()
-            layer = self.lm.model.get_submodule(path)
+            weight = projection.module.get_parameter("weight").detach()
+            layer: Any = self.lm.model.get_submodule(path)  # peft's own layer
             with torch.no_grad():
                 values = (weight.float() + layer.get_delta_weight("default").float()).to(weight.dtype)
             parts[f"{path}.weight"] = Part(0, None, values)

@@ -36,7 +36,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -185,8 +185,12 @@ class Responses:
         # Nothing is masked: padding follows the real tokens, which the causal mask keeps from seeing it, and so a query
         # that sees nothing at all (NaN in some attentions under a sliding window) cannot occur.
         ids = self.batch.input_ids.repeat(copies, 1)
-        inputs = {"input_ids": ids[:, start:], "attention_mask": torch.ones_like(ids), "use_cache": False}
-        if start:
+        inputs: dict[str, Any] = {
+            "input_ids": ids[:, start:],
+            "attention_mask": torch.ones_like(ids),
+            "use_cache": False,
+        }
+        if prefix is not None and start:
             inputs["past_key_values"] = prefix.repeated(copies, layer)
         if "logits_to_keep" in inspect.signature(lm.model.forward).parameters:
             inputs["logits_to_keep"] = torch.arange(first - start, last - start + 1, device=ids.device)
@@ -221,7 +225,7 @@ class Prefix:
     """Keys and values of the first ``length`` tokens of every row; no cache where there are none."""
 
     length: int
-    cache: object | None = None
+    cache: Any = None
 
     def repeated(self, copies: int, layer: int):
         """A cache of its own for one forward, each row ``copies`` times over; layers before ``layer`` are not read."""
@@ -520,7 +524,7 @@ def _shift(runs: _Runs, site: Site, gradient: Tensor) -> Tensor:
 
 def _integrated(runs: _Runs, steps: int, rows: int) -> Iterator[dict[Site, Tensor]]:
     for site in runs.sites:
-        mean = 0.0
+        mean = torch.zeros(())
         for points, weights in _chunks(runs, steps, rows):
             values = _along(runs, site, points)
             with torch.enable_grad():
@@ -530,7 +534,7 @@ def _integrated(runs: _Runs, steps: int, rows: int) -> Iterator[dict[Site, Tenso
 
 
 def _direct(runs: _Runs, steps: int, rows: int) -> Iterator[dict[Site, Tensor]]:
-    mean = dict.fromkeys(runs.sites, 0.0)
+    mean = dict.fromkeys(runs.sites, torch.zeros(()))
     for points, weights in _chunks(runs, steps, rows):
         values = {site: _along(runs, site, points) for site in runs.sites}
         with torch.enable_grad():

@@ -160,11 +160,11 @@ def _attention_function(module, query, key, value, attention_mask, scaling=None,
     return _active[-1].attention(module, query, key, value, attention_mask, scaling, softcap), None
 
 
-def _mask_function(*args, allow_is_causal_skip=False, **more) -> Tensor:
+def _mask_function(*args, **more) -> Tensor | None:
     """The model's own mask (causal, window, padding) as bool [batch, 1, queries, keys], never skipped."""
     from transformers.masking_utils import sdpa_mask
 
-    return sdpa_mask(*args, allow_is_causal_skip=False, **more)
+    return sdpa_mask(*args, **more | {"allow_is_causal_skip": False})
 
 
 @contextmanager
@@ -327,7 +327,7 @@ class _Engine:
         scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         output = torch.zeros_like(query.transpose(1, 2))
         grams = self.readers.grams(layer, query.device)
-        found = {kind: [None] * len(self.spans) for kind in "qkv" if kind in self.kinds}
+        found: dict[str, dict[int, Tensor]] = {kind: {} for kind in "qkv" if kind in self.kinds}
         for members in self._groups(mask, query.shape[1], query.shape[-1], key.shape[1]):
             block = self._block(layer, members, query, key, value, mask, scaling, softcap)
             heads = block.weights.unflatten(1, (key.shape[1], -1)) @ block.value.unsqueeze(2)  # [S, Hkv, g, T, d]
@@ -343,7 +343,7 @@ class _Engine:
                 for b, row in zip(members, scores, strict=True):
                     found[kind][b] = row
         for kind, rows in found.items():
-            self._store(layer, kind, torch.stack(rows))
+            self._store(layer, kind, torch.stack([rows[b] for b in range(len(self.spans))]))
         self._raw.clear()
         return output
 
@@ -360,9 +360,10 @@ class _Engine:
         else:
             weights = (softcap * torch.tanh(logits / softcap)).masked_fill_(~allowed, -torch.inf).softmax(-1)
         cos = sin = None
-        if self._rope.get(layer) is not None:
+        rope = self._rope.get(layer)
+        if rope is not None:
             size = self.batch.input_ids.shape[0]
-            cos, sin = (self._cut(x[:, None].expand(size, -1, -1, -1), members) for x in self._rope[layer])
+            cos, sin = (self._cut(x[:, None].expand(size, -1, -1, -1), members) for x in rope)
         return _Block(q, k, v, cos, sin, allowed, logits, weights, scaling, softcap, row_blocks)
 
     def _groups(self, mask: Tensor, h: int, d: int, n: int) -> list[list[int]]:
@@ -396,10 +397,10 @@ class _Engine:
         return self._masks[key][1:]
 
     def _rescale(self, layer: int, kind: str, members: list[int]) -> Tensor | None:
-        scope = self.view.family.qk_norm
-        if not scope:
+        scope, norms = self.view.family.qk_norm, self.view.qk_norm(layer)
+        if norms is None:
             return None
-        norm = self.view.qk_norm(layer)["qk".index(kind)]
+        norm = norms["qk".index(kind)]
         raw = torch.stack([self._raw[layer, kind][b, slice(*self.spans[b])] for b in members])
         return _rescale(raw, norm, scope, self.view.head_dim)
 
@@ -439,7 +440,7 @@ def _channel_parts(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[T
     """
     d = x.shape[-1]
     partner = torch.arange(d, device=x.device)
-    if cos is None:
+    if cos is None or sin is None:
         return x, torch.zeros_like(x), partner
     r = cos.shape[-1]
     half = r // 2
@@ -584,7 +585,8 @@ class _Channels:
         def in_token_space(change: Tensor, us: slice, spare: Tensor) -> Tensor:
             flat = change.view(change.shape[0], -1, heads * n)
             parts = [slice(cut, heads * n), slice(0, cut)][: 2 if cut else 1]
-            return sum(quarter(flat, us, part, spare).view(*change.shape[:2], -1).sum(-1) for part in parts)
+            sums = [quarter(flat, us, part, spare).view(*change.shape[:2], -1).sum(-1) for part in parts]
+            return sums[0] if len(sums) == 1 else sums[0] + sums[1]
 
         return in_token_space
 
