@@ -364,7 +364,7 @@ def find_proportions(
                 break
         chosen[name] = last
     chosen["RU"] = min(chosen["RU"], max(0.9 - chosen["SCU"] - chosen["UCU"], steps[0]))
-    return chosen, [{**row, "chosen": row["share"] == chosen[row["category"]]} for row in rows]
+    return chosen, [{**row, "chosen": row["share"] == chosen[str(row["category"])]} for row in rows]
 
 
 # -------------------------------------------------------------------------------------------------- controls

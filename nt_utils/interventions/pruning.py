@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nt_utils import hooks
 from nt_utils.errors import InputError
@@ -139,7 +140,8 @@ def pruned_model(lm: LanguageModel, pruning: Prune, *, smaller: bool = False):
         _cut(state, paths[projection.module], projection, pruning.neurons.mask(site), pruning.means[site])
     for layer, index in drop.items():
         _remove(state, paths, lm.view, layer, index)
-    model = type(lm.model)(config).to(lm.model.dtype).eval()
+    model: Any = type(lm.model)(config)
+    model = model.to(lm.model.dtype).eval()
     if flags:
         state = {name: torch.zeros_like(v) for name, v in model.state_dict().items() if name.endswith(".bias")} | state
     model.load_state_dict(state)
@@ -196,7 +198,7 @@ def _remove(state: dict, paths: Mapping, view: DecoderView, layer: int, index: T
     down = view.projection(layer, "ffn")
     name = f"{paths[down.module]}.weight"
     state[name] = state[name].index_select(0 if down.transposed else 1, kept.to(state[name].device)).contiguous()
-    modules = {}
+    modules: dict[nn.Module, tuple[bool, list[Tensor]]] = {}
     for role in ("gate", "up") if view.gated else ("up",):
         projection = view.projection(layer, role)
         start = projection.rows.start if isinstance(projection.rows, slice) else 0

@@ -15,6 +15,7 @@ minus top p% on utility data) is :func:`nt_utils.selection.set_difference`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +129,7 @@ def _snip(lm: LanguageModel, batch: Responses, sites: Sequence[Site]) -> dict[Si
         slope = projection.take(slopes[projection.module][row]).float()
         return (projection.weight * (slope.t() @ inputs[projection.module][row].float())).abs()
 
-    rows = [_per_neuron(lm, sites, lambda p, row=row: weights(p, row)) for row in range(batch.size)]
+    rows = [_per_neuron(lm, sites, partial(weights, row=row)) for row in range(batch.size)]
     return {site: torch.stack([found[site] for found in rows]) for site in sites}
 
 
@@ -146,5 +147,5 @@ def _wanda(lm: LanguageModel, batch: Responses, sites: Sequence[Site]) -> dict[S
     def weights(projection: Projection, row: int) -> Tensor:
         return projection.weight.float().abs() * norms[projection.module][row]
 
-    rows = [_per_neuron(lm, sites, lambda p, row=row: weights(p, row)) for row in range(batch.size)]
+    rows = [_per_neuron(lm, sites, partial(weights, row=row)) for row in range(batch.size)]
     return {site: torch.stack([found[site] for found in rows]) for site in sites}
