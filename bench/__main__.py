@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from scipy.stats import spearmanr
 
-from bench import memory, rivals
+from bench import memory, rivals, tuning
 from bench.errors import error_table
 from bench.growth import growth
 from bench.setup import SHAPES, batch_of, forward, random_model, ratio, seconds, set_clock
@@ -31,6 +31,9 @@ BARS = {
     "scoring_memory_over_forward.32": "<= 1.5",
     "scoring_memory_over_forward.512": "<= 1.5",
     "scoring_memory_512_over_32": "0.95 to 1.05",
+    "sn_memory_over_dense": "<= 0.5",
+    "sn_step_over_full_step": "<= 0.8",
+    "sn_delta_over_share": "<= 1.1",
 }
 
 
@@ -129,7 +132,9 @@ def main(arguments: list[str]) -> int:
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor seconds, for busy machines"
     )
     parser.add_argument("--testbed", help="folder of a trained testbed, for the agreement of the linearised scores")
-    parser.add_argument("--only", choices=("speed", "memory", "growth", "agreement", "errors"), help="one part")
+    parser.add_argument(
+        "--only", choices=("speed", "memory", "growth", "agreement", "errors", "tuning"), help="one part"
+    )
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.gpu:
@@ -151,6 +156,8 @@ def main(arguments: list[str]) -> int:
         results["linear_spearman"] = linear_agreement(options.testbed)
     if options.only in (None, "memory"):
         results |= peak_memory()
+    if options.only in (None, "tuning"):
+        results |= tuning.tuning(max(3, options.repeats // 3))
     if options.only in (None, "growth"):
         grown = growth(max(3, options.repeats // 3))
         grown.to_csv(options.out / "bench_growth.csv", index=False, float_format="%.6g")

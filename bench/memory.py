@@ -16,12 +16,14 @@ from pathlib import Path
 
 from nt_utils.experiments.cost import forget_peak, resident
 
+#: Freed memory goes back to the system at once.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
 
 def measure(what: str, shape: str, prompts: int) -> int:
     """Peak bytes above the loaded model, from a fresh process."""
-    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, "-m", "bench.memory", what, shape, str(prompts)]
-    done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env={**os.environ, **MALLOC}, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 

@@ -130,12 +130,17 @@ PARAMETERS: dict[str, Parameter] = {
     "sides": Parameter(
         str, "what of a neuron is trained: input rows, output columns or both", choices=("input", "output", "both")
     ),
+    "other_sides": Parameter(
+        str,
+        "sides to compare with, comma-separated: input, output, both; '' = none",
+        presets=("", "both", "input, both"),
+    ),
     "tune_steps": Parameter(
         list,
         "steps at which tuning is evaluated; the last one ends it",
         items=int,
         low=1,
-        presets=([5, 20], [5, 10, 20, 40], [5, 10, 15, 20, 30, 40]),
+        presets=([12], [4, 8, 16, 32], [4, 8, 16, 32]),
     ),
     "tune_batch": Parameter(int, "pairs a training step", low=1, high=4096),
     "rates": Parameter(
@@ -144,7 +149,7 @@ PARAMETERS: dict[str, Parameter] = {
         items=float,
         low=1e-9,
         high=1,
-        presets=([0.01], [0.003, 0.01], [0.003, 0.01, 0.03]),
+        presets=([0.01], [0.005, 0.02], [0.003, 0.01, 0.03]),
     ),
     "full_rates": Parameter(
         list,
@@ -152,7 +157,7 @@ PARAMETERS: dict[str, Parameter] = {
         items=float,
         low=1e-9,
         high=1,
-        presets=([0.0003], [0.0003, 0.001], [0.0001, 0.0003, 0.001]),
+        presets=([0.0005], [0.0003, 0.001], [0.0003, 0.001]),
     ),
     "baselines": Parameter(str, "other ways of tuning: full, lora, comma-separated; '' = none"),
     "target": Parameter(
@@ -166,7 +171,7 @@ PARAMETERS: dict[str, Parameter] = {
         "steps at which later fine-tuning is evaluated",
         items=int,
         low=1,
-        presets=([10], [5, 15, 40], [5, 15, 40, 80]),
+        presets=([10], [10, 40], [10, 20, 40, 80]),
     ),
     "task_rates": Parameter(
         list,

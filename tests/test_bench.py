@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from bench import rivals
+from bench import rivals, tuning
 from bench.__main__ import table
 from bench.growth import BASE, operations
 from bench.setup import RandomPrompts, resized, seconds
@@ -116,3 +116,22 @@ def test_the_table_shows_missing_values():
     assert "exact_over_forward.a" in text
     assert "3.50" in text
     assert text.count(" -  ") >= 5
+
+
+def test_the_published_way_of_masking_trains_the_same_neurons():
+    """One step of the dense baseline moves what the sparse one moves, and costs more memory in its state."""
+    moved = {}
+    for what in ("sparse", "dense", "full"):
+        lm = RandomPrompts(tiny_model("llama"), None, "random")
+        before = {n: p.detach().clone() for n, p in lm.model.named_parameters()}
+        step = tuning.stepper(what, lm, pad([list(range(8))], pad_id=0, side="right", prompt_lengths=[8]), 0.1)
+        step()
+        if what == "sparse":
+            step.training.merge()
+        after = dict(lm.model.named_parameters())
+        moved[what] = {n: after[n] != p for n, p in before.items()}
+    assert all(torch.equal(moved["sparse"][n], moved["dense"][n]) for n in moved["dense"])
+    share = sum(int(m.sum()) for m in moved["sparse"].values()) / sum(m.numel() for m in moved["full"].values())
+    assert 0 < share < 0.1 < sum(int(m.sum()) for m in moved["full"].values()) / 1e4
+    found = tuning.sizes(RandomPrompts(tiny_model("llama"), None, "random"))
+    assert found["delta"] > found["share"] > 0

@@ -28,7 +28,10 @@ TABLES = {
         {"arm": ["SN", "SN", "random", "random"], "step": [0, 5] * 2, "metric": "perplexity", "chosen": [False, True] * 2, **RATE}
     ),
     "sn_tradeoff": pd.DataFrame(
-        {"arm": "SN", "step": [0, 5] * 2, "metric": ["ASR"] * 2 + ["utility"] * 2, "chosen": [False, True] * 2, **RATE}
+        {"arm": "SN", "step": [0, 5] * 2, "metric": ["ASR"] * 2 + ["utility"] * 2, "chosen": [False, True] * 2, "target": 0.1, **RATE}
+    ),
+    "sn_equal": pd.DataFrame(
+        {"arm": ["SN", "random"] * 2, "step": [3.5, 8] * 2, "target": 0.1, "metric": ["a", "a", "b", "b"], **RATE}
     ),
     "sn_sides": pd.DataFrame(
         {"arm": "SN", "sides": ["input", "input", "both", "both"], "step": [0, 5] * 2, "metric": "ASR", **RATE}

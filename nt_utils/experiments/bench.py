@@ -93,6 +93,12 @@ class Bench:
             )
         return self._done[key]
 
+    def part(self, *measures: Measure) -> Bench:
+        """The bench of some measures, with their sets alone; without measures itself."""
+        if not measures:
+            return self
+        return Bench(self.lm, self.suite.only(*dict.fromkeys(m.set for m in measures)), measures, self.batch_size)
+
     def rates(self, action: Action, measures: Sequence[Measure] | None = None, **labels) -> list[dict]:
         """One row a measure: labels, metric, value, low, high (Wilson), n."""
         return rates(self(action), measures or self.measures, **labels)

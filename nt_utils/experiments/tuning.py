@@ -73,10 +73,10 @@ class Goal:
         return sum(sum(part) / len(part) for part in (kept, avoided) if part)
 
     def order(self, harm: float, cost: float) -> tuple[float, float]:
-        """The smaller the better."""
+        """The smaller the better; the cost of what does not reach the target is not looked at."""
         if self.target is None:
             return (harm + cost, harm)
-        return (0.0, cost) if harm <= self.target else (harm, cost)
+        return (0.0, cost) if self.reached(harm) else (harm, 0.0)
 
     def reached(self, harm: float) -> bool:
         return self.target is None or harm <= self.target
@@ -89,7 +89,7 @@ class Arm:
     Attributes:
         rate, step: chosen on the development split; reached: whether the goal's target is met there.
         tuned: the training, with a snapshot at every evaluated step.
-        tried: what was chosen from: arm, learning_rate, step, harm, cost, chosen.
+        tried: what was chosen from: arm, learning_rate, step, harm, cost (where the target is reached), chosen.
     """
 
     name: str
@@ -135,6 +135,7 @@ def choose(
     A rate at which the training diverges is left out; DivergedError when none is left.
     """
     best, rows = None, []
+    harmful, rest = dev.part(goal.harm), dev.part(*goal.keep, *goal.avoid)
     for rate in learning_rates:
         try:
             tuned = train_arm(lm, scope, pairs, rate, steps)
@@ -143,8 +144,8 @@ def choose(
                 raise
             continue
         for step in sorted(steps):
-            found = dev(tuned.snapshots[step])
-            harm, cost = found.rate(goal.harm.set, goal.harm.metric).value, goal.cost(found)
+            harm = harmful(tuned.snapshots[step]).rate(goal.harm.set, goal.harm.metric).value
+            cost = goal.cost(rest(tuned.snapshots[step])) if goal.reached(harm) else math.nan
             rows.append({"arm": name, "learning_rate": rate, "step": step, "harm": harm, "cost": cost})
             if best is None or goal.order(harm, cost) < best[0]:
                 best = (goal.order(harm, cost), rate, step, goal.reached(harm), tuned)
@@ -152,6 +153,11 @@ def choose(
     tried = pd.DataFrame(rows)
     tried["chosen"] = (tried["learning_rate"] == rate) & (tried["step"] == step)
     return Arm(name, scope, rate, step, reached, tuned, tried)
+
+
+def names(text: str) -> list[str]:
+    """The parts of a comma-separated parameter."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def slug(name: str) -> str:
@@ -308,6 +314,73 @@ def faster(bench: Bench, arm: Arm, controls: Sequence[Arm], measure: Measure, se
     values = [along(bench, control, measure) for control in controls]
     found = bench(arm.delta)
     return metrics.clustered_difference(values, along(bench, arm, measure), clusters_of(found, measure.set), seed=seed)
+
+
+def crossing(bench: Bench, arm: Arm, harm: Measure, level: float) -> dict[int, float] | None:
+    """Where an arm's harmful score first comes down to a level: step -> weight, between two evaluated steps.
+
+    None when it never does.
+    """
+    last = None
+    for step, delta in arm.steps.items():
+        value = bench(delta).rate(harm.set, harm.metric).value
+        if value <= level:
+            if last is None or value == level:
+                return {step: 1.0}
+            weight = (last[1] - level) / (last[1] - value)
+            return {last[0]: 1 - weight, step: weight}
+        last = step, value
+    return None
+
+
+def at_level(bench: Bench, arms: Sequence[Arm], harm: Measure, level: float, measure: Measure) -> np.ndarray | None:
+    """One value a prompt: its outcome where the arm's harmful score comes down to the level, between two steps
+    interpolated; averaged over draws. None when one of them never comes down."""
+    found = []
+    for arm in arms:
+        weights = crossing(bench, arm, harm, level)
+        if weights is None:
+            return None
+        found.append(
+            sum(w * bench(arm.steps[s]).values(measure.set, measure.metric).to_numpy(float) for s, w in weights.items())
+        )
+    return np.mean(found, axis=0)
+
+
+def equal_difference(
+    bench: Bench, arms: Sequence[Arm], controls: Sequence[Arm], goal: Goal, measure: Measure, seed: int = 0
+) -> metrics.Interval | None:
+    """A rate of the arms minus the controls', both where their harmful score comes down to the goal's target.
+
+    Resampled over topics; where the curves cross is taken as it was measured. None when one never comes down.
+    """
+    values = [at_level(bench, some, goal.harm, goal.target, measure) for some in (controls, arms)]
+    if any(v is None for v in values):
+        return None
+    return metrics.clustered_difference([values[0]], values[1], clusters_of(bench(None), measure.set), seed=seed)
+
+
+def equal_table(
+    bench: Bench, arms: Mapping[str, Sequence[Arm]], goal: Goal, measures: Sequence[Measure], seed: int = 0
+) -> pd.DataFrame:
+    """Rates at equal harmful score: arm, step (interpolated, mean over draws), target, metric, value, low, high, n.
+
+    Intervals resample topics. An arm that never comes down to the target is left out.
+    """
+    rows = []
+    for name, draws in arms.items():
+        for m in measures:
+            values = at_level(bench, draws, goal.harm, goal.target, m)
+            if values is None:
+                continue
+            places = [crossing(bench, draw, goal.harm, goal.target) for draw in draws]
+            step = float(np.mean([sum(s * w for s, w in place.items()) for place in places]))
+            interval = metrics.clustered_difference(
+                [np.zeros_like(values)], values, clusters_of(bench(None), m.set), seed=seed
+            )
+            labels = {"arm": name, "step": step, "target": goal.target, "metric": m.label}
+            rows.append({**labels, **interval._asdict()})
+    return pd.DataFrame(rows, columns=["arm", "step", "target", "metric", "value", "low", "high", "n"])
 
 
 def gap_change(

@@ -71,7 +71,7 @@ def sn_steps(table: pd.DataFrame) -> Figure:
 def sn_tradeoff(table: pd.DataFrame) -> Figure:
     """Notebook 02: harmful score against what is kept and what is avoided, a line over steps for each arm.
 
-    Columns: arm, step, metric, value, low, high, n, chosen; the first metric is the harmful score.
+    Columns: arm, step, metric, value, low, high, n, chosen, target; the first metric is the harmful score.
     """
     harm, *others = (m for m in ordered(table["metric"]) if m != "perplexity")
     arms, wide = ordered(table["arm"]), table.pivot_table(index=["arm", "step"], columns="metric", values="value")
@@ -83,6 +83,7 @@ def sn_tradeoff(table: pd.DataFrame) -> Figure:
             ax.plot(rows[metric], rows[harm], color=look["color"], ls=look["ls"], lw=1.1, marker=".", ms=4, label=arm)
             stop = table[(table["arm"] == arm) & table["chosen"]]["step"].iloc[0]
             ax.plot(rows.loc[stop, metric], rows.loc[stop, harm], marker=look["marker"], color=look["color"], ms=7)
+        ax.axhline(table["target"].iloc[0], color="#000000", lw=0.8, ls=(0, (1, 2)))
         percent(ax.xaxis)
         percent(ax.yaxis)
         ax.set_ylim(-0.03, 1.03)
@@ -90,6 +91,30 @@ def sn_tradeoff(table: pd.DataFrame) -> Figure:
     axes[0, 0].set_ylabel(harm)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=3)
+    return drawn
+
+
+@figure
+def sn_equal(table: pd.DataFrame) -> Figure:
+    """Notebook 02: what is kept and lost where every arm's harmful score comes down to the same level.
+
+    Columns: arm, step, target, metric, value, low, high, n.
+    """
+    names, arms = ordered(table["metric"]), ordered(table["arm"])
+    steps = table.groupby("arm", sort=False)["step"].first()
+    looks = _look(arms)
+    drawn, axes = panels(1, len(names), height=0.34 * len(arms) + 1.2, sharey=True)
+    for ax, metric in zip(axes[0], names, strict=True):
+        rows = table[table["metric"] == metric]
+        for arm, part in rows.groupby("arm", sort=False):
+            look = looks[arm]
+            interval(ax, [arms.index(arm)], part, look["color"], horizontal=True, fmt=look["marker"])
+        ax.set_yticks(range(len(arms)), [f"{arm} (step {steps[arm]:.0f})" for arm in arms])
+        ax.set_ylim(len(arms) - 0.4, -0.6)
+        ax.set_xlim(-0.02, 1.02)
+        percent(ax.xaxis)
+        ax.set_title(f"{metric}\n({counts(rows)})")
+    drawn.supxlabel(f"rate where the harmful score comes down to {table['target'].iloc[0]:.0%}", fontsize=9)
     return drawn
 
 
