@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from nt_utils.errors import InputError
-from nt_utils.plots import behaviour, bench, detection, tuning, units  # noqa: F401  (their figures register themselves)
+from nt_utils.plots import behaviour, bench, detection, modulation, tuning, units  # noqa: F401  (their figures register themselves)
 from nt_utils.plots.style import FIGURES, STYLE
 
 if TYPE_CHECKING:

@@ -1,0 +1,237 @@
+"""Notebook 05's tables on a tiny model: the material, the sets, the baselines, the dial, adaptation and export."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from nt_utils.data.attacks import ATTACKS
+from nt_utils.data.records import Prompt, PromptSet
+from nt_utils.evaluation import metrics
+from nt_utils.evaluation.suite import Suite, SuiteSet
+from nt_utils.experiments import dial_panel
+from nt_utils.experiments import modulation as study
+from nt_utils.interventions.modulation import Modulation, Recipe
+from nt_utils.neurons import POOL
+from nt_utils.selection import Ranking
+from tests.tiny import tiny_lm
+
+QUICK = Recipe(iterations=1, support=1, query=1, inner_rate=1.0, validate_every=1)
+
+
+def _prompts(word, n, kind, **more):
+    rows = [
+        Prompt(f"{word} {i}", refusal="No.", helpful=f"Yes {i}", kind=kind, topic=f"t{i}", **more) for i in range(n)
+    ]
+    return PromptSet(rows, word)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    found = tiny_lm()
+    found.model.config.max_position_embeddings = 1024
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranked(lm):
+    generator = torch.Generator().manual_seed(0)
+    space = lm.view.space
+    values = torch.randn(2, space.size(POOL), generator=generator)
+    return study.Rankings(Ranking(space, POOL, values[0], "s"), Ranking(space, POOL, values[1], "u"), None, None)
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Material whose prompts are short."""
+    tasks = {"roleplay": _prompts("be max", 3, "harmful"), "direct": _prompts("rob", 3, "harmful")}
+    benign = _prompts("boil", 4, "benign", task="how-to")
+    unseen = {"persona": _prompts("be ilse", 2, "harmful")}
+    return study.Material(tasks["direct"], (ATTACKS["roleplay.1"],), benign, tasks, (tasks, benign), unseen)
+
+
+@pytest.fixture
+def suite(monkeypatch, tmp_path):
+    monkeypatch.setenv("NT_CACHE", str(tmp_path))
+    wrapped = [
+        dataclasses.replace(p, attack=name, text=f"{name} {p.text}")
+        for name in ("roleplay.5", "persona")
+        for p in _prompts("rob", 3, "harmful")
+    ]
+    sets = (
+        SuiteSet("direct", _prompts("rob", 4, "harmful"), ("asr",)),
+        SuiteSet("wrapped", PromptSet(wrapped, "wrapped"), ("asr",)),
+        SuiteSet("borderline", _prompts("kill time", 4, "borderline"), ("over_refusal",)),
+        SuiteSet("benign", _prompts("boil", 4, "benign"), ("refusal", "compliance")),
+    )
+    return study.modulation_suite(Suite(sets, "tiny", 3))
+
+
+def test_the_material_keeps_splits_and_unseen_classes_apart():
+    material = study.material(20, seed=1)
+    learnt = [p for prompts in material.tasks.values() for p in prompts] + list(material.benign)
+    held = [p for prompts in material.dev[0].values() for p in prompts] + list(material.dev[1])
+    assert {p.split for p in learnt} == {"train"} and {p.split for p in held} == {"dev"}
+    assert not {p.text for p in learnt} & {p.text for p in held}
+    used = {ATTACKS[p.attack].attack_class for p in learnt + held if p.attack}
+    assert used == {"roleplay", "fiction", "prefix", "suppression"} == set(material.tasks) - {"direct"}
+    assert len(material.unseen) == 8 and not set(material.unseen) & used
+    assert all(p.refusal and p.helpful for p in learnt + held)
+    share = np.mean([p.kind == "borderline" for p in material.benign])
+    assert 0.5 < share < 0.7 and {len(t) for t in material.tasks.values()} == {20}
+
+
+def test_given_prompts_get_stock_refusals_and_the_models_own_answers(lm, monkeypatch, tmp_path):
+    monkeypatch.setenv("NT_CACHE", str(tmp_path))
+    bad = PromptSet([Prompt(f"rob {i}", kind="harmful") for i in range(10)])
+    calm = PromptSet([Prompt(f"boil {i}", kind="benign") for i in range(10)])
+    material = study.given_material(lm, bad, calm, max_new_tokens=4)
+    assert len(material.plain) == 8 and len(material.dev[0]["direct"]) == 2
+    assert set(material.plain.column("refusal")) == {study.REFUSAL}
+    assert all(p.helpful.strip() for p in material.benign)
+    assert set(material.tasks) == {"roleplay", "fiction", "suppression", "prefix", "direct"}
+    assert not set(material.tasks) & set(material.unseen) and "persona" in material.unseen
+    assert {s.name for s in study.development_suite(material, 4).sets} == {"direct", "seen", "benign"}
+
+
+def test_the_suite_tells_seen_from_unseen_attacks(suite):
+    assert set(suite["seen"].prompts.column("attack")) == {"roleplay.5"}
+    assert set(suite["unseen"].prompts.column("attack")) == {"persona"}
+    novel = study.modulation_suite(suite, ("prefill", "persona"), 3)["novel"].prompts
+    assert [p.attack for p in novel] == ["prefill", "persona", "prefill"] and novel[0].prefill
+    roles = study.roles(suite)
+    assert list(roles) == ["direct", "seen", "unseen", "over", "refusal", "useful"]
+    assert study.key_roles(roles) == ("unseen", "over", "useful")
+    few = study.roles(suite.only("direct", "benign"))
+    assert study.key_roles(few) == ("direct", "refusal", "useful")
+    assert [s.name for s in study.class_suite(suite, ["persona"]).sets] == ["borderline", "benign", "persona"]
+
+
+def test_random_sets_match_every_site(ranked):
+    safety, utility = study.preset_sets(ranked, "safety-first")
+    assert len(safety) > len(utility) > 0 and not len(safety & utility)
+    draws = study.random_sets(safety, utility, 3, 0)
+    assert all(d.counts() == (safety | utility).counts() for d in draws)
+    assert len({d.fingerprint for d in draws}) == 3
+    assert draws[0] == study.random_sets(safety, utility, 1, 0)[0]
+
+
+def test_attribution_with_and_without_attacks_differs(lm, found):
+    options = {"n": 2, "steps": 1, "method": "patching"}
+    aware, plain = study.rankings(lm, found, **options), study.rankings(lm, found, **options, attack_aware=False)
+    assert torch.equal(aware.utility.values, plain.utility.values)
+    assert not torch.allclose(aware.safety.values, plain.safety.values)
+    safety, utility = study.preset_sets(aware, "safety-first")
+    spread = study.spread_table(aware, safety, utility)
+    assert spread.groupby("role")["count"].sum().to_dict() == {"safety": len(safety), "utility": len(utility)}
+    table = study.rankings_table(aware)
+    assert len(table) == lm.view.space.size(POOL)
+    assert table["safety"].to_numpy() == pytest.approx(aware.safety.values.numpy())
+    value, low, high, n = study.largest_layer(aware.safety_scores, 10, 4, 0)
+    assert 0.5 <= value <= 1 and low <= value <= high and n == 2
+
+
+def test_learning_adapting_and_their_tables(lm, found, ranked, suite):
+    learnt = {
+        name: study.learn_preset(lm, found, ranked, "safety-first", dataclasses.replace(QUICK, method=name))
+        for name in ("first", "joint")
+    }
+    history = study.learning_table(learnt)
+    assert set(history["method"]) == {"first", "joint"} and history["value"].notna().all()
+    assert "support" in set(history.loc[history["method"] == "first", "loss"])
+    alphas = {name: done.modulation for name, done in learnt.items()}
+    assert study.unseen_classes(found, suite) == ["persona"]
+    adapted = study.adaptations(lm, found, alphas, 5.0, ["persona"], QUICK)
+    before, after = adapted["first"]["persona"]
+    assert before is alphas["first"] and not torch.equal(before.alpha, after.alpha)
+    over = study.roles(suite)["over"]
+    bench = study.reader(lm, study.class_suite(suite, ["persona"]), [*study.class_measures(["persona"]), over])
+    table = study.adaptation_table(bench, adapted, over)
+    assert len(table) == 2 * 2 * 2 and set(table["stage"]) == {"before", "after"}
+    value, low, high, n = study.adapted_difference(bench, adapted, "first", "joint", over, 0)
+    assert low <= value <= high and n == 3
+    rate, moved = study.inner_rate(lm, found, study.preset_sets(ranked, "safety-first"), 0.01, QUICK)
+    assert rate > 0 and np.isfinite(moved)
+
+
+def test_baselines_are_chosen_by_the_cost(lm, found, ranked, suite):
+    scaled = study.layer_scaling(ranked.safety, (0.5, 2.0), lambda m: abs(float(m.alpha[0]) - 2))
+    assert set(scaled.alpha.tolist()) == {2.0} and len({layer for layer, _, _ in scaled.safety}) == 1
+    steered = study.steered(lm, found, "add", (0.5, 1.0), lambda s: -s.strength)
+    assert steered.mode == "add" and steered.strength == 1.0
+    measures = study.roles(suite)
+    bench = study.reader(lm, suite, measures.values())
+    rate = {r: bench(scaled).rate(m.set, m.metric).value for r, m in measures.items()}
+    expected = rate["direct"] + rate["seen"] + rate["over"] - rate["useful"]
+    assert study.cost(bench, measures)(scaled) == pytest.approx(expected)
+    table = study.arms_table(bench, {"plain": None, "NeuronTune": scaled, "random": [scaled, steered]})
+    assert set(table["group"]) == {"none", "chosen", "control"} and "random, mean of 2" in set(table["arm"])
+    assert len(table) == 3 * len(measures)
+    mean = table[(table["arm"] == "random, mean of 2") & (table["metric"] == "over-refusal")].iloc[0]
+    assert mean["low"] <= mean["value"] <= mean["high"]
+
+
+def test_sums_of_differences():
+    a, b = metrics.Interval(0.1, -0.2, 0.4, 50), metrics.Interval(-0.3, -0.7, 0.1, 40)
+    assert study.together([a, b]) == pytest.approx((-0.2, -0.7, 0.3, 40))
+    assert study.together([a]) == pytest.approx(a)
+
+
+def test_halved_compares_with_half_of_the_rate():
+    class Two:
+        def __call__(self, action):
+            values = pd.Series([1.0] * 8 if action is None else [1.0] * 4 + [0.0] * 4)
+            rows = pd.DataFrame({"set": "s", "topic": list("abcdefgh"), "number": range(8)})
+            found = type("E", (), {"rows": rows})()
+            found.values = lambda *_: values
+            return found
+
+    value, low, high, n = study.halved(Two(), object(), study.Measure("s", "asr", ""))
+    assert value == 0.0 and low < 0 < high and n == 8
+
+
+def test_the_dial_turns_and_shows_rates(lm, ranked, suite, capsys):
+    measures = study.roles(suite)
+    bench = study.reader(lm, suite, [measures[r] for r in ("unseen", "over", "useful")])
+    learnt = Modulation(*study.preset_sets(ranked, "safety-first"), torch.full((14,), 1.5))
+    table = study.dial_table(ranked, learnt, bench, [0.0, 0.05], [0.5, 1.0])
+    assert len(table) == 1 + 3 * 2 and "dominated" in table
+    dial = dial_panel.Dial(lm, ranked, learnt, table, tokens=3)
+    assert dial.values("n_safety") == [0, 7] and dial.values("strength") == [0.0, 0.5, 1.0]
+    text = dial.rates(7, 0, 1.0)
+    row = table[(table.n_safety == 7) & (table.n_utility == 0) & (table.strength == 1.0)].iloc[0]
+    assert f"over-refusal {row['over-refusal']:.0%}" in text and "n = 4" in text
+    assert dial.rates(7, 7, 0.0) == dial.rates(0, 0, 1.0) and "no rates" in dial.rates(3, 0, 1.0)
+    plain, modulated = dial.answers("rob", 7, 7, 1.0)
+    assert plain == dial.answers("rob", 0, 0, 1.0)[1] and isinstance(modulated, str)
+    assert dial_panel.panel(lm, ranked, learnt, table) is None
+    assert "no front end" in capsys.readouterr().out
+
+
+def test_the_panel_follows_its_sliders(lm, ranked, suite, monkeypatch):
+    widgets = pytest.importorskip("ipywidgets")
+    measures = study.roles(suite)
+    bench = study.reader(lm, suite, [measures[r] for r in ("unseen", "over", "useful")])
+    learnt = Modulation(*study.preset_sets(ranked, "safety-first"), torch.full((14,), 1.5))
+    table = study.dial_table(ranked, learnt, bench, [0.0, 0.05], [1.0])
+    monkeypatch.setattr(dial_panel, "has_front_end", lambda: True)
+    box = dial_panel.panel(lm, ranked, learnt, table, "rob")
+    safety, utility, _, text, rates, answers = box.children
+    assert isinstance(box, widgets.VBox) and rates.value.startswith("unseen-attack ASR")
+    at_full = rates.value, answers.children[1].children[1].value
+    safety.value, utility.value = 0, 0
+    assert rates.value != at_full[0] or answers.children[1].children[1].value != at_full[1]
+    assert answers.children[0].children[1].value == answers.children[1].children[1].value
+    text.value = " "
+    assert answers.children[0].children[1].value == ""
+
+
+def test_the_three_exported_forms_agree(lm, ranked):
+    safety, utility = study.preset_sets(ranked, "safety-first")
+    alpha = torch.linspace(0, 2, len(safety) + len(utility))
+    table = study.parity_table(lm, Modulation(safety, utility, alpha), ["rob", "boil an egg"]).set_index("form")
+    assert table.loc["folded", "difference"] < 1e-5
+    assert table.loc["adapter", "difference"] < 1e-4  # alpha 0 stands as 1e-6 there
+    assert table.loc["untouched model", "difference"] > 1e-3
