@@ -270,7 +270,7 @@ def test_presets(lm):
     rankings = _rankings(lm.view.space)
     size = lm.view.space.size(POOL)
     first, second = (preset(name, *rankings) for name in ("safety-first", "utility-first"))
-    assert (len(first.safety), len(first.utility)) == (round(0.04 * size), round(0.01 * size))
+    assert (len(first.safety), len(first.utility)) == (round(0.07 * size), round(0.03 * size))
     assert (len(second.safety), len(second.utility)) == (len(first.utility), len(first.safety))
     assert first.name == "safety-first" and set(PRESETS) == {"safety-first", "utility-first"}
     with pytest.raises(InputError, match="preset: got 'both'"):
