@@ -57,6 +57,11 @@ class Parameter:
         return f"{words} ({self.help})"
 
 
+#: Definitions of a safety neuron that notebook 06 compares.
+DEFINITIONS = (
+    "consistent", "contrast", "SCU", "attribution", "SNIP difference", "Wanda difference", "activation change",
+)  # fmt: skip
+
 #: Every parameter. A notebook's first cell names those it takes; None means the preset's value.
 PARAMETERS: dict[str, Parameter] = {
     "model": Parameter(str, "'testbed', a hub id or a local folder"),
@@ -164,6 +169,47 @@ PARAMETERS: dict[str, Parameter] = {
         float, "harmful score on the development split that every way of tuning has to reach", low=0, high=1
     ),
     "tune_draws": Parameter(int, "random sets that are tuned, for each rule", low=1, high=100, presets=(1, 1, 2)),
+    "compared": Parameter(
+        list,
+        "definitions whose neurons are zeroed",
+        items=str,
+        choices=DEFINITIONS,
+        presets=(["contrast", "activation change"], list(DEFINITIONS), list(DEFINITIONS)),
+    ),
+    "compared_further": Parameter(
+        list,
+        "definitions whose neurons are amplified, trained and frozen too",
+        items=str,
+        choices=DEFINITIONS,
+        presets=(["contrast"], ["contrast", "SCU", "attribution", "activation change"], list(DEFINITIONS)),
+    ),
+    "n_compare": Parameter(
+        int, "prompts of each kind where many interventions are compared", low=4, presets=(12, 40, 150)
+    ),
+    "halves": Parameter(int, "pairs of disjoint halves of the calibration prompts", low=2, presets=(4, 10, 30)),
+    "set_sizes": Parameter(
+        list, "sizes of the sets whose agreement is measured, shares of the pool", items=float, low=1e-4, high=0.5
+    ),
+    "utility_shares": Parameter(
+        list,
+        "shares that a set difference leaves out as useful, chosen from on the development split",
+        items=float,
+        low=0,
+        high=0.9,
+        presets=([0.1], [0.05, 0.2], [0.05, 0.1, 0.2, 0.4]),
+    ),
+    "factor": Parameter(float, "what amplified activations are multiplied by", low=1, high=10),
+    "control_draws": Parameter(int, "random control sets of each definition", low=1, high=1000, presets=(1, 2, 10)),
+    "exact_prompts": Parameter(
+        int, "prompts on which every neuron is zeroed alone; 0 = a first-order estimate", low=0, presets=(0, 0, 4)
+    ),
+    "effort_rate": Parameter(float, "learning rate of training only one definition's neurons", low=1e-9, high=1),
+    "effort_steps": Parameter(int, "steps of it", low=1, presets=(4, 30, 40)),
+    "train_share": Parameter(float, "share of the pool that is trained alone", low=1e-4, high=0.5),
+    "freeze_share": Parameter(float, "share of the pool that is frozen under attack", low=1e-4, high=0.5),
+    "harmful_rows": Parameter(int, "of the attack's rows those that are harmful requests with their answers", low=0),
+    "attack_rate": Parameter(float, "learning rate of the fine-tuning attack on frozen neurons", low=1e-9, high=1),
+    "attack_steps": Parameter(int, "steps of it", low=1, presets=(4, 10, 20)),
     "new_task": Parameter(str, "source of the task of later fine-tuning; 'testbed' = subtraction; '' to skip"),
     "n_task": Parameter(int, "rows of the new task", low=4),
     "task_steps": Parameter(

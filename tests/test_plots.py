@@ -64,7 +64,28 @@ TABLES = {
         {"variant": "a", "prompts": [8, 16] * 2, "category": ["SCU", "SCU", "RU", "RU"], "chance": 0.02, **RATE}
     ),
     "units_agreement": pd.DataFrame({"changed": ["a", "b"] * 2, "category": ["SCU", "SCU", "RU", "RU"], "chance": 0.02, **RATE}),
+    "agreement": pd.DataFrame(
+        {
+            "a": ["one", "one", "two"], "b": ["one", "two", "two"], "share": 0.01, "jaccard": [0.9, 0.1, 0.8], "chance": 0.01,
+            "spearman": [0.9, -0.2, 1], "n": 4, "prompts": 40,
+        }
+    ),
+    "agreement_sizes": pd.DataFrame({"share": [0.01, 0.1] * 2, "which": ["a", "a", "b", "b"], "value": [0.1, 0.2, 0.3, 0.4]}),
+    "agreement_sites": pd.DataFrame(
+        {"definition": ["a", "a", "b", "b"], "layer": 0, "kind": ["ffn", "o"] * 2, "share": [0.1, 0.2, 0, 0.3], "spearman": 0.1}
+    ),
+    "effects": pd.DataFrame(
+        {
+            "intervention": "zeroed", "definition": ["untouched", "a", "a", "b"], "set": ["chosen", "chosen", "random", "chosen"],
+            "metric": "ASR", **RATE,
+        }
+    ),
+    "dose_definitions": pd.DataFrame(
+        {"rule": ["a", "a", "random", "random"], "neurons": [2, 20] * 2, "metric": "ASR", **RATE}
+    ),
+    "per_neuron": pd.DataFrame({"measure": ["x", "x", "y", "y"], "definition": ["a", "b"] * 2, "chance": 0.01, **RATE}),
 }  # fmt: skip
+TABLES["effects_training"] = TABLES["effects"]
 
 
 def test_every_figure_has_a_table_here():

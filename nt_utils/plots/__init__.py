@@ -17,7 +17,15 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from nt_utils.errors import InputError
-from nt_utils.plots import behaviour, bench, detection, modulation, tuning, units  # noqa: F401  (their figures register themselves)
+from nt_utils.plots import (  # noqa: F401  (their figures register themselves)
+    behaviour,
+    bench,
+    comparison,
+    detection,
+    modulation,
+    tuning,
+    units,
+)
 from nt_utils.plots.style import FIGURES, STYLE
 
 if TYPE_CHECKING:

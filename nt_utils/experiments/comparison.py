@@ -1,0 +1,357 @@
+"""Notebook 06: definitions of a safety neuron side by side. Do they agree, and whose neurons matter?
+
+Tables of agreement against the layer-matched chance level and against each definition's own noise; of what deactivating,
+amplifying, training and freezing equal numbers of neurons does; of defences on equal footing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+
+from nt_utils import selection
+from nt_utils.data.records import Prompt, PromptSet
+from nt_utils.evaluation import metrics
+from nt_utils.evaluation.suite import Suite
+from nt_utils.experiments.bench import Action, Bench, Measure
+from nt_utils.experiments.definitions import DIFFERENCES, Definitions, answered
+from nt_utils.experiments.detection import possible
+from nt_utils.experiments.finetuning import Scope
+from nt_utils.interventions import modulation
+from nt_utils.interventions.delta import Delta
+from nt_utils.interventions.tuning import AllBut, Everything, Only, tune
+from nt_utils.models import LanguageModel
+from nt_utils.neurons import NeuronSet
+from nt_utils.selection import Ranking
+
+# ------------------------------------------------------------------------------------------------ agreement
+
+
+def spearman(a: Ranking, b: Ranking, where: torch.Tensor | None = None) -> float:
+    """Rank correlation of two rankings over the pool, or over some of it; NaN where one of them is constant."""
+    first, second = (r.values.numpy() if where is None else r.values[where].numpy() for r in (a, b))
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return float("nan")
+    return float(stats.spearmanr(first, second).statistic)
+
+
+def _middle(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and the middle 95%."""
+    low, high = np.nanquantile(values, [0.025, 0.975])
+    return float(np.nanmean(values)), float(low), float(high)
+
+
+Halves = Sequence[tuple[Mapping[str, Ranking], Mapping[str, Ranking]]]
+
+
+def agreement_table(definitions: Definitions, halves: Halves, shares: Sequence[float]) -> pd.DataFrame:
+    """Agreement of every two definitions, and of each with itself, between disjoint halves of the calibration prompts.
+
+    Both sides of every comparison come from other prompts, so that the diagonal (one definition, two halves) is the noise
+    level of the rest of the table.
+
+    Args:
+        halves: from :meth:`Definitions.halves`; shares: set sizes, shares of the pool.
+    Returns:
+        Columns a, b, share, jaccard with low, high (middle 95% of the pairs of halves), all (Jaccard of the sets that all
+        prompts give), chance (layer-matched), spearman with spearman_low, spearman_high (of the scores), n (pairs of
+        halves), prompts.
+    """
+    whole, rows = definitions.rankings(), []
+    for a, b in combinations_with_replacement(whole, 2):
+        ranks = _middle([v for first, second in halves for v in _both(spearman, first, second, a, b)])
+        for share in sorted(shares):
+            pairs = [v for first, second in halves for v in _both(_tops(share), first, second, a, b)]
+            overlap = _middle([overlap for overlap, _ in pairs])
+            full = whole[a].top_share(share), whole[b].top_share(share)
+            rows.append(
+                {
+                    "a": a, "b": b, "share": share, "jaccard": overlap[0], "low": overlap[1], "high": overlap[2],
+                    "all": full[0].jaccard(full[1]), "chance": float(np.mean([chance for _, chance in pairs])),
+                    "spearman": ranks[0], "spearman_low": ranks[1], "spearman_high": ranks[2],
+                    "n": len(halves), "prompts": definitions.prompts,
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _both(compare, first, second, a, b) -> list:
+    """a on one half against b on the other, both ways round."""
+    found = [compare(first[a], second[b])]
+    return found if a == b else [*found, compare(second[a], first[b])]
+
+
+def _tops(share: float):
+    def compare(a: Ranking, b: Ranking) -> tuple[float, float]:
+        first, second = a.top_share(share), b.top_share(share)
+        return first.jaccard(second), selection.expected_jaccard(first, second)
+
+    return compare
+
+
+def summary_table(agreement: pd.DataFrame) -> pd.DataFrame:
+    """Mean overlap between definitions, within a definition and by chance, at each set size: columns share, which, value."""
+    rows = []
+    for share, part in agreement.groupby("share"):
+        same = part["a"] == part["b"]
+        rows += [
+            (share, "one definition, other prompts", part[same]["jaccard"].mean()),
+            (share, "two definitions", part[~same]["jaccard"].mean()),
+            (share, "chance (same layers and kinds)", part[~same]["chance"].mean()),
+        ]
+    return pd.DataFrame(rows, columns=["share", "which", "value"])
+
+
+def site_table(rankings: Mapping[str, Ranking], share: float) -> pd.DataFrame:
+    """Where each definition's set lies, and how well its scores agree with the others' inside each layer and projection.
+
+    Columns definition, layer, kind, count, width, share (of the projection), spearman (mean over the other definitions).
+    """
+    rows = []
+    for name, ranking in rankings.items():
+        chosen = ranking.top_share(share)
+        flat = chosen.space.split(torch.arange(ranking.values.numel()), ranking.kinds)
+        for (layer, kind), positions in flat.items():
+            others = [spearman(ranking, other, positions) for key, other in rankings.items() if key != name]
+            known = [v for v in others if v == v]
+            count, width = int(chosen.mask((layer, kind)).sum()), chosen.space.width((layer, kind))
+            mean = float(np.mean(known)) if known else float("nan")
+            rows.append((name, layer, kind, count, width, count / width, mean))
+    return pd.DataFrame(rows, columns=["definition", "layer", "kind", "count", "width", "share", "spearman"])
+
+
+def agreement_interval(halves: Halves, share: float, prompts: int, minus: str) -> metrics.Interval:
+    """Mean overlap of two definitions minus chance, or (``minus="stability"``) the definitions' own stability minus it.
+
+    The interval is the middle 95% over the pairs of halves; n is the number of calibration prompts.
+    """
+    compare, values = _tops(share), []
+    for first, second in halves:
+        pairs = [
+            (a, b, v) for a, b in combinations_with_replacement(first, 2) for v in _both(compare, first, second, a, b)
+        ]
+        between = np.mean([v[0] for a, b, v in pairs if a != b])
+        other = {
+            "chance": np.mean([v[1] for a, b, v in pairs if a != b]),
+            "stability": np.mean([v[0] for a, b, v in pairs if a == b]),
+        }[minus]
+        values.append(float(between - other if minus == "chance" else other - between))
+    return metrics.Interval(*_middle(values), prompts)
+
+
+def choose_shares(
+    definitions: Definitions, candidates: Sequence[float], dev: Bench, measure: Measure, share: float
+) -> pd.DataFrame:
+    """The share each set difference leaves out as useful: the one whose set, zeroed, moves ``measure`` most on development.
+
+    Sets ``definitions.utility_shares``. Columns definition, left_out, value, low, high, n, chosen.
+    """
+    rows, best = [], {}
+    for name in DIFFERENCES:
+        found = {
+            c: dev(definitions.ranking(name, share=c).top_share(share)).rate(measure.set, measure.metric)
+            for c in candidates
+        }
+        best[name] = max(candidates, key=lambda c: found[c].value)
+        rows += [(name, c, *rate, c == best[name]) for c, rate in found.items()]
+    definitions.utility_shares = best
+    return pd.DataFrame(rows, columns=["definition", "left_out", "value", "low", "high", "n", "chosen"])
+
+
+# ------------------------------------------------------------------------------------------------ causality
+
+#: What is done with a set of neurons (None: with no set), as an action for the bench.
+Act = Callable[[NeuronSet | None], Action]
+
+
+@dataclass
+class Chosen:
+    """Equal numbers of neurons from every definition, each with its controls.
+
+    sets: definition -> its neurons; controls: definition -> name -> sets (random ones are several draws).
+    """
+
+    sets: dict[str, NeuronSet]
+    controls: dict[str, dict[str, list[NeuronSet]]]
+
+    def random(self, name: str) -> list[NeuronSet]:
+        """The definition's matched random sets; none where too few other neurons were left to draw."""
+        return self.controls[name].get("random", [])
+
+
+def choose(rankings: Mapping[str, Ranking], share: float, draws: int, seed: int, general=None, benign=None) -> Chosen:
+    """The top ``share`` of the pool of every ranking, with random sets of the same count per layer and kind.
+
+    Args:
+        general, benign: importance scores; with them the foundation and the importance-matched controls are drawn too.
+    """
+    sets = {name: ranking.top_share(share) for name, ranking in rankings.items()}
+    controls = {}
+    for name, chosen in sets.items():
+        wanted = {"random": lambda c=chosen: selection.matched_random(c, draws, seed)}
+        if general is not None:
+            wanted["foundation"] = lambda c=chosen: [selection.foundation_control(c, general)]
+        if benign is not None:
+            wanted["same importance"] = lambda c=chosen: [selection.importance_matched(c, benign)]
+        controls[name] = possible(wanted)
+    return Chosen(sets, controls)
+
+
+def amplify(neurons: NeuronSet, factor: float) -> modulation.Modulation:
+    """Every neuron's activation times one factor."""
+    empty = NeuronSet(neurons.space, {})
+    alpha = torch.full((len(neurons),), factor)
+    return modulation.Modulation(neurons, empty, alpha, bounds=(0.0, max(3.0, factor)), name=f"times {factor:g}")
+
+
+def effect_table(
+    bench: Bench, chosen: Chosen, act: Act, measures: Sequence[Measure], untouched: Action = None, **labels
+) -> pd.DataFrame:
+    """Rates under ``act(neurons)`` for every definition and its controls.
+
+    The mean of a control's draws is shown with the smallest and the largest. Columns: labels, definition, set (chosen,
+    or the control's name), metric, value, low, high, n.
+    """
+    rows = bench.rates(untouched, measures, **labels, definition="untouched", set="chosen")
+    for name, neurons in chosen.sets.items():
+        rows += bench.rates(act(neurons), measures, **labels, definition=name, set="chosen")
+        for control, draws in chosen.controls[name].items():
+            for m in measures:
+                found = [bench(act(d)).rate(m.set, m.metric) for d in draws]
+                values = [r.value for r in found]
+                low, high = (min(values), max(values)) if len(values) > 1 else (found[0].low, found[0].high)
+                rows.append(
+                    {
+                        **labels, "definition": name, "set": control, "metric": m.label,
+                        "value": float(np.mean(values)), "low": low, "high": high, "n": found[0].n,
+                    }
+                )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def excess_table(
+    bench: Bench, chosen: Chosen, measure: Measure, seed: int, act: Act = lambda neurons: neurons
+) -> pd.DataFrame:
+    """Rate under ``act`` minus the mean of the definition's own matched random sets, whole and per neuron.
+
+    Columns definition, neurons, metric, value, low, high (over topics and draws), n, per_neuron (points a neuron).
+    """
+    rows = []
+    for name, neurons in chosen.sets.items():
+        if not chosen.random(name):
+            continue
+        found = bench.excess(act(neurons), [act(d) for d in chosen.random(name)], measure, seed)
+        rows.append(
+            {
+                "definition": name, "neurons": len(neurons), "metric": measure.label, "value": found.value,
+                "low": found.low, "high": found.high, "n": found.n, "per_neuron": 100 * found.value / len(neurons),
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def hit_table(rankings: Mapping[str, Ranking], effects: Ranking, share: float) -> pd.DataFrame:
+    """How well each definition finds the neurons whose zeroing, one at a time, lowers the refusal margin most.
+
+    Columns definition, hits (share of its set among the equally many strongest single neurons) with low and high
+    (Wilson), n (neurons of the set), chance, spearman (of its scores with the single effects).
+    """
+    strongest, rows = effects.top_share(share), []
+    for name, ranking in rankings.items():
+        chosen = ranking.top_share(share)
+        found = metrics.wilson(len(chosen & strongest), len(chosen))
+        rows.append((name, found.value, found.low, found.high, found.n, share, spearman(ranking, effects)))
+    return pd.DataFrame(rows, columns=["definition", "value", "low", "high", "n", "chance", "spearman"])
+
+
+def half_counts(curve: pd.DataFrame, metric: str, sizes: Mapping[float, int], level: float = 0.5) -> pd.DataFrame:
+    """Neurons at which a dose curve first reaches ``level``, interpolated over the logarithm of the count.
+
+    Columns definition, neurons (NaN: never reached), largest (the largest count tried).
+    """
+    rows = []
+    for name, part in curve[curve["metric"] == metric].groupby("rule", sort=False):
+        part = part.sort_values("share")
+        counts, values = [sizes[s] for s in part["share"]], part["value"].tolist()
+        reached, before = float("nan"), None
+        for count, value in zip(counts, values, strict=True):
+            if value >= level:
+                reached = float(count)
+                if before is not None:
+                    step = (level - before[1]) / (value - before[1])
+                    reached = float(before[0] * (count / before[0]) ** step)
+                break
+            before = (count, value)
+        rows.append((name, reached, max(counts)))
+    return pd.DataFrame(rows, columns=["definition", "neurons", "largest"])
+
+
+# ------------------------------------------------------------------------------------------- training and freezing
+
+
+@dataclass(frozen=True)
+class Effort:
+    """One training for every set: equal rows, steps and learning rate, so that only the neurons differ."""
+
+    learning_rate: float
+    steps: int
+    batch_size: int = 16
+    seed: int = 0
+
+
+def trained(
+    lm: LanguageModel, scope: Scope, harmful: Sequence[Prompt], benign: Sequence[Prompt], effort: Effort
+) -> Delta:
+    """What tuning on refusals and benign answers leaves when only ``scope`` is trained."""
+    return tune(
+        lm, scope, harmful=harmful, benign=benign, learning_rate=effort.learning_rate, steps=effort.steps,
+        batch_size=effort.batch_size, seed=effort.seed, progress=False,
+    ).delta  # fmt: skip
+
+
+def training(lm: LanguageModel, sides: str, harmful: PromptSet, benign: PromptSet, effort: Effort) -> Act:
+    """Train only these neurons on the pairs; what was trained once is kept."""
+
+    def act(neurons: NeuronSet | None) -> Action:
+        return None if neurons is None else trained(lm, Only(neurons, sides=sides), harmful, benign, effort)
+
+    return _kept(act)
+
+
+def freezing(lm: LanguageModel, rows: PromptSet, effort: Effort) -> Act:
+    """A fine-tuning attack with these rows that trains everything but these neurons (None: everything)."""
+    return _kept(lambda neurons: trained(lm, Everything() if neurons is None else AllBut(neurons), (), rows, effort))
+
+
+def _kept(act: Act) -> Act:
+    done: dict[str, Action] = {}
+
+    def once(neurons: NeuronSet | None) -> Action:
+        key = "" if neurons is None else neurons.fingerprint
+        if key not in done:
+            done[key] = act(neurons)
+        return done[key]
+
+    return once
+
+
+def attack_rows(task: PromptSet, harmful: PromptSet, harmful_rows: int, n: int, seed: int) -> PromptSet:
+    """Rows a fine-tuner learns: ``n`` in all, ``harmful_rows`` of them harmful requests with their (harmless) stubs."""
+    bad = answered(harmful).take(harmful_rows, seed) if harmful_rows else []
+    good = answered(task).take(n - harmful_rows, seed)
+    return PromptSet([*good, *bad], f"{task.name} with {harmful_rows} harmful rows")
+
+
+def fewer(suite: Suite, n: int, wrapped: int, seed: int) -> Suite:
+    """The suite with at most ``n`` prompts a set (``wrapped`` under attacks): for comparisons of many interventions."""
+    sets = [
+        dataclasses.replace(s, prompts=s.prompts.take(wrapped if s.name == "wrapped" else n, seed)) for s in suite.sets
+    ]
+    return dataclasses.replace(suite, sets=tuple(sets))

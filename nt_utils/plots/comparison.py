@@ -1,0 +1,198 @@
+"""Figures of notebook 06: agreement of the definitions, what their neurons do, defences side by side, seeds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+
+from nt_utils.plots.style import COLOURS, GREY, counts, figure, interval, ordered, panels, percent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def _square(table: pd.DataFrame, names: list, column: str) -> pd.DataFrame:
+    """A symmetric matrix from rows (a, b), its upper triangle empty."""
+    grid = pd.DataFrame(np.nan, index=names, columns=names)
+    for row in table.to_dict("records"):
+        first, second = sorted((names.index(row["a"]), names.index(row["b"])))
+        grid.iloc[second, first] = row[column]
+    return grid
+
+
+@figure
+def agreement(table: pd.DataFrame) -> Figure:
+    """Notebook 06: overlap of the sets and rank correlation of the scores, between halves of the calibration prompts.
+
+    Columns a, b, share, jaccard, chance, spearman, n, prompts. One set size; the diagonal is one definition on both halves.
+    """
+    names = ordered(table["a"])
+    drawn, axes = panels(1, 2, height=3.9, sharey=True)
+    overlap, chance, ranks = (_square(table, names, c) for c in ("jaccard", "chance", "spearman"))
+    words = overlap.map(lambda v: "" if np.isnan(v) else f"{v:.2f}") + chance.map(
+        lambda v: "" if np.isnan(v) else f"\n({v:.2f})"
+    )
+    style = {"annot_kws": {"size": 6.5}, "cbar": False, "linewidths": 0.6, "square": True}
+    sns.heatmap(overlap, ax=axes[0, 0], cmap="cividis", vmin=0, vmax=1, annot=words, fmt="", **style)
+    sns.heatmap(ranks, ax=axes[0, 1], cmap="vlag", vmin=-1, vmax=1, annot=True, fmt=".2f", **style)
+    share, n, prompts = (table[c].iloc[0] for c in ("share", "n", "prompts"))
+    axes[0, 0].set_title(f"Jaccard of the top {100 * share:g}%\n(in brackets: layer-matched chance)")
+    axes[0, 1].set_title("rank correlation (Spearman)\nof the scores over the pool")
+    drawn.suptitle(
+        f"means of {n} pairs of disjoint halves of {prompts} prompts; diagonal: a definition with itself", fontsize=8
+    )
+    for ax in axes[0]:
+        ax.grid(False)
+        ax.tick_params(axis="x", rotation=40)
+        for label in ax.get_xticklabels():
+            label.set_ha("right")
+    return drawn
+
+
+@figure
+def agreement_sizes(table: pd.DataFrame) -> Figure:
+    """Notebook 06: overlap within a definition, between two, and by chance, against the size of the sets.
+
+    Columns share, which, value.
+    """
+    drawn, axes = panels(height=2.5)
+    ax = axes[0, 0]
+    for which, colour in zip(ordered(table["which"]), (COLOURS[0], COLOURS[1], GREY), strict=False):
+        rows = table[table["which"] == which]
+        ax.plot(rows["share"], rows["value"], "o-" if colour != GREY else "o:", color=colour, ms=4, label=which)
+    ax.set_xscale("log")
+    ax.set_xticks(sorted(table["share"].unique()), [f"{100 * s:g}%" for s in sorted(table["share"].unique())])
+    ax.minorticks_off()
+    ax.set_ylim(0, 1)
+    ax.set_xlabel("size of the sets, share of the pool")
+    ax.set_ylabel("mean Jaccard")
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return drawn
+
+
+@figure
+def agreement_sites(table: pd.DataFrame) -> Figure:
+    """Notebook 06: where each definition's set lies, and rank agreement with the other definitions, by layer and projection.
+
+    Columns definition, layer, kind, share, spearman.
+    """
+    names, layers = ordered(table["definition"]), table["layer"].nunique()
+    drawn, axes = panels(2, 1, height=0.27 * 2 * len(names) + 1.6)
+    places = table.assign(site=table["layer"].astype(str) + " " + table["kind"])
+    columns = [f"{layer} {kind}" for kind in ordered(table["kind"]) for layer in range(layers)]
+    small = layers <= 8
+    for ax, column, title, more in (
+        (axes[0, 0], "share", "share of the projection in the set, %", {"cmap": "cividis", "fmt": ".1f", "vmin": 0}),
+        (axes[1, 0], "spearman", "mean rank correlation with the other definitions inside the projection",
+         {"cmap": "vlag", "fmt": ".2f", "vmin": -1, "vmax": 1}),
+    ):  # fmt: skip
+        grid = places.pivot_table(index="definition", columns="site", values=column, sort=False, dropna=False)
+        grid = grid.reindex(index=names, columns=columns) * (100 if column == "share" else 1)
+        sns.heatmap(grid, ax=ax, annot=small, annot_kws={"size": 6.5}, cbar=not small, linewidths=0.4, **more)
+        ax.set_title(title)
+        ax.set_xlabel("layer and projection" if ax is axes[1, 0] else "")
+        ax.set_ylabel("")
+        ax.grid(False)
+        ax.tick_params(axis="x", rotation=0)
+    return drawn
+
+
+@figure
+def effects(table: pd.DataFrame) -> Figure:
+    """Notebook 06: what is done to each definition's neurons, and to its controls, at equal counts.
+
+    Columns intervention, definition, set, metric, value, low, high, n. One row of panels an intervention.
+    """
+    kinds = ordered(table["intervention"])
+    width = max(table[table["intervention"] == k]["metric"].nunique() for k in kinds)
+    names = ordered(table["definition"])
+    height = (0.24 * len(names) + 0.75) * len(kinds) + 0.45
+    drawn, axes = panels(len(kinds), width, height=height, sharey=True)
+    sets = ordered(table["set"])
+    colours = dict(zip([s for s in sets if s != "chosen"], (GREY, COLOURS[4], COLOURS[5], COLOURS[3]), strict=False))
+    for line, kind in enumerate(kinds):
+        part = table[table["intervention"] == kind]
+        metrics = ordered(part["metric"])
+        for column in range(width):
+            ax = axes[line, column]
+            if column >= len(metrics):
+                ax.set_visible(False)
+                continue
+            rows = part[part["metric"] == metrics[column]]
+            base = rows[rows["definition"] == "untouched"]["value"]
+            if len(base):
+                ax.axvline(float(base.iloc[0]), color="black", lw=0.9, ls=":")
+            for i, name in enumerate(sets):
+                one = rows[(rows["set"] == name) & (rows["definition"] != "untouched")]
+                y = np.array([names.index(d) for d in one["definition"]]) + 0.18 * (i - (len(sets) - 1) / 2)
+                interval(ax, y, one, colours.get(name, COLOURS[1]), True, ms=4 if name == "chosen" else 3, label=name)
+            ax.set_xlim(-0.06, 1.06)
+            ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "50%", "", "100%"])
+            ax.set_title(f"{kind}: {metrics[column]}\n({counts(rows)})", fontsize=8)
+            shown = [n for n in names if n != "untouched"]
+            ax.set_yticks([names.index(n) for n in shown], shown)
+            ax.set_ylim(len(names) - 0.4, min(names.index(n) for n in shown) - 0.6)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower center", ncols=len(sets) + 1)
+    return drawn
+
+
+@figure
+def effects_training(table: pd.DataFrame) -> Figure:
+    """Notebook 06: training only, or freezing, each definition's neurons; columns as :func:`effects`."""
+    return effects(table)
+
+
+@figure
+def dose_definitions(table: pd.DataFrame) -> Figure:
+    """Notebook 06: rates against the number of neurons zeroed, for every definition and for random neurons.
+
+    Columns rule, share, neurons, metric, value, low, high, n.
+    """
+    metrics, rules = ordered(table["metric"]), ordered(table["rule"])
+    drawn, axes = panels(1, len(metrics), height=3.4, sharey=True)
+    for ax, metric in zip(axes[0], metrics, strict=True):
+        rows = table[table["metric"] == metric]
+        for i, rule in enumerate(rules):
+            part = rows[rows["rule"] == rule].sort_values("neurons")
+            random = "random" in rule
+            colour = GREY if random else COLOURS[i % len(COLOURS)]
+            style = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "ms": 4, "lw": 1.3, "label": rule}
+            ax.plot(part["neurons"], part["value"], ls=":" if random else "-", **style)
+            if random:
+                ax.fill_between(part["neurons"], part["low"], part["high"], color=colour, alpha=0.2, lw=0)
+        ax.set_xscale("log")
+        ax.set_xticks(sorted(rows["neurons"].unique()), [str(n) for n in sorted(rows["neurons"].unique())])
+        ax.minorticks_off()
+        percent(ax.yaxis)
+        ax.set_ylim(-0.03, 1.03)
+        ax.set_xlabel("neurons zeroed")
+        ax.set_title(f"{metric} ({counts(rows)})")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower center", ncols=4)
+    return drawn
+
+
+@figure
+def per_neuron(table: pd.DataFrame) -> Figure:
+    """Notebook 06: which definition finds neurons that matter: their joint effect beyond random ones, and single hits.
+
+    Columns measure, definition, value, low, high, n, chance.
+    """
+    measures, names = ordered(table["measure"]), ordered(table["definition"])
+    drawn, axes = panels(1, len(measures), height=0.27 * len(names) + 1.2, sharey=True)
+    for ax, measure in zip(axes[0], measures, strict=True):
+        rows = table[table["measure"] == measure]
+        interval(ax, [names.index(d) for d in rows["definition"]], rows, COLOURS[0], horizontal=True)
+        chance = rows["chance"].dropna()
+        ax.axvline(float(chance.iloc[0]) if len(chance) else 0.0, color="black", lw=0.9, ls=":")
+        ax.set_title(f"{measure}\n({counts(rows)})", fontsize=8)
+        percent(ax.xaxis)
+        ax.set_yticks(range(len(names)), names)
+        ax.set_ylim(len(names) - 0.4, -0.6)
+    return drawn
