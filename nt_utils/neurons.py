@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ class ScoreWriter:
     """Streams per-prompt scores into one safetensors file, so that memory does not grow with the prompts.
 
     The header is written first, then each row at its place (a memory map would count as memory until the system
-    writes it back); the file takes its name only when it is complete.
+    writes it back); the file takes its name only when it is complete and its header holds a digest of the scores.
     """
 
     def __init__(self, path, space: NeuronSpace, kinds: Sequence[str], n_prompts: int, meta: Mapping | None = None):
@@ -129,10 +129,11 @@ class ScoreWriter:
         header: dict[str, Any] = {}
         header["__metadata__"] = _sealed(
             {
-                "format": "nt_utils.scores.1",
+                "format": "nt_utils.scores.2",
                 "space": space.to_json(),
                 "kinds": json.dumps(list(self.kinds)),
                 "meta": json.dumps(dict(meta or {}), sort_keys=True),
+                "digest": "0" * 64,  # close() puts the scores' own here
             }
         )
         for layer, kind in space.sites(self.kinds):
@@ -141,15 +142,21 @@ class ScoreWriter:
             header[f"{layer}.{kind}"] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, end]}
             places[layer, kind] = (offset, shape)
             offset = end
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
+        self._header = header
         self._file = open(self._tmp, "w+b")  # noqa: SIM115 (closed by close and discard)
-        self._file.write(struct.pack("<Q", len(text)) + text)
-        start = self._file.tell()
+        start = self._write_header()
         self._file.truncate(start + offset)
         self._places = {site: (start + place, shape[1]) for site, (place, shape) in places.items()}
         self._written = np.zeros((self.n_prompts, len(places)), dtype=bool)
         self._column = {site: i for i, site in enumerate(places)}
+
+    def _write_header(self) -> int:
+        """Write the header at the file's beginning; returns where the values start."""
+        text = json.dumps(self._header).encode()
+        text += b" " * (-len(text) % 8)
+        self._file.seek(0)
+        self._file.write(struct.pack("<Q", len(text)) + text)
+        return self._file.tell()
 
     def write(self, start_row: int, scores: Mapping[Site, Tensor]) -> None:
         """Store scores ``[rows, width]`` of prompts ``start_row``, ``start_row + 1``, ...; NaN or Inf is refused."""
@@ -172,6 +179,11 @@ class ScoreWriter:
         if not self._written.all():
             self.discard()
             raise InputError(f"scores: {int((~self._written).any(1).sum())} of {self.n_prompts} prompts have no score")
+        self._file.flush()
+        with safe_open(self._tmp, "pt") as file:
+            digest = digest_of((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 (no dict)
+        self._header["__metadata__"] = _sealed(self._header["__metadata__"] | {"digest": digest})
+        self._write_header()
         self._file.close()
         self._tmp.replace(self.path)
         return NeuronScores.load(self.path)
@@ -210,8 +222,16 @@ class NeuronScores:
         found = NeuronSpace.from_json(meta["space"])
         _check_architecture(path, found, space)
         kinds = tuple(json.loads(meta["kinds"]))
-        with safe_open(path, "pt") as file:
-            n = _check_shapes(path, file, found, kinds)
+        try:
+            with safe_open(path, "pt") as file:
+                n = _check_shapes(path, file, found, kinds)
+                digest = digest_of((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 (no dict)
+        except (SafetensorError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path}: damaged score file ({_first_line(error)})") from error
+        if digest != meta.get("digest"):
+            raise InputError(f"{path}: damaged score file: its scores do not match its digest")
         return cls(path, found, kinds, json.loads(meta["meta"]), tuple(range(n)))
 
     @property
@@ -411,7 +431,7 @@ class NeuronSet:
                     masks[int(layer), kind] = values.bool()
             loaded = cls(found, masks, header["weights"], json.loads(header["meta"]))
         except (KeyError, ValueError, TypeError, SafetensorError) as error:
-            if isinstance(error, InputError):
+            if isinstance(error, InputError) and str(error).startswith(str(path)):
                 raise
             raise InputError(f"{path}: damaged neuron file ({_first_line(error)})") from error
         if loaded.fingerprint != header.get("fingerprint"):
@@ -442,6 +462,15 @@ def _sealed(header: Mapping[str, str]) -> dict[str, str]:
     """The header with a checksum over its entries: a flipped byte must not pass for another set's description."""
     entries = {k: v for k, v in header.items() if k != "checksum"}
     return entries | {"checksum": hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()}
+
+
+def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, precisions, shapes and values, whatever the order."""
+    parts = []
+    for name, tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(flat.data).hexdigest()}")
+    return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()
 
 
 def _check_architecture(path: Path, found: NeuronSpace, wanted: NeuronSpace | None) -> None:

@@ -34,7 +34,7 @@ from nt_utils import hooks
 from nt_utils.data.records import PromptSet
 from nt_utils.errors import InputError
 from nt_utils.models import LanguageModel, device_of
-from nt_utils.neurons import POOL, NeuronScores, NeuronSet, NeuronSpace, Site, _read_header, _sealed
+from nt_utils.neurons import POOL, NeuronScores, NeuronSet, NeuronSpace, Site, _read_header, _sealed, digest_of
 from nt_utils.scoring.attribution import Responses, aggregate, frozen
 from nt_utils.selection import Ranking
 
@@ -132,7 +132,7 @@ class Modulation:
         for role, chosen in (("safety", self.safety), ("utility", self.utility)):
             tensors |= {f"{role}.{layer}.{kind}": m.to(torch.uint8) for (layer, kind), m in chosen.masks.items()}
         header = {
-            "format": "nt_utils.modulation.1",
+            "format": "nt_utils.modulation.2",
             "space": self.space.to_json(),
             "name": self.name,
             "weights": self.weights,
@@ -147,32 +147,42 @@ class Modulation:
     def load(cls, path, space: NeuronSpace | None = None) -> Modulation:
         """Read a modulation; raises InputError when it is damaged or, given ``space``, of another architecture."""
         path = Path(path)
-        header = _read_header(path, "nt_utils.modulation.")
+        header, tensors = _read(path, "nt_utils.modulation.2")
         found = NeuronSpace.from_json(header["space"])
         if space is not None and space.architecture != found.architecture:
             raise InputError(f"{path}: made for {found.architecture}; the model at hand is {space.architecture}")
         masks: dict[str, dict[Site, Tensor]] = {"safety": {}, "utility": {}}
         try:
-            with safe_open(path, "pt") as file:
-                alpha = file.get_tensor("alpha")
-                for name in set(file.keys()) - {"alpha"}:
-                    role, layer, kind = name.split(".")
-                    masks[role][int(layer), kind] = file.get_tensor(name).bool()
+            alpha = tensors.pop("alpha")
+            for name, mask in tensors.items():
+                role, layer, kind = name.split(".")
+                masks[role][int(layer), kind] = mask.bool()
             safety, utility = (NeuronSet(found, masks[role], header["weights"]) for role in ("safety", "utility"))
             low, high = json.loads(header["bounds"])
             meta = json.loads(header["meta"])
             out = cls(safety, utility, alpha, (low, high), header["name"], header["weights"], meta)
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (KeyError, ValueError) as error:
             raise InputError(f"{path}: damaged modulation file ({str(error).splitlines()[0]})") from error
-        if out.key != header["key"]:
-            raise InputError(f"{path}: damaged modulation file: alpha does not match its key")
         return out
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file(dict(tensors), tmp, metadata=_sealed(header))
+    save_file(dict(tensors), tmp, metadata=_sealed({**header, "digest": digest_of(tensors.items())}))
     tmp.replace(path)
+
+
+def _read(path: Path, wanted: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of what ``_write`` wrote; raises InputError when either was changed since."""
+    header = _read_header(path, wanted)
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+    except SafetensorError as error:
+        raise InputError(f"{path}: damaged file ({str(error).splitlines()[0]})") from error
+    if digest_of(tensors.items()) != header.get("digest"):
+        raise InputError(f"{path}: damaged file: its values do not match its digest")
+    return header, tensors
 
 
 def _check_bounds(bounds) -> None:
@@ -735,20 +745,18 @@ class _State:
         numbers["has_best"] = self.best is not None
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.detach().clone() for name, value in tensors.items()}
-        _write(path, tensors, {"format": "nt_utils.learning.1", "key": key, "numbers": json.dumps(numbers)})
+        _write(path, tensors, {"format": "nt_utils.learning.2", "key": key, "numbers": json.dumps(numbers)})
 
     def resume(self, path: Path, key: str) -> None:
         """Take over a checkpoint's state; nothing happens where there is none."""
         if not path.exists():
             return
-        header = _read_header(path, "nt_utils.learning.")
+        header, tensors = _read(path, "nt_utils.learning.2")
         if header["key"] != key:
             raise InputError(
                 f"checkpoint: {path} belongs to another run (recipe, neurons, prompts or weights differ); remove it or "
                 "name another file"
             )
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
         numbers = json.loads(header["numbers"])
         has_best = numbers.pop("has_best")
         for name, value in numbers.items():

@@ -9,6 +9,7 @@ variance, over all real tokens of prompt and response, each token counted once.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +22,9 @@ from torch import Tensor
 from nt_utils import hooks
 from nt_utils.errors import InputError
 from nt_utils.models import DecoderView, Encoded, LanguageModel, decoder
-from nt_utils.neurons import POOL, NeuronSpace, Site
+from nt_utils.neurons import POOL, NeuronSpace, Site, _read_header, _sealed, digest_of
 
-FORMAT = "nt_utils.fluctuation.1"
+FORMAT = "nt_utils.fluctuation.2"
 
 
 class Fluctuation:
@@ -150,9 +151,10 @@ class Fluctuation:
             "space": self.space.to_json(),
             "head_dim": str(self.head_dim),
             "counts": json.dumps(counts),
+            "digest": digest_of(tensors.items()),
         }
-        tmp = path.with_name(f"{path.name}.tmp")
-        save_file(tensors, tmp, metadata=header)
+        tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        save_file(tensors, tmp, metadata=_sealed(header))
         tmp.replace(path)
         return path
 
@@ -160,20 +162,18 @@ class Fluctuation:
     def load(cls, path, space: NeuronSpace | None = None) -> Fluctuation:
         """Read statistics. Raises InputError when the file is damaged or, given ``space``, of another architecture."""
         path = Path(path)
-        if not path.is_file():
-            raise InputError(f"{path}: no such file")
+        header = _read_header(path, FORMAT)
         try:
             with safe_open(path, "pt") as file:
-                header = file.metadata() or {}
-                if header.get("format") != FORMAT:
-                    raise InputError(f"{path}: not a {FORMAT} file")
-                found = NeuronSpace.from_json(header["space"])
-                sites = found.sites(POOL)
-                out = cls(found, {s: file.get_tensor(f"{s[0]}.{s[1]}.reader") for s in sites}, int(header["head_dim"]))
-                for s in sites:
-                    out._mean[s] = file.get_tensor(f"{s[0]}.{s[1]}.mean")
-                    out._squares[s] = file.get_tensor(f"{s[0]}.{s[1]}.squares")
-                    out._count[s] = json.loads(header["counts"])[f"{s[0]}.{s[1]}"]
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+            if digest_of(tensors.items()) != header["digest"]:
+                raise InputError(f"{path}: damaged statistics file: its values do not match its digest")
+            found, counts = NeuronSpace.from_json(header["space"]), json.loads(header["counts"])
+            names = {site: f"{site[0]}.{site[1]}" for site in found.sites(POOL)}
+            out = cls(found, {s: tensors[f"{name}.reader"] for s, name in names.items()}, int(header["head_dim"]))
+            for s, name in names.items():
+                out._mean[s], out._squares[s] = tensors[f"{name}.mean"], tensors[f"{name}.squares"]
+                out._count[s] = counts[name]
         except (SafetensorError, KeyError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
