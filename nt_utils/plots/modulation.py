@@ -148,6 +148,8 @@ def modulation_frontier(table: pd.DataFrame) -> Figure:
         )  # fmt: skip
     base = table.iloc[0]
     ax.scatter(base[refusals], base[asr], marker="*", s=110, color="#000000", label="untouched model")
+    ax.set_xlim(left=0)
+    ax.set_ylim(bottom=0)
     percent(ax.xaxis)
     percent(ax.yaxis)
     ax.set_xlabel(f"{refusals} (n = {int(base[f'{refusals} n'])})")
