@@ -11,6 +11,7 @@ STUDY ?= testbed# one or more of notebooks/params/*.yaml
 SEEDS ?= 0# one or more seeds
 PRESET ?= default# quick, default or full
 CORES ?= all# cores of the whole study
+WIDTH ?= text# of figures: text, column or slide
 
 export JUPYTER_PREFER_ENV_PATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -41,7 +42,7 @@ lab: env ## open the notebooks in JupyterLab
 	@$(BIN)/python -m jupyterlab --notebook-dir=notebooks
 
 figures: env ## redraw every figure in figures/ from its table
-	@$(BIN)/python -m nt_utils.plots figures
+	@$(BIN)/python -m nt_utils.plots figures --width "$(WIDTH)"
 
 publish: PRESET = full
 publish: env ## collect the runs' findings into figures/ and README.md

@@ -139,6 +139,7 @@ def write_readme(readme: Path, findings) -> None:
 
 def publish(folders: Sequence[Path], root: Path) -> None:
     """Collect findings and promote the shown figures of the first folder into ``root/figures``; update the README."""
+    from nt_utils import plots
     from nt_utils.studies import atomic
 
     findings = collect(folders)
@@ -147,7 +148,7 @@ def publish(folders: Sequence[Path], root: Path) -> None:
     with atomic(target / "findings.csv") as tmp:
         findings.to_csv(tmp, index=False, float_format="%.6g")
     for name in SHOWN:
-        for suffix in (".csv", ".png", ".pdf"):
+        for suffix in (".csv", *plots.SUFFIXES):
             source = folders[0] / f"{name}{suffix}"
             if source.is_file():
                 shutil.copyfile(source, target / source.name)

@@ -450,7 +450,7 @@ class Run:
         return path
 
     def figure(self, name: str, frame):
-        """Save a figure's table, draw it with ``plots.<name>`` from that table, save it as PNG and PDF, and show it."""
+        """Save a figure's table, draw it with ``plots.<name>`` from that table, save it (see ``plots.draw``), and show it."""
         from IPython.display import Image
 
         from nt_utils import plots

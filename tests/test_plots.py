@@ -1,12 +1,18 @@
 """Every figure is drawn from its table alone, and redrawn only when it must be."""
 
+import io
 import os
+import subprocess
+import sys
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
 from nt_utils import plots
 from nt_utils.errors import InputError
+from nt_utils.plots import text
 
 RATE = {"value": [0.1, 0.8, 0.5, 0.2], "low": [0.05, 0.7, 0.4, 0.1], "high": [0.2, 0.9, 0.6, 0.3], "n": [100] * 4}
 TABLES = {
@@ -97,26 +103,88 @@ def test_a_figure_comes_from_its_table(tmp_path, name):
     table = tmp_path / f"01_{name}.csv"
     TABLES[name].to_csv(table, index=False)
     plots.draw(table)
-    first = table.with_suffix(".png").read_bytes(), table.with_suffix(".pdf").read_bytes()
-    assert len(first[0]) > 5000
-    plots.draw(table)
-    assert (table.with_suffix(".png").read_bytes(), table.with_suffix(".pdf").read_bytes()) == first
+    first = {suffix: table.with_suffix(suffix).read_bytes() for suffix in plots.SUFFIXES}
+    assert len(first[".png"]) > 5000
+    assert b"/FontFile2" in first[".pdf"], "the fonts are embedded"
+    assert b"<text" not in first[".svg"], "letters are outlines"
+    assert str(TABLES[name].columns[0]).encode() in first[".md"]
+    assert b"\\toprule" in first[".tex"]
     changed = TABLES[name].copy()
     column = next(c for c in ("value", "share", "exact_ms") if c in changed)
     changed.loc[0, column] = 0.15
-    changed.to_csv(table, index=False)
-    plots.draw(table)
-    assert table.with_suffix(".png").read_bytes() != first[0]
+    assert small_picture(name, changed) != small_picture(name, TABLES[name])
 
 
-def test_redraw_is_a_no_op_when_nothing_changed(tmp_path):
-    table = tmp_path / "01_dose.csv"
-    TABLES["dose"].to_csv(table, index=False)
+def small_picture(name, table):
+    file = io.BytesIO()
+    with plots.style.look():
+        drawn = plots.FIGURES[name](table)
+        drawn.savefig(file, dpi=40)
+    plt.close(drawn)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["dose", "where"])
+def test_the_same_table_gives_the_same_files(tmp_path, name):
+    table = tmp_path / f"01_{name}.csv"
+    TABLES[name].to_csv(table, index=False)
+    files = []
+    for _ in range(2):
+        plots.draw(table)
+        files.append({suffix: table.with_suffix(suffix).read_bytes() for suffix in plots.SUFFIXES})
+    assert files[0] == files[1]
+
+
+def test_redraw_is_a_no_op_when_nothing_changed(tmp_path, monkeypatch):
+    table = tmp_path / "01_stability.csv"
+    TABLES["stability"].to_csv(table, index=False)
     pd.DataFrame({"a": [1]}).to_csv(tmp_path / "findings.csv")
     assert plots.redraw(tmp_path) == [table]
     assert plots.redraw(tmp_path) == []
     os.utime(table, (table.stat().st_mtime + 60,) * 2)
+    assert plots.redraw(tmp_path) == [], "a checkout changes times, not contents"
+    table.with_suffix(".svg").unlink()
     assert plots.redraw(tmp_path) == [table]
+    table.write_text(table.read_text().replace("16", "17"))
+    assert plots.redraw(tmp_path) == [table]
+    look = tmp_path / "style.py"  # a changed style changes every figure
+    look.write_text(Path(plots.style.__file__).read_text() + "# other")
+    monkeypatch.setattr(plots.style, "__file__", str(look))
+    assert plots.redraw(tmp_path) == [table]
+    assert plots.redraw(tmp_path) == []
+
+
+def test_width_presets(tmp_path):
+    table = tmp_path / "01_dose.csv"
+    TABLES["dose"].assign(metric=["ASR", "utility"] * 2).to_csv(table, index=False)
+    sizes = {width: plots.draw(table, width, tmp_path / width).get_size_inches() for width in plots.WIDTHS}
+    assert {width: size[0] for width, size in sizes.items()} == {w: inches for w, (inches, _) in plots.WIDTHS.items()}
+    assert sizes["column"][1] > sizes["text"][1], "panels stand below each other"
+    assert plots.redraw(tmp_path, "column") == []
+    assert plots.redraw(tmp_path) == [table]
+    with pytest.raises(InputError, match="width: got 'wide'; allowed: text, column, slide"):
+        plots.draw(table, "wide")
+
+
+def test_tables_for_reports():
+    table = pd.DataFrame({"rule_a": ["50% | x", "R&D\nnext"], "value": [0.123456, float("nan")], "n": [3, 4]})
+    assert text.markdown(table).splitlines() == [
+        "| rule_a | value | n |", "| --- | ---: | ---: |", "| 50% \\| x | 0.1235 | 3 |", "| R&D next |  | 4 |",
+    ]  # fmt: skip
+    assert text.latex(table).splitlines()[1:] == [
+        r"\begin{tabular}{lrr}", r"\toprule", r"rule\_a & value & n \\", r"\midrule", r"50\% | x & 0.1235 & 3 \\",
+        r"R\&D next &  & 4 \\", r"\bottomrule", r"\end{tabular}",
+    ]  # fmt: skip
+
+
+def test_drawing_loads_no_model_library(tmp_path):
+    TABLES["dose"].to_csv(tmp_path / "01_dose.csv", index=False)
+    code = "import sys; from nt_utils import plots; assert plots.main(sys.argv[1:]) == 0; assert 'torch' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "drawn: 01_dose" in done.stdout
 
 
 def test_an_unknown_figure_is_refused(tmp_path):

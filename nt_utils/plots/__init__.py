@@ -1,35 +1,42 @@
 """One function a figure: table in, figure out. No model is loaded here.
 
-A figure's name is its table's: ``figures/01_dose.csv`` is drawn by the function ``dose``. ``python -m nt_utils.plots
-FOLDER`` redraws what is older than its table or than this package; every figure takes its look from ``plots.style``.
+A figure's name is its table's: ``figures/01_dose.csv`` is drawn by the function ``dose``, which registers itself.
+``python -m nt_utils.plots FOLDER`` redraws what was not made from its table as it is now, by its function and in the look
+of ``plots.style`` as they are now; the picture itself says what it was made from.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import importlib
+import io
+import pkgutil
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import matplotlib
 import matplotlib.pyplot as plt
 import pandas as pd
 
 from nt_utils.errors import InputError
-from nt_utils.plots import (  # noqa: F401  (their figures register themselves)
-    behaviour,
-    bench,
-    comparison,
-    detection,
-    modulation,
-    tuning,
-    units,
-)
-from nt_utils.plots.style import FIGURES, STYLE
+from nt_utils.plots import style, text
+from nt_utils.plots.style import FIGURES, WIDTHS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+for _module in pkgutil.iter_modules(__path__):
+    if not _module.name.startswith("_"):
+        importlib.import_module(f"{__name__}.{_module.name}")  # their figures register themselves
+
+#: What stands beside a table after drawing: pictures with their fonts inside, and the table for a report.
+PICTURES, TABLES = (".png", ".pdf", ".svg"), (".md", ".tex")
+SUFFIXES = (*PICTURES, *TABLES)
+_KEY = "Made-From"  # of the PNG's text
 
 
 def figure_name(table: Path) -> str:
@@ -37,10 +44,10 @@ def figure_name(table: Path) -> str:
     return re.sub(r"^(\d+|bench)_", "", table.stem)
 
 
-def draw(table: Path) -> Figure:
-    """Draw the figure of a saved table and save it beside the table as PNG and PDF.
+def draw(table: Path, width: str = "text", folder: Path | None = None) -> Figure:
+    """Draw the figure of a saved table: PNG, PDF, SVG, and the table as Markdown and LaTeX, beside it or in ``folder``.
 
-    Raises InputError when no figure function has the table's name.
+    Raises InputError when no figure function has the table's name, or for an unknown width (a key of ``style.WIDTHS``).
     """
     from nt_utils.studies import atomic
 
@@ -48,39 +55,76 @@ def draw(table: Path) -> Figure:
     name = figure_name(table)
     if name not in FIGURES:
         raise InputError(f"{table}: no figure is called {name!r}; known: {', '.join(sorted(FIGURES))}")
-    with plt.rc_context(STYLE):
-        drawn = FIGURES[name](pd.read_csv(table))
-        with atomic(table.with_suffix(".png")) as tmp:
-            drawn.savefig(tmp, dpi=200, metadata={"Software": None})
-        with atomic(table.with_suffix(".pdf")) as tmp:
-            drawn.savefig(tmp, metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    made_from, content = fingerprint(table, width), table.read_bytes()
+    frame = pd.read_csv(io.BytesIO(content))
+    metadata: dict[str, dict] = {
+        ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+        ".svg": {"Date": None, "Creator": None},
+        ".png": {"Software": None, _KEY: made_from},  # the last one: what is half drawn is drawn again
+    }
+    target = (folder or table.parent) / table.name
+    for suffix, write in zip(TABLES, (text.markdown, text.latex), strict=True):
+        with atomic(target.with_suffix(suffix)) as tmp:
+            tmp.write_text(write(frame), encoding="utf-8")
+    with style.look(width):
+        drawn = FIGURES[name](frame)
+        style.fit(drawn)
+        for suffix, extra in metadata.items():
+            with atomic(target.with_suffix(suffix)) as tmp:
+                drawn.savefig(tmp, dpi=200, metadata=extra)
+            drawn.set_layout_engine("none")  # the layout is found once
     plt.close(drawn)
     return drawn
 
 
-def redraw(folder: Path) -> list[Path]:
-    """Draw every figure whose picture is older than its table or than this package; returns the tables drawn."""
-    drawn = []
-    style = max(file.stat().st_mtime for file in Path(__file__).parent.glob("*.py"))
-    for table in sorted(Path(folder).glob("*.csv")):
-        if figure_name(table) not in FIGURES:
-            continue
-        newest = max(table.stat().st_mtime, style)
-        pictures = [table.with_suffix(s) for s in (".png", ".pdf")]
-        if any(not p.is_file() or p.stat().st_mtime < newest for p in pictures):
-            draw(table)
-            drawn.append(table)
+def fingerprint(table: Path, width: str = "text") -> str:
+    """What a picture is made from: the table, its function's module, the look, the width and matplotlib's version."""
+    digest = hashlib.sha256(f"{width} {matplotlib.__version__}".encode())
+    module = sys.modules[FIGURES[figure_name(table)].__module__].__file__
+    for file in (table, module, __file__, style.__file__, text.__file__):
+        digest.update(Path(str(file)).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def is_current(table: Path, width: str = "text", folder: Path | None = None) -> bool:
+    """Whether everything :func:`draw` makes is there and the picture was made from what there is now."""
+    from PIL import Image
+
+    target = (folder or table.parent) / table.name
+    if not all(target.with_suffix(suffix).is_file() for suffix in SUFFIXES):
+        return False
+    try:
+        with Image.open(target.with_suffix(".png")) as picture:
+            return getattr(picture, "text", {}).get(_KEY) == fingerprint(table, width)
+    except OSError:
+        return False
+
+
+def redraw(folder: Path, width: str = "text") -> list[Path]:
+    """Draw every figure of a folder that is not current; returns the tables drawn.
+
+    Another width than "text" goes into a folder of its name below.
+    """
+    folder = Path(folder)
+    target = folder if width == "text" else folder / width
+    tables = [t for t in sorted(folder.glob("*.csv")) if figure_name(t) in FIGURES]
+    drawn = [table for table in tables if not is_current(table, width, target)]
+    for table in drawn:
+        draw(table, width, target)
     return drawn
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m nt_utils.plots FOLDER``: what ``make figures`` calls."""
-    parser = argparse.ArgumentParser(prog="python -m nt_utils.plots", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m nt_utils.plots", description="Redraw the figures of a folder.")
     parser.add_argument("folder", type=Path, help="folder with the tables (CSV)")
-    folder = parser.parse_args(arguments).folder
-    if not folder.is_dir():
-        print(f"error: folder: {folder} is no folder", file=sys.stderr)
+    parser.add_argument(
+        "--width", default="text", choices=list(WIDTHS), help="of the figure; others than text go into FOLDER/WIDTH"
+    )
+    options = parser.parse_args(arguments)
+    if not options.folder.is_dir():
+        print(f"error: folder: {options.folder} is no folder", file=sys.stderr)
         return 1
-    drawn = redraw(folder)
-    print("\n".join(f"drawn: {p.with_suffix('.png')}" for p in drawn) or f"every figure in {folder} is up to date")
+    drawn = redraw(options.folder, options.width)
+    print("\n".join(f"drawn: {p.stem}" for p in drawn) or f"every figure in {options.folder} is up to date")
     return 0

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import textwrap
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.ticker import PercentFormatter
+
+from nt_utils.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,10 +23,6 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 GREY = "#7F7F7F"
 STYLE: dict[RcKeyType, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "legend.fontsize": 8,
     "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -32,10 +32,31 @@ STYLE: dict[RcKeyType, Any] = {
     "axes.axisbelow": True,
     "lines.linewidth": 1.6,
     "pdf.fonttype": 42,
-    "svg.fonttype": "none",
+    "svg.fonttype": "path",  # letters as outlines: the file needs no font
+    "svg.hashsalt": "nt_utils",  # the same file for the same figure
     "figure.constrained_layout.use": True,
 }
-WIDTH = 6.8  # inches: the text width of a two-column report
+#: Width presets in inches with their font sizes: a report's text, one of its two columns, a slide.
+WIDTHS = {"text": (6.8, 9.0), "column": (3.35, 7.0), "slide": (10.0, 13.0)}
+_width = "text"
+
+
+@contextlib.contextmanager
+def look(width: str = "text") -> Iterator[None]:
+    """Everything drawn inside has the one look, at a width preset. Raises InputError for an unknown one."""
+    global _width
+    if width not in WIDTHS:
+        raise InputError(f"width: got {width!r}; allowed: {', '.join(WIDTHS)}")
+    size = WIDTHS[width][1]
+    fonts: dict[RcKeyType, Any] = {key: size for key in ("font.size", "axes.titlesize", "axes.labelsize")}
+    ticks: dict[RcKeyType, Any] = {key: 0.9 * size for key in ("legend.fontsize", "xtick.labelsize", "ytick.labelsize")}
+    before, _width = _width, width
+    try:
+        with plt.rc_context(STYLE | fonts | ticks):
+            yield
+    finally:
+        _width = before
+
 
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {}
 
@@ -47,8 +68,33 @@ def figure(function: Callable[[pd.DataFrame], Figure]) -> Callable[[pd.DataFrame
 
 
 def panels(rows: int = 1, columns: int = 1, height: float = 2.8, **more):
-    """A figure of text width and its axes as a [rows, columns] array."""
-    return plt.subplots(rows, columns, figsize=(WIDTH, height), squeeze=False, **more)
+    """A figure of the preset's width and its axes as a [rows, columns] array; panels of one column stand below each other."""
+    inches, size = WIDTHS[_width]
+    if _width == "column" and columns > 1:
+        drawn, axes = plt.subplots(rows * columns, 1, figsize=(inches, 0.8 * height * columns), squeeze=False, **more)
+        return drawn, axes.reshape(rows, columns)
+    scale = size / WIDTHS["text"][1]
+    return plt.subplots(rows, columns, figsize=(inches, height * max(scale, 1)), squeeze=False, **more)
+
+
+def fit(drawn: Figure) -> None:
+    """Make what is written for a page's width fit a column: long titles and labels in several lines, legends below."""
+    if _width != "column":
+        return
+    texts = [drawn._suptitle, drawn._supxlabel, drawn._supylabel]
+    for ax in drawn.axes:
+        texts += [ax.title, ax.xaxis.label, ax.yaxis.label]
+        legend = ax.get_legend()
+        if legend is not None and legend.get_bbox_to_anchor().x0 >= ax.bbox.x1:
+            labels = [t.get_text() for t in legend.get_texts()]
+            place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.27), "ncols": 2}
+            ax.legend(legend.legend_handles, labels, title=legend.get_title().get_text(), **place)
+    for text in filter(None, texts):
+        text.set_text("\n".join(textwrap.fill(line, 38) for line in text.get_text().split("\n")))
+    for legend in drawn.legends:
+        handles, labels = legend.legend_handles, [t.get_text() for t in legend.get_texts()]
+        legend.remove()
+        drawn.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)))
 
 
 def percent(axis) -> None:
