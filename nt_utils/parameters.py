@@ -91,7 +91,7 @@ PARAMETERS: dict[str, Parameter] = {
     "attacks": Parameter(str, "wrapper attacks for the harmful prompts, comma-separated; '' = none"),
     "n_detect": Parameter(int, "prompts to find neurons with", low=4, presets=(48, 200, 200)),
     "n_test": Parameter(int, "prompts of each kind to evaluate on", low=4, presets=(40, 120, 200)),
-    "n_dev": Parameter(int, "prompts of each kind to choose on (development split)", low=4, presets=(24, 48, 80)),
+    "n_dev": Parameter(int, "prompts of each kind to choose on (development split)", low=4, presets=(24, 32, 48)),
     "top_share": Parameter(
         float, "share of a projection's neurons that count as important on one prompt", low=1e-4, high=1
     ),
@@ -154,7 +154,7 @@ PARAMETERS: dict[str, Parameter] = {
         items=float,
         low=1e-9,
         high=1,
-        presets=([0.01], [0.005, 0.02], [0.003, 0.01, 0.03]),
+        presets=([0.01], [0.005, 0.02], [0.005, 0.02]),
     ),
     "full_rates": Parameter(
         list,
@@ -217,7 +217,7 @@ PARAMETERS: dict[str, Parameter] = {
         "steps at which later fine-tuning is evaluated",
         items=int,
         low=1,
-        presets=([10], [10, 40], [10, 20, 40, 80]),
+        presets=([10], [10, 30], [10, 20, 40]),
     ),
     "task_rates": Parameter(
         list,
@@ -225,7 +225,7 @@ PARAMETERS: dict[str, Parameter] = {
         items=float,
         low=1e-9,
         high=1,
-        presets=([0.001], [0.0003, 0.001], [0.0003, 0.001, 0.003]),
+        presets=([0.001], [0.001], [0.0003, 0.001]),
     ),
     "n_learn": Parameter(int, "harmful prompts of each attack class to learn alpha from", low=8, presets=(24, 60, 60)),
     "n_attacked": Parameter(int, "prompts inside attacks to evaluate on", low=8, presets=(60, 360, 480)),

@@ -19,9 +19,10 @@ clipping) can reach any other entry. The complement works the same way with the 
 
 The master is the weight's value, not its difference from the base: weight decay acts as in ordinary fine-tuning.
 
-Works with gradient checkpointing, autocast and DistributedDataParallel. A model spread over several devices
-(`device_map`) is provided for but untried; chosen weights that are offloaded are refused. Weight sharding (FSDP, ZeRO-3)
-gathers the stored entries anew for the backward pass and is not supported. Checkpoints that a Trainer writes during
+Works with gradient checkpointing, autocast and DistributedDataParallel (tried with two processes on a CPU). A model spread
+over several devices (`device_map`) is provided for but untried; chosen weights that are offloaded are refused. So is weight
+sharding (FSDP, ZeRO-3), which gathers the stored entries anew for the backward pass: what the forward pass wrote would be
+lost. Checkpoints that a Trainer writes during
 training hold the masters beside the model and are for resuming; a plain checkpoint is what `delta.merge(lm)` leaves.
 """
 
@@ -35,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from nt_utils import hooks
 from nt_utils.errors import InputError
@@ -74,6 +76,19 @@ class _Tap(torch.autograd.Function):
         return grad, None, weight, bias, None, None, None
 
 
+def _sharded(name: str) -> InputError:
+    return InputError(
+        f"model: {name} is sharded (FSDP, ZeRO-3); neurons are trained on one device, over a device_map or with "
+        "DistributedDataParallel (accelerate's MULTI_GPU)"
+    )
+
+
+def _check_whole(parameter: Tensor, name: str) -> None:
+    """Refuse a weight of which this process holds a part only."""
+    if isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") or hasattr(parameter, "_sharded_size"):
+        raise _sharded(name)
+
+
 def _axis(side: str, transposed: bool) -> int:
     """Along which axis of the stored weight a side counts: [outputs, inputs], or [inputs, outputs] if transposed."""
     return int((side == "input") == transposed)
@@ -94,6 +109,7 @@ class _Slice:
         self.index = index.to(module.get_parameter("weight").device)
         leaves = ["weight", "bias"] if side == "input" and module.bias is not None else ["weight"]
         self.stored = {leaf: take(getattr(module, leaf), self.axis(leaf), self.index) for leaf in leaves}
+        self.parameters = {leaf: getattr(module, leaf) for leaf in leaves}
         self.masters = {leaf: nn.Parameter(values.to(torch.float32, copy=True)) for leaf, values in self.stored.items()}
         self._written: tuple | None = None
 
@@ -114,7 +130,11 @@ class _Slice:
         for leaf, master in self.masters.items():
             if master.dtype != torch.float32:
                 raise InputError(f"model: {self.path}.tuned_{leaf} was cast to {master.dtype}; masters are float32")
-            parameter = getattr(self.module, leaf).data
+            parameter = getattr(self.module, leaf)
+            if parameter is not self.parameters[leaf]:  # FSDP puts parameters of its own in their place
+                raise _sharded(f"{self.path}.{leaf}")
+            _check_whole(parameter, f"{self.path}.{leaf}")
+            parameter = parameter.data
             values = master.data.to(parameter.device, parameter.dtype)
             parameter.index_copy_(self.axis(leaf), self.index.to(parameter.device), values)
 
@@ -305,6 +325,7 @@ def _places(view: DecoderView, neurons: NeuronSet, sides: str) -> list[_Place]:
             module, index = projection.module, mask.nonzero().flatten()
             if module.weight.is_meta:
                 raise InputError(f"model: {paths[module]} is offloaded; load the model on devices that hold it")
+            _check_whole(module.weight, f"{paths[module]}.weight")
             if side == "input" and projection.rows is not None:
                 rows = projection.rows
                 rows = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows.cpu()
@@ -332,7 +353,8 @@ class Only:
             A neuron without weights on that side stays untrained.
 
     Raises (on `start`):
-        InputError: empty set, another architecture, no neuron has that side, or its weights are offloaded.
+        InputError: empty set, another architecture, no neuron has that side, or its weights are offloaded or sharded.
+        Weights that are sharded after the start are refused at the next forward pass.
     """
 
     neurons: NeuronSet
