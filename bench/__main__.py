@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from scipy.stats import spearmanr
 
-from bench import memory, rivals, tuning
+from bench import memory, modulation, rivals, tuning
 from bench.errors import error_table
 from bench.growth import growth
 from bench.setup import SHAPES, batch_of, forward, random_model, ratio, seconds, set_clock
@@ -34,6 +34,11 @@ BARS = {
     "sn_memory_over_dense": "<= 0.5",
     "sn_step_over_full_step": "<= 0.8",
     "sn_delta_over_share": "<= 1.1",
+    "hooked_generation_over_plain": "<= 1.05",
+    "folded_generation_over_plain": "<= 1.01",
+    "attribution_over_backward": "<= 0.7",
+    "patching_over_backward": "<= 2.5",
+    "maml_second_over_first_order": "none",
 }
 
 
@@ -133,7 +138,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--testbed", help="folder of a trained testbed, for the agreement of the linearised scores")
     parser.add_argument(
-        "--only", choices=("speed", "memory", "growth", "agreement", "errors", "tuning"), help="one part"
+        "--only", choices=("speed", "memory", "growth", "agreement", "errors", "tuning", "modulation"), help="one part"
     )
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -156,6 +161,8 @@ def main(arguments: list[str]) -> int:
         results["linear_spearman"] = linear_agreement(options.testbed)
     if options.only in (None, "memory"):
         results |= peak_memory()
+    if options.only in (None, "modulation"):
+        results |= modulation.timings(options.repeats)
     if options.only in (None, "tuning"):
         results |= tuning.tuning(max(3, options.repeats // 3))
     if options.only in (None, "growth"):
