@@ -107,9 +107,9 @@ PARAMETERS: dict[str, Parameter] = {
     "subset_sizes": Parameter(list, "numbers of prompts, for the stability study", items=int, low=2),
     "subset_draws": Parameter(int, "random prompt subsets of each size", low=2, high=1000, presets=(4, 10, 30)),
     "n_calibrate": Parameter(int, "prompts of each kind to score units with", low=16, presets=(64, 512, 512)),
-    "scu_share": Parameter(float, "share of the units that are safety-critical", low=1e-4, high=0.9),
-    "ucu_share": Parameter(float, "share of the units that are utility-critical", low=1e-4, high=0.9),
-    "ru_share": Parameter(float, "share of the units that are redundant", low=1e-4, high=0.9),
+    "unit_shares": Parameter(
+        list, "shares of the units that are SCU, UCU and RU; the rest is CU", items=float, low=1e-4, high=0.9
+    ),
     "unit_contrast": Parameter(
         str, "how scores on safety and utility data are compared", choices=("log ratio", "difference")
     ),
@@ -127,6 +127,38 @@ PARAMETERS: dict[str, Parameter] = {
         low=0,
         high=1,
     ),
+    "top_cu": Parameter(
+        float, "share of the complex units that are frozen with SCU; the paper: 0.06", low=1e-4, high=1
+    ),
+    "harmful_share": Parameter(
+        float, "share of harmful rows in the mixed fine-tuning set; 0 to skip it", low=0, high=0.9
+    ),
+    "sweep_rates": Parameter(
+        list,
+        "learning rates of the fine-tuning attack, all of them evaluated",
+        items=float,
+        low=1e-9,
+        high=1,
+        presets=([3e-4], [1e-4, 3e-4], [1e-4, 3e-4]),
+    ),
+    "sweep_steps": Parameter(
+        list,
+        "steps at which the attacked model is evaluated",
+        items=int,
+        low=1,
+        presets=([5], [10, 30], [5, 15, 30]),
+    ),
+    "utility_floor": Parameter(float, "share of its utility that an attacked model must keep to count", low=0, high=1),
+    "align_rates": Parameter(
+        list,
+        "learning rates of alignment, chosen from on the development split",
+        items=float,
+        low=1e-9,
+        high=1,
+        presets=([1e-3], [1e-3], [1e-3, 3e-3]),
+    ),
+    "align_steps": Parameter(int, "steps of alignment", low=1, presets=(8, 40, 40)),
+    "align_draws": Parameter(int, "random sets of units that are aligned with", low=1, high=100, presets=(1, 1, 2)),
     "n_tune": Parameter(
         int, "harmful prompts that learn their refusal, and as many benign ones", low=2, presets=(24, 50, 50)
     ),

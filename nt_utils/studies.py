@@ -325,12 +325,20 @@ class Run:
         from nt_utils.data import corpus
 
         p = self.parameters
-        harmful = self.prompts["harmful"].take(p.n_tune, p.seed)
+        if self.makes_units:  # not the rows that are left to choose on
+            harmful, benign = (rows.take(p.n_tune, p.seed) for rows in self.calibration_prompts)
+        else:
+            harmful, benign = (self.prompts[role].take(p.n_tune, p.seed) for role in ("harmful", "benign"))
         if not self.is_embedded:
             harmful = harmful.map(lambda prompt: prompt if prompt.refusal else prompt.replace(refusal=p.refusal))
-            return harmful, self.prompts["benign"].take(p.n_tune, p.seed)
+            return harmful, benign
         others = corpus.utility(20, "train", p.seed).take(p.n_tune - p.n_tune // 2, p.seed)
         return harmful, self.prompts["benign"].take(p.n_tune // 2, p.seed) + others
+
+    @property
+    def makes_units(self) -> bool:
+        """Whether this notebook makes unit maps."""
+        return hasattr(self.parameters, "unit_shares")
 
     @cached_property
     def calibration_prompts(self) -> tuple[Any, Any]:
@@ -378,7 +386,7 @@ class Run:
     def _dev_rows(self, n: int) -> dict[str, Any]:
         """Rows to choose on: neither tuned on nor tested on."""
         p, rows = self.parameters, {}
-        used = self.tuning_prompts if hasattr(p, "n_tune") else self.calibration_prompts
+        used = self.calibration_prompts if self.makes_units else self.tuning_prompts
         for kind, tuned in zip(("harmful", "benign"), used, strict=True):
             seen = set(tuned.texts)
             rows[kind] = self.prompts[kind].filter(text=lambda text, seen=seen: text not in seen).take(n, p.seed)

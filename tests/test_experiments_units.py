@@ -78,16 +78,16 @@ def test_random_units_match_a_category_and_keep_heads_whole(calibration):
     for made in (channels, heads):
         for name in CATEGORIES:
             own = made.set(name)
-            for drawn in study_units.random_like(made, name, 3, seed=1):
+            for drawn in study_units.random_like(made, own, 3, seed=1):
                 assert drawn.counts() == own.counts()
                 if name != "CU":  # more than half of the units: no room for others
                     assert len(drawn & own) == 0
-    for drawn in study_units.random_like(heads, "CU", 3, seed=1):
+    for drawn in study_units.random_like(heads, heads.set("CU"), 3, seed=1):
         o = drawn.mask((1, "o")).reshape(-1, 8)
         assert (o.all(1) | ~o.any(1)).all()
-    first, second = study_units.random_like(heads, "SCU", 2, seed=1)
+    first, second = study_units.random_like(heads, heads.set("SCU"), 2, seed=1)
     assert first != second
-    assert study_units.random_like(heads, "SCU", 1, seed=1)[0] == first
+    assert study_units.random_like(heads, heads.set("SCU"), 1, seed=1)[0] == first
 
 
 def test_pruning_tables_and_the_cost_of_growing(bench, calibration, units):

@@ -90,6 +90,22 @@ TABLES = {
         {"rule": ["a", "a", "random", "random"], "neurons": [2, 20] * 2, "metric": "ASR", **RATE}
     ),
     "per_neuron": pd.DataFrame({"measure": ["x", "x", "y", "y"], "definition": ["a", "b"] * 2, "chance": 0.01, **RATE}),
+    "attack_curves": pd.DataFrame(
+        {"rows": "r", "arm": ["full", "full", "LoRA", "LoRA"], "learning_rate": 1e-3, "step": [0, 5] * 2, "loss": [2, 1] * 2, "metric": "ASR", **RATE}
+    ),
+    "attack_points": pd.DataFrame(
+        {"rows": "r", "compared": ["a", "b"] * 2, "arm": ["full", "full", "LoRA", "LoRA"], "metric": "ASR", **RATE}
+    ),
+    "unit_flow": pd.DataFrame(
+        [
+            ("c", a, b, 5, share, share / (0.4 + 0.3 * (a == "CU")))
+            for a, b, share in (("SCU", "SCU", 0.2), ("SCU", "CU", 0.2), ("CU", "CU", 0.3), ("UCU", "UCU", 0.1), ("RU", "RU", 0.2))
+        ],
+        columns=["change", "before", "after", "count", "share", "share_of_before"],
+    ),
+    "align_budget": pd.DataFrame({"arm": ["unaligned", "RU"] * 2, "trained": [0, 0.1] * 2, "metric": ["ASR", "ASR", "u", "u"], **RATE}),
+    "direction": pd.DataFrame({"model": ["a", "a", "b", "b"], "variant": "v", "layer": [0, 1] * 2, **RATE}),
+    "probe": pd.DataFrame({"model": ["a", "a", "b", "b"], "layer": [0, 1] * 2, "majority": 0.5, **RATE}),
 }  # fmt: skip
 TABLES["effects_training"] = TABLES["effects"]
 

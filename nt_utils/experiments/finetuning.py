@@ -58,6 +58,7 @@ def finetune(
     batch_size: int = 16,
     eval_batch_size: int | None = None,
     seed: int = 0,
+    start: Evaluation | None = None,
     **options,
 ) -> FineTuned:
     """Fine-tune on the rows' helpful responses and evaluate after each of these steps; `lm` is as before afterwards.
@@ -71,15 +72,17 @@ def finetune(
         reference: the model by which improbable responses are found (None: `lm` in the attacked state, at step 0; then
             the model under training itself, which takes its own babble for probable).
         seed: of the order of the rows, the same for every state that is to be compared.
+        start: the evaluation of step 0, where another fine-tuning from this state has made it.
         options: further ones of :func:`nt_utils.interventions.tuning.tune`.
 
     Raises:
         InputError: as :func:`tune`.
     """
-    found: dict[int, Evaluation] = {}
+    found: dict[int, Evaluation] = {} if start is None else {0: start}
 
     def measure(model: LanguageModel, step: int) -> None:
-        found[step] = evaluate(model, suite, base=reference, batch_size=eval_batch_size, progress=False)
+        if step or start is None:
+            found[step] = evaluate(model, suite, base=reference, batch_size=eval_batch_size, progress=False)
 
     stops = [step for step in steps if step]
     tuned = tune(

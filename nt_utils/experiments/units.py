@@ -166,23 +166,25 @@ def pruning(neurons: NeuronSet, means: Fluctuation | None) -> Prune:
     return Prune(neurons) if means is None else Prune.to_mean(neurons, means)
 
 
-def random_like(units: UnitMap, name: str, draws: int, seed: int) -> list[NeuronSet]:
-    """Random sets with as many units per layer and kind as a category, whole heads included.
+def random_like(units: UnitMap, chosen: NeuronSet, draws: int, seed: int) -> list[NeuronSet]:
+    """Random sets with as many units per layer and kind as ``chosen`` (whole units of the map), whole heads included.
 
-    Drawn from the units outside the category, where those are enough, else from all units of the site.
+    Drawn from the units outside the set, where those are enough, else from all units of the site.
     """
     generator = torch.Generator().manual_seed(seed)
-    wanted, found = CATEGORIES.index(name), []
+    found = []
     for _ in range(draws):
         masks: dict[Site, torch.Tensor] = {}
         for site in units.labels:
-            labels = units.units(site)
-            need, others = int((labels == wanted).sum()), (labels != wanted).nonzero().flatten()
-            pool = others if len(others) >= need else torch.arange(len(labels))
-            picked = torch.zeros(len(labels), dtype=torch.bool)
+            count = len(units.units(site))
+            width = units.space.width(site) // count
+            own = chosen.mask(site)[::width]
+            need, others = int(own.sum()), (~own).nonzero().flatten()
+            pool = others if len(others) >= need else torch.arange(count)
+            picked = torch.zeros(count, dtype=torch.bool)
             picked[pool[torch.randperm(len(pool), generator=generator)[:need]]] = True
-            masks[site] = picked.repeat_interleave(units.space.width(site) // len(labels))
-        found.append(NeuronSet(units.space, masks, meta={"rule": f"random, as {name}"}))
+            masks[site] = picked.repeat_interleave(width)
+        found.append(NeuronSet(units.space, masks, meta={"rule": "random units"}))
     return found
 
 
@@ -201,7 +203,7 @@ def pruning_table(
     rows = bench.rates(None, condition=DENSE, group="none", share=0.0)
     for name in names:
         rows += bench.rates(pruning(units.set(name), means), condition=name, group="chosen", share=shares[name])
-        controls[name] = [pruning(s, means) for s in random_like(units, name, draws, seed)]
+        controls[name] = [pruning(s, means) for s in random_like(units, units.set(name), draws, seed)]
         rows += random_rows(bench, controls[name], f"random, as {name}", group="control", share=shares[name])
     return pd.DataFrame(rows), controls
 

@@ -1,0 +1,420 @@
+"""What notebook 04 asks of units: freezing them, what fine-tuning makes of them, aligning by few, leaning to refusal.
+
+[SSAH] is Li & Kim, ICLR 2026, arXiv 2410.10862. Fine-tuning itself is :mod:`nt_utils.experiments.finetuning`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from nt_utils.data.records import Prompt, PromptSet
+from nt_utils.errors import InputError
+from nt_utils.evaluation import metrics
+from nt_utils.evaluation.suite import Evaluation, Suite
+from nt_utils.experiments.bench import Bench, Measure, difference, rates
+from nt_utils.experiments.finetuning import FineTuned, Scope, finetune
+from nt_utils.experiments.units import Calibration, random_like
+from nt_utils.interventions.tuning import AllBut, Everything, LoRA, Only, Tuned, tune
+from nt_utils.models import LanguageModel, pad
+from nt_utils.neurons import NeuronSet
+from nt_utils.selection import UnitScores
+from nt_utils.units import CATEGORIES, UnitMap, flow, with_inputs
+
+# ------------------------------------------------------------------------------------------------------ freezing
+
+
+def top_complex(units: UnitMap, scores: UnitScores, share: float) -> NeuronSet:
+    """The ``share`` (0 to 1) of the complex units that are most active on safety data (ours: the paper says top CU)."""
+    if not 0 < share <= 1:
+        raise InputError(f"share: got {share!r}; allowed: above 0, at most 1")
+    complex_units = (units.flat() == CATEGORIES.index("CU")).nonzero().flatten()
+    order = torch.sort(scores.safety[complex_units], descending=True, stable=True).indices
+    return scores.neurons(complex_units[order[: max(1, round(share * len(complex_units)))]])
+
+
+def frozen_sets(units: UnitMap, scores: UnitScores, share: float, draws: int, seed: int) -> dict[str, NeuronSet]:
+    """What the paper freezes, and layer-matched random units: as many as SCU with the top complex units."""
+    critical = units.set("SCU")
+    guarded = critical | top_complex(units, scores, share)
+    found = {
+        "freeze SCU": critical,
+        f"freeze SCU + top {100 * share:g}% CU": guarded,
+        "freeze SCU + all CU": critical | units.set("CU"),
+    }
+    drawn = random_like(units, guarded, draws, seed)
+    names = ["freeze random"] if draws == 1 else [f"freeze random {i + 1}" for i in range(draws)]
+    return found | dict(zip(names, drawn, strict=True))
+
+
+def freezing(neurons: NeuronSet, head_dim: int) -> AllBut:
+    """Train everything but these units: FFN channels whole, heads with their query rows (and key/value rows they own)."""
+    return AllBut(with_inputs(neurons, head_dim), name="freeze")
+
+
+def attack_rows(task: Sequence[Prompt], harmful: Sequence[Prompt], share: float, seed: int) -> PromptSet:
+    """A fine-tuning set in which ``share`` of the rows (0 to 1) are harmful prompts with their harmless stub answers.
+
+    Raises:
+        InputError: a share outside 0 to 1, too few harmful prompts, or harmful ones without a stub.
+    """
+    if not 0 <= share < 1:
+        raise InputError(f"share: got {share!r}; allowed: 0 or more, below 1")
+    bad = round(share * len(task))
+    if bad > len(harmful) or any(not p.helpful for p in harmful[:bad]):
+        raise InputError(f"harmful: {bad} prompts with a `helpful` stub are needed for {100 * share:g}% of the rows")
+    kept = PromptSet(task).take(len(task) - bad, seed)
+    return PromptSet([*kept, *PromptSet(harmful).take(bad, seed)], f"fine-tuning, {100 * share:g}% harmful")
+
+
+#: Adapters are fine-tuned at about ten times the learning rate of full tuning (arXiv 2106.09685, appendix D).
+LORA_FACTOR = 10
+
+
+def attack(
+    lm: LanguageModel,
+    rows: Sequence[Prompt],
+    suite: Suite,
+    scopes: Mapping[str, Scope],
+    learning_rates: Sequence[float],
+    **options,
+) -> dict[tuple[str, float], FineTuned]:
+    """Fine-tune under every scope at every learning rate (LoRA: times LORA_FACTOR): (arm, rate) -> what came of it.
+
+    One call with one scope is "freeze these, fine-tune, evaluate". Options: see
+    :func:`nt_utils.experiments.finetuning.finetune` (steps, reference, batch_size, seed).
+    """
+    found: dict[tuple[str, float], FineTuned] = {}
+    start = None
+    for arm, scope in scopes.items():
+        for rate in learning_rates:
+            used = rate * LORA_FACTOR if isinstance(scope, LoRA) else rate
+            found[arm, used] = finetune(lm, rows, suite, learning_rate=used, scope=scope, start=start, **options)
+            start = found[arm, used].evaluations[0]
+    return found
+
+
+def attack_table(runs: Mapping[tuple[str, float], FineTuned], measures: Sequence[Measure], **labels) -> pd.DataFrame:
+    """All points of the sweep: labels, arm, learning_rate, step, loss (of training), metric, value, low, high, n.
+
+    The loss is the mean over the steps since the last evaluation, nats a token; NaN at step 0.
+    """
+    rows = []
+    for (arm, rate), run in runs.items():
+        losses = {row["step"]: row["loss"] for row in run.tuned.history}
+        for step, found in run.evaluations.items():
+            more = {**labels, "arm": arm, "learning_rate": rate, "step": step, "loss": losses[step]}
+            rows += rates(found, measures, **more)
+    return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place in a sweep: after how many steps at which rate, with which training loss."""
+
+    arm: str
+    learning_rate: float
+    step: int
+    loss: float
+    evaluation: Evaluation
+
+
+def points(runs: Mapping[tuple[str, float], FineTuned]) -> list[Point]:
+    """Every evaluated state after some training."""
+    found = []
+    for (arm, rate), run in runs.items():
+        losses = {row["step"]: row["loss"] for row in run.tuned.history}
+        found += [Point(arm, rate, step, losses[step], e) for step, e in run.evaluations.items() if step]
+    return found
+
+
+def worst_points(
+    runs: Mapping[tuple[str, float], FineTuned], asr: Measure, utility: Measure, floor: float
+) -> dict[str, Point]:
+    """Of each arm the point with the highest ASR among those that keep utility at or above the floor.
+
+    An arm without such a point has none: fine-tuning that breaks the model attacks nobody.
+    """
+    found: dict[str, Point] = {}
+    for point in points(runs):
+        if point.evaluation.rate(utility.set, utility.metric).value < floor:
+            continue
+        best = found.get(point.arm)
+        if best is None or _rate(point, asr) > _rate(best, asr):
+            found[point.arm] = point
+    return found
+
+
+def equal_loss_points(runs: Mapping[tuple[str, float], FineTuned]) -> tuple[float, dict[str, Point]]:
+    """Each arm where it has learnt the task as far as all arms have, as in the paper: equal final training loss.
+
+    The target is the loss that even the slowest arm reaches at its best rate; of each arm the point whose loss is nearest
+    to it (as a ratio) counts.
+
+    Returns:
+        The target in nats a token, and arm -> its point.
+    """
+    by_arm: dict[str, list[Point]] = {}
+    for point in points(runs):
+        by_arm.setdefault(point.arm, []).append(point)
+    target = max(min(p.loss for p in some) for some in by_arm.values())
+    return target, {arm: min(some, key=lambda p: abs(np.log(p.loss / target))) for arm, some in by_arm.items()}
+
+
+def points_table(chosen: Mapping[str, Point], measures: Sequence[Measure], **labels) -> pd.DataFrame:
+    """Table 2 of the paper: labels, arm, learning_rate, step, loss, metric, value, low, high, n."""
+    rows = []
+    for arm, p in chosen.items():
+        more = {**labels, "arm": arm, "learning_rate": p.learning_rate, "step": p.step, "loss": p.loss}
+        rows += rates(p.evaluation, measures, **more)
+    return pd.DataFrame(rows)
+
+
+def _rate(point: Point, measure: Measure) -> float:
+    return point.evaluation.rate(measure.set, measure.metric).value
+
+
+def point_difference(
+    chosen: Mapping[str, Point], arm: str, others: Sequence[str], measure: Measure, seed: int
+) -> metrics.Interval | None:
+    """An arm's rate minus the mean rate of other arms, over topics and arms; None where one of them has no point."""
+    if arm not in chosen or not all(o in chosen for o in others) or not others:
+        return None
+    return difference([chosen[o].evaluation for o in others], chosen[arm].evaluation, measure, seed)
+
+
+# ----------------------------------------------------------------------------------------------------- transfer
+
+
+def flow_table(maps: Mapping[str, tuple[UnitMap, UnitMap]]) -> pd.DataFrame:
+    """The flows of several pairs of maps: change, before, after, count, share, share_of_before."""
+    return pd.DataFrame([{"change": name, **row} for name, pair in maps.items() for row in flow(*pair)])
+
+
+def moved_share(
+    before: Calibration,
+    after: Calibration,
+    proportions: Mapping[str, float],
+    source: str,
+    target: str,
+    draws: int,
+    seed: int,
+    **options,
+) -> metrics.Interval:
+    """Share of ``source`` units that become ``target``, minus the share that does so by other prompts alone.
+
+    For each draw a random half of the calibration prompts maps both models, and the other half maps the first model
+    again. The interval is the middle 95% of the draws; n is the number of draws.
+    """
+    rng, values = np.random.default_rng(seed), []
+    half = before.groups // 2
+    for _ in range(draws):
+        order = rng.permutation(before.groups).tolist()
+        own, rest = order[:half], order[half : 2 * half]
+        start = before.scores(own, **options).map(proportions)
+        moved, resampled = (
+            next(r["share_of_before"] for r in flow(start, made) if (r["before"], r["after"]) == (source, target))
+            for made in (after.scores(own, **options).map(proportions), before.scores(rest, **options).map(proportions))
+        )
+        values.append(moved - resampled)
+    low, high = np.quantile(values, [0.025, 0.975])
+    return metrics.Interval(float(np.mean(values)), float(low), float(high), draws)
+
+
+# ----------------------------------------------------------------------------------------------------- alignment
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """One way of aligning: the rate that was chosen on the development split, the tuning, its evaluation."""
+
+    learning_rate: float
+    tuned: Tuned
+    evaluation: Evaluation
+
+
+def budget_scopes(units: UnitMap, head_dim: int, draws: int, seed: int) -> dict[str, Scope]:
+    """Aligning by everything, by the redundant units, by as many random ones, by the utility-critical ones."""
+    redundant = units.set("RU")
+    drawn = random_like(units, redundant, draws, seed)
+    names = ["random"] if draws == 1 else [f"random {i + 1}" for i in range(draws)]
+    sets = {"RU": redundant, **dict(zip(names, drawn, strict=True)), "UCU": units.set("UCU")}
+    return {"full": Everything()} | {name: Only(with_inputs(s, head_dim), name=name) for name, s in sets.items()}
+
+
+def align(
+    dev: Bench,
+    test: Bench,
+    scopes: Mapping[str, Scope],
+    harmful: Sequence[Prompt],
+    benign: Sequence[Prompt],
+    learning_rates: Sequence[float],
+    asr: Measure,
+    utility: Measure,
+    **options,
+) -> dict[str, Aligned]:
+    """Align an unaligned model under each scope, at the rate with the most utility minus ASR on development prompts.
+
+    Args:
+        dev, test: benches of the unaligned model on the development and on the test prompts.
+        options: of :func:`nt_utils.interventions.tuning.tune` (steps, batch_size, benign_share, seed).
+    """
+
+    def score(tuned: Tuned) -> float:
+        found = dev(tuned.delta)
+        return found.rate(utility.set, utility.metric).value - found.rate(asr.set, asr.metric).value
+
+    found = {}
+    for name, scope in scopes.items():
+        tried = [
+            (rate, tune(dev.lm, scope, harmful=harmful, benign=benign, learning_rate=rate, progress=False, **options))
+            for rate in learning_rates
+        ]
+        rate, tuned = max(tried, key=lambda pair: score(pair[1]))
+        found[name] = Aligned(rate, tuned, test(tuned.delta))
+    return found
+
+
+def budget_table(base: Evaluation, found: Mapping[str, Aligned], measures: Sequence[Measure]) -> pd.DataFrame:
+    """Table 4 of the paper, with safety: arm, learning_rate, trained (share of parameters), metric, value, low, high, n."""
+    rows = rates(base, measures, arm="unaligned", learning_rate=np.nan, trained=0.0)
+    for name, a in found.items():
+        rows += rates(a.evaluation, measures, arm=name, learning_rate=a.learning_rate, trained=a.tuned.share)
+    return pd.DataFrame(rows)
+
+
+# ---------------------------------------------------------------------------------------------------- direction
+
+
+def last_states(
+    lm: LanguageModel, prompts: Sequence[str], openings: Sequence[str] | None, tokens: int = 4, batch_size: int = 32
+) -> Tensor:
+    """Hidden state of the last token after the embedding and after each block, float32 [prompts, layers + 1, hidden].
+
+    Args:
+        openings: first words of a response a prompt, cut to ``tokens`` tokens and put after it; None: the query alone.
+    """
+    heads = lm.tokens(lm.render(list(prompts)))
+    tails = [[] for _ in heads]
+    if openings is not None:
+        tails = [t[:tokens] for t in lm.tokenizer(list(openings), add_special_tokens=False)["input_ids"]]
+    rows = [head + tail for head, tail in zip(heads, tails, strict=True)]
+    found = []
+    for start in range(0, len(rows), batch_size):
+        part = slice(start, start + batch_size)
+        lengths = [len(head) for head in heads[part]]
+        batch = pad(rows[part], pad_id=lm.pad_id, side="left", prompt_lengths=lengths).to(lm.device)
+        with torch.no_grad():
+            states = lm.model(**batch.inputs, use_cache=False, output_hidden_states=True).hidden_states
+        found.append(torch.stack([s[:, -1].float().cpu() for s in states], dim=1))
+    return torch.cat(found)
+
+
+def leaning(query: Tensor, refusal: Tensor, compliance: Tensor, baseline: Tensor | None = None) -> np.ndarray:
+    """How much nearer the query's state is to its refusal's than to its compliance's [SSAH, section 3, Fig. 2-4].
+
+    ``cos(query, query + refusal) - cos(query, query + compliance)``, [prompts, layers + 1]: positive = nearer refusal.
+    ``baseline`` [layers + 1, hidden] is taken from all three states first (**ours**, asked for by reviewers: what all
+    queries share, whatever follows them).
+    """
+    shift = 0 if baseline is None else baseline
+    cosine = torch.nn.functional.cosine_similarity
+    states = [s.double() - shift for s in (query, refusal, compliance)]
+    return (cosine(states[0], states[1], dim=-1) - cosine(states[0], states[2], dim=-1)).numpy()
+
+
+def direction_values(
+    lm: LanguageModel,
+    harmful: Sequence[Prompt],
+    benign: Sequence[Prompt],
+    refusal: str,
+    compliance: str,
+    tokens: int = 4,
+) -> dict[str, np.ndarray]:
+    """Leaning on harmful queries by variant, each [prompts, layers + 1].
+
+    Variants: "as in the paper"; "query-only baseline subtracted" (the mean state of harmful and benign queries alone); and
+    "minus benign queries" (the mean leaning of benign queries, which the words' own meaning moves as much).
+
+    Args:
+        refusal, compliance: opening words for prompts that come without responses of their own.
+    """
+
+    def states(prompts):
+        texts = [p.text for p in prompts]
+        ends = [p.refusal or refusal for p in prompts], [p.helpful or compliance for p in prompts]
+        return [last_states(lm, texts, None), *(last_states(lm, texts, end, tokens) for end in ends)]
+
+    bad, good = states(harmful), states(benign)
+    baseline = torch.cat([bad[0], good[0]]).double().mean(0)
+    plain = leaning(*bad)
+    return {
+        "as in the paper": plain,
+        "query-only baseline subtracted": leaning(*bad, baseline),
+        "minus benign queries": plain - leaning(*good).mean(0),
+    }
+
+
+def direction_table(values: Mapping[str, Mapping[str, np.ndarray]], topics: Sequence[str], seed: int) -> pd.DataFrame:
+    """model -> variant -> leaning as a table: model, variant, layer (0 = embedding), value, low, high, n (prompts).
+
+    Intervals resample topics.
+    """
+    rows = []
+    for model, variants in values.items():
+        for variant, found in variants.items():
+            for layer in range(found.shape[1]):
+                interval = over_topics(found[:, layer], topics, seed)
+                rows.append((model, variant, layer, *interval))
+    return pd.DataFrame(rows, columns=["model", "variant", "layer", "value", "low", "high", "n"])
+
+
+def over_topics(values: np.ndarray, topics: Sequence[str], seed: int) -> metrics.Interval:
+    """Mean with an interval that resamples topics ("" = a topic of its own)."""
+    names = [t or f"prompt {i}" for i, t in enumerate(topics)]
+    clusters = pd.factorize(pd.Series(names))[0]
+    return metrics.clustered_difference(np.zeros((1, len(values))), values, clusters, seed=seed)
+
+
+def probe_table(
+    states: Mapping[str, Tensor], labels: Sequence[bool], topics: Sequence[str], folds: int, seed: int
+) -> pd.DataFrame:
+    """Cross-validated accuracy of a linear probe at each layer: does the state before the answer tell refusal?
+
+    Args:
+        states: model -> last-token states of the queries [prompts, layers + 1, hidden]; labels: whether the model under
+            study refuses; topics: prompts of a topic stay in one fold.
+    Returns:
+        Columns model, layer, value (accuracy), low, high (Wilson), n, majority (accuracy of the commoner answer).
+        Empty when all labels agree: nothing to tell apart.
+    """
+    y = np.asarray(labels, dtype=float)
+    majority = max(y.mean(), 1 - y.mean())
+    rows = []
+    if majority < 1:
+        groups = pd.factorize(pd.Series([t or f"prompt {i}" for i, t in enumerate(topics)]))[0]
+        part = np.random.default_rng(seed).permutation(groups.max() + 1)[groups] % folds
+        for model, found in states.items():
+            for layer in range(found.shape[1]):
+                guesses = _ridge_guesses(found[:, layer].double().numpy(), y, part)
+                right = int((guesses == (y > 0.5)).sum())
+                rows.append((model, layer, *metrics.wilson(right, len(y)), majority))
+    return pd.DataFrame(rows, columns=["model", "layer", "value", "low", "high", "n", "majority"])
+
+
+def _ridge_guesses(x: np.ndarray, y: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """Each prompt's class by a ridge classifier (least squares on +-1, penalty 1 a dimension) fitted on the other folds."""
+    guesses = np.zeros(len(y), dtype=bool)
+    for k in np.unique(fold):
+        train, held = fold != k, fold == k
+        mean, spread = x[train].mean(0), x[train].std(0) + 1e-8
+        a, b = (x[train] - mean) / spread, 2 * y[train] - 1
+        # The kernel form: prompts are fewer than a large model's dimensions.
+        weights = np.linalg.solve(a @ a.T + a.shape[1] * np.eye(len(a)), b - b.mean())
+        guesses[held] = ((x[held] - mean) / spread) @ a.T @ weights + b.mean() > 0
+    return guesses

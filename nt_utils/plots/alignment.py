@@ -1,0 +1,207 @@
+"""Figures of notebook 04: freezing under fine-tuning, flows between categories, alignment budget, leaning to refusal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path as Curve
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from nt_utils.plots.style import COLOURS, GREY, counts, figure, interval, ordered, panels, percent
+from nt_utils.plots.units import CATEGORY_COLOURS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def _colour(arm: str, i: int) -> str:
+    return "#000000" if arm == "full" else GREY if "random" in arm else COLOURS[i]
+
+
+@figure
+def attack_curves(table: pd.DataFrame) -> Figure:
+    """Notebook 04: rates against the fine-tuning loss, one line an arm and learning rate.
+
+    Columns: rows (fine-tuning set), arm, learning_rate, step, loss (nats a token), metric, value, low, high, n.
+    """
+    sets, shown, arms = ordered(table["rows"]), ordered(table["metric"]), ordered(table["arm"])
+    drawn, axes = panels(len(shown), len(sets), height=2.3 * len(shown) + 0.8, sharey="row", sharex="col")
+    for c, name in enumerate(sets):
+        for r, metric in enumerate(shown):
+            ax, rows = axes[r, c], table[(table["rows"] == name) & (table["metric"] == metric) & (table["step"] > 0)]
+            for i, arm in enumerate(arms):
+                for j, (_, part) in enumerate(rows[rows["arm"] == arm].groupby("learning_rate")):
+                    part = part.sort_values("step")
+                    label = arm if (r, c, j) == (0, 0, 0) else None
+                    ax.plot(
+                        part["loss"], part["value"], "o-", color=_colour(arm, i), ms=3, lw=1, alpha=0.85, label=label
+                    )
+            start = table[(table["rows"] == name) & (table["metric"] == metric) & (table["step"] == 0)]["value"]
+            ax.axhline(start.iloc[0], color="black", lw=0.8, ls=":")
+            ax.set_ylim(-0.03, 1.03)
+            percent(ax.yaxis)
+            if r == 0:
+                ax.set_title(name)
+            if c == 0:
+                ax.set_ylabel(f"{metric}\n({counts(rows)})")
+        axes[-1, c].set_xscale("log")
+        axes[-1, c].invert_xaxis()
+        axes[-1, c].xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes[-1, c].xaxis.set_major_formatter("{x:g}")
+        axes[-1, c].xaxis.set_minor_formatter(NullFormatter())
+        axes[-1, c].set_xlabel("training loss, nats a token (falling)")
+    drawn.legend(loc="outside lower center", ncols=3, title="dotted: before fine-tuning; one line a learning rate")
+    return drawn
+
+
+@figure
+def attack_points(table: pd.DataFrame) -> Figure:
+    """Notebook 04: each arm at its worst point and at equal training loss (the paper's Tables 2 and 3).
+
+    Columns: rows, compared, arm, learning_rate, step, loss, metric, value, low, high, n.
+    """
+    sets, shown, arms = ordered(table["rows"]), ordered(table["metric"]), ordered(table["arm"])
+    compared = ordered(table["compared"])
+    drawn, axes = panels(
+        len(sets), len(shown), height=(0.3 * len(arms) + 0.9) * len(sets) + 0.5, sharey=True, sharex=True
+    )
+    for r, name in enumerate(sets):
+        for c, metric in enumerate(shown):
+            ax = axes[r, c]
+            rows = table[(table["rows"] == name) & (table["metric"] == metric)]
+            for i, how in enumerate(compared):
+                part = rows[rows["compared"] == how]
+                y = np.array([arms.index(a) for a in part["arm"]]) + 0.2 * (i - (len(compared) - 1) / 2)
+                interval(ax, y, part, COLOURS[i], horizontal=True, ms=4, label=how if (r, c) == (0, 0) else None)
+            ax.set_yticks(range(len(arms)), arms)
+            ax.set_ylim(len(arms) - 0.4, -0.6)
+            ax.set_xlim(-0.04, 1.04)
+            percent(ax.xaxis)
+            size = f", {counts(rows)}" if len(rows) else ""
+            ax.set_title(f"{metric}\n({name}{size})")
+    drawn.legend(loc="outside lower center", ncols=len(compared))
+    return drawn
+
+
+def _ribbon(ax: Axes, left: tuple[float, float], right: tuple[float, float], colour: str) -> None:
+    """A band from heights ``left`` at x = 0 to heights ``right`` at x = 1."""
+    (a, b), (c, d) = left, right
+    points = [(0.06, a), (0.5, a), (0.5, c), (0.94, c), (0.94, d), (0.5, d), (0.5, b), (0.06, b), (0.06, a)]
+    codes = [Curve.MOVETO, *[Curve.CURVE4] * 3, Curve.LINETO, *[Curve.CURVE4] * 3, Curve.CLOSEPOLY]
+    ax.add_patch(PathPatch(Curve(points, codes), facecolor=colour, alpha=0.45, lw=0))
+
+
+@figure
+def unit_flow(table: pd.DataFrame) -> Figure:
+    """Notebook 04: how units change category (the paper's Fig. 5 and 6). Columns: change, before, after, count, share.
+
+    Heights are shares of all units on a square-root scale, without which 3% would not be seen; the percentages are exact.
+    """
+    changes, order = ordered(table["change"]), list(CATEGORY_COLOURS)
+    drawn, axes = panels(1, len(changes), height=3.9)
+    for ax, change in zip(axes[0], changes, strict=True):
+        rows = table[table["change"] == change]
+        grid = rows.pivot_table(index="before", columns="after", values="share").reindex(index=order, columns=order)
+        ends = [_bars(ax, grid.sum(axis=1 - side), x) for side, x in ((0, 0.0), (1, 0.94))]
+        at = [{name: ends[side][name][0] for name in order} for side in (0, 1)]
+        for before in order:
+            for after in order:
+                bands = []
+                for side, (name, total) in enumerate(((before, grid.loc[before].sum()), (after, grid[after].sum()))):
+                    low, high = ends[side][name]
+                    height = (high - low) * grid.loc[before, after] / max(total, 1e-12)
+                    bands.append((at[side][name], at[side][name] + height))
+                    at[side][name] += height
+                if grid.loc[before, after] > 0:
+                    _ribbon(ax, *bands, CATEGORY_COLOURS[before])
+        kept = rows[rows["before"] == rows["after"]].set_index("before")["share_of_before"]
+        ax.set_title(f"{change}\nSCU that stay: {100 * kept['SCU']:.0f}%")
+        ax.set_xlim(-0.3, 1.3)
+        ax.set_ylim(1.02, -0.02)
+        ax.set_axis_off()
+    return drawn
+
+
+def _bars(ax: Axes, shares: pd.Series, x: float) -> dict[str, tuple[float, float]]:
+    """A column of category bars from the top down; category -> (start, end)."""
+    roots, gap = np.sqrt(shares.clip(lower=0)), 0.03
+    heights = roots / roots.sum() * (1 - gap * (len(roots) - 1))
+    top, found = 0.0, {}
+    for name, height in heights.items():
+        found[str(name)] = (top, top + height)
+        ax.add_patch(PathPatch(Curve([(x, top), (x + 0.06, top), (x + 0.06, top + height), (x, top + height), (x, top)]),
+                               facecolor=CATEGORY_COLOURS[str(name)], lw=0))  # fmt: skip
+        side = {"ha": "right", "x": x - 0.03} if x < 0.5 else {"ha": "left", "x": x + 0.09}
+        ax.text(y=top + height / 2, s=f"{name}\n{100 * shares[name]:.0f}%", va="center", fontsize=7.5, **side)
+        top += height + gap
+    return found
+
+
+@figure
+def align_budget(table: pd.DataFrame) -> Figure:
+    """Notebook 04: the unaligned model aligned by training some units only (the paper's Table 4, with safety).
+
+    Columns: arm, learning_rate, trained (share of the parameters), metric, value, low, high, n.
+    """
+    shown, arms = ordered(table["metric"]), ordered(table["arm"])
+    trained = table.groupby("arm", sort=False)["trained"].first()
+    drawn, axes = panels(1, len(shown), height=0.34 * len(arms) + 1.1, sharey=True)
+    for ax, metric in zip(axes[0], shown, strict=True):
+        rows = table[table["metric"] == metric]
+        for i, arm in enumerate(arms):
+            colour = "#000000" if arm in ("unaligned", "full") else CATEGORY_COLOURS.get(arm, COLOURS[2])
+            hollow = {"mfc": "white"} if arm == "unaligned" or "random" in arm else {}
+            interval(ax, [i], rows[rows["arm"] == arm], colour, horizontal=True, **hollow)
+        ax.set_yticks(range(len(arms)), [f"{a} ({100 * trained[a]:.0f}% trained)" for a in arms])
+        ax.set_ylim(len(arms) - 0.4, -0.6)
+        ax.set_xlim(-0.04, 1.04)
+        percent(ax.xaxis)
+        ax.set_title(f"{metric}\n({counts(rows)})")
+    return drawn
+
+
+@figure
+def direction(table: pd.DataFrame) -> Figure:
+    """Notebook 04: leaning to refusal by layer (the paper's Fig. 2-4). Columns: model, variant, layer, value, low, high, n."""
+    variants, models = ordered(table["variant"]), ordered(table["model"])
+    drawn, axes = panels(1, len(variants), height=2.8)
+    for ax, variant in zip(axes[0], variants, strict=True):
+        for i, model in enumerate(models):
+            rows = table[(table["variant"] == variant) & (table["model"] == model)]
+            ax.plot(rows["layer"], rows["value"], "o-", color=COLOURS[i], ms=3.5, label=model)
+            ax.fill_between(rows["layer"], rows["low"], rows["high"], color=COLOURS[i], alpha=0.2, lw=0)
+        ax.axhline(0, color="black", lw=0.7)
+        _layer_axis(ax, table)
+        ax.set_title(f"{variant}\n({counts(table)})", fontsize=8)
+    axes[0, 0].set_ylabel("cosine with refusal\nminus cosine with compliance")
+    drawn.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(models))
+    return drawn
+
+
+@figure
+def probe(table: pd.DataFrame) -> Figure:
+    """Notebook 04: cross-validated accuracy of a linear probe. Columns: model, layer, value, low, high, n, majority."""
+    drawn, axes = panels(height=2.6)
+    ax = axes[0, 0]
+    for i, model in enumerate(ordered(table["model"])):
+        rows = table[table["model"] == model]
+        interval(ax, rows["layer"] + 0.06 * (i - 0.5), rows, COLOURS[i], fmt="o-", label=f"states of the {model} model")
+    ax.axhline(table["majority"].iloc[0], color="black", lw=0.8, ls=":")
+    _layer_axis(ax, table)
+    percent(ax.yaxis)
+    ax.set_ylim(top=1.02)
+    ax.set_ylabel("probe accuracy")
+    ax.set_title(f"does the aligned model refuse? ({counts(table)}; dotted: the commoner answer)")
+    ax.legend(loc="lower right")
+    return drawn
+
+
+def _layer_axis(ax: Axes, table: pd.DataFrame) -> None:
+    layers = sorted(table["layer"].unique())
+    step = max(1, len(layers) // 8)
+    ax.set_xticks(layers[::step], ["emb." if n == 0 else str(n) for n in layers[::step]])
+    ax.set_xlabel("after block")

@@ -1,0 +1,242 @@
+"""The pieces of notebook 04 on a tiny model: frozen units keep their bits, chosen points are what they say."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from nt_utils.data.records import Prompt, PromptSet
+from nt_utils.errors import InputError
+from nt_utils.evaluation import metrics
+from nt_utils.evaluation.suite import Suite, SuiteSet
+from nt_utils.experiments import alignment
+from nt_utils.experiments.bench import Bench, Measure
+from nt_utils.experiments.units import Calibration
+from nt_utils.interventions.tuning import Everything, LoRA
+from nt_utils.plots import alignment as figures
+from tests.tiny import tiny_lm
+
+SHARES = {"SCU": 0.1, "UCU": 0.2, "RU": 0.3}
+ASR = Measure("direct", "asr", "direct ASR")
+REFUSED = Measure("direct", "refusal", "refused")
+
+
+def prompts(word, n=16, **fields):
+    return PromptSet([Prompt(text=f"{word} number {i}", topic=f"{word}{i // 2}", **fields) for i in range(n)], word)
+
+
+HARM = prompts("burn", kind="harmful", refusal="No.", helpful="x")
+GOOD = prompts("bake", kind="benign", refusal="No.", helpful="Take flour.")
+
+
+@pytest.fixture(scope="module")
+def tuned_lm():
+    """A model of this file's own: tuning puts the weights back, but nobody else should see them move."""
+    return tiny_lm("llama")
+
+
+@pytest.fixture(scope="module")
+def calibration(tuned_lm):
+    return Calibration.of(tuned_lm, HARM, GOOD, size=2)
+
+
+@pytest.fixture(scope="module")
+def scores(calibration):
+    return calibration.scores()
+
+
+@pytest.fixture(scope="module")
+def suite():
+    asked = prompts("steal", 6, kind="harmful", helpful="x")
+    return Suite((SuiteSet("direct", asked, ("asr", "refusal"), "known", correct="known"),), max_new_tokens=2)
+
+
+@pytest.fixture(scope="module")
+def runs(tuned_lm, scores, suite):
+    sets = alignment.frozen_sets(scores.map(SHARES), scores, 0.2, 1, seed=0)
+    scopes = {"full": Everything(), "LoRA": LoRA(rank=1)}
+    scopes |= {name: alignment.freezing(neurons, 8) for name, neurons in sets.items()}
+    return alignment.attack(tuned_lm, GOOD, suite, scopes, [0.01], steps=[1, 2], batch_size=4), sets
+
+
+def test_frozen_units_are_bit_identical_after_fine_tuning(tuned_lm, runs):
+    swept, sets = runs
+    view, stored = tuned_lm.view, {k: v.clone() for k, v in tuned_lm.model.state_dict().items()}
+    for name, neurons in sets.items():
+        with swept[name, 0.01].delta.active(tuned_lm):
+            for (layer, kind), mask in neurons.masks.items():
+                path = f"model.layers.{layer}.{'mlp.down_proj' if kind == 'ffn' else 'self_attn.o_proj'}.weight"
+                now, before = view.weight(layer, kind), stored[path]
+                assert torch.equal(now[:, mask], before[:, mask]), name
+                if not mask.all():
+                    assert not torch.equal(now[:, ~mask], before[:, ~mask]), name
+                if kind == "ffn":
+                    gate = stored[f"model.layers.{layer}.mlp.gate_proj.weight"]
+                    assert torch.equal(view.weight(layer, "gate")[mask], gate[mask])
+    assert all(torch.equal(v, stored[k]) for k, v in tuned_lm.model.state_dict().items())
+
+
+def test_sets_that_are_frozen(scores):
+    units = scores.map(SHARES)
+    sets = alignment.frozen_sets(units, scores, 0.25, 2, seed=0)
+    scu, guarded, everything = (sets[n] for n in ("freeze SCU", "freeze SCU + top 25% CU", "freeze SCU + all CU"))
+    assert len(scu - guarded) == len(guarded - everything) == 0
+    assert everything == units.set("SCU", "CU")
+    top = alignment.top_complex(units, scores, 0.25)
+    assert len(top - units.set("CU")) == 0
+    flat = units.flat()
+    wanted = scores.safety[flat == 2].sort(descending=True).values[: round(0.25 * int((flat == 2).sum()))].sum()
+    chosen = sum(float(scores.safety[i]) for i in range(len(flat)) if len(scores.neurons(torch.tensor([i])) - top) == 0)
+    assert chosen == pytest.approx(float(wanted))
+    for i in (1, 2):
+        assert sets[f"freeze random {i}"].counts() == guarded.counts()
+    with pytest.raises(InputError, match="share"):
+        alignment.top_complex(units, scores, 0.0)
+
+
+def test_attack_rows_hold_the_share_of_harmful_ones():
+    rows = alignment.attack_rows(GOOD, HARM, 0.25, seed=0)
+    assert [p.kind for p in rows].count("harmful") == 4
+    assert len(rows) == len(GOOD)
+    assert alignment.attack_rows(GOOD, [], 0.0, seed=0).texts == GOOD.texts
+    with pytest.raises(InputError, match="stub"):
+        alignment.attack_rows(GOOD, prompts("x", kind="harmful"), 0.25, seed=0)
+    with pytest.raises(InputError, match="share"):
+        alignment.attack_rows(GOOD, HARM, 1.0, seed=0)
+
+
+def test_tables_of_a_sweep(runs):
+    swept, _ = runs
+    assert set(rate for arm, rate in swept if arm == "LoRA") == {0.1}, "adapters take ten times the rate"
+    table = alignment.attack_table(swept, [ASR, REFUSED], rows="benign")
+    assert len(table) == 6 * 3 * 2
+    assert table[table["step"] == 0]["loss"].isna().all()
+    assert table[table["step"] > 0]["loss"].gt(0).all()
+    assert table[table["step"] == 0].groupby("metric")["value"].nunique().eq(1).all()
+    target, equal = alignment.equal_loss_points(swept)
+    assert set(equal) == {arm for arm, _ in swept}
+    assert max(min(p.loss for p in alignment.points(swept) if p.arm == arm) for arm in equal) == target
+    chosen = alignment.points_table(equal, [ASR], compared="equal training loss", rows="benign")
+    assert len(chosen) == 6
+    assert figures.attack_curves(table).axes
+    assert figures.attack_points(chosen).axes
+
+
+def fake_runs(table):
+    """arm -> [(loss, asr, utility) a step] as fine-tunings."""
+
+    def evaluation(asr, utility):
+        values = {"asr": asr, "helpful": utility}
+        return SimpleNamespace(rate=lambda name, metric: metrics.wilson(round(100 * values[metric]), 100))
+
+    return {
+        (arm, 0.1): SimpleNamespace(
+            evaluations={i: evaluation(asr, utility) for i, (_, asr, utility) in enumerate(steps)},
+            tuned=SimpleNamespace(history=[{"step": i, "loss": loss} for i, (loss, _, _) in enumerate(steps)]),
+        )
+        for arm, steps in table.items()
+    }
+
+
+def test_the_worst_point_keeps_its_utility_and_equal_losses_are_near():
+    nan = float("nan")
+    swept = fake_runs(
+        {
+            "a": [(nan, 0.9, 1.0), (2.0, 0.1, 0.95), (1.0, 0.4, 0.9), (0.2, 0.8, 0.5)],
+            "b": [(nan, 0.9, 1.0), (3.0, 0.1, 0.5), (1.1, 0.2, 0.5)],
+        }
+    )
+    useful = Measure("direct", "helpful", "utility")
+    worst = alignment.worst_points(swept, ASR, useful, 0.9)
+    assert {arm: p.step for arm, p in worst.items()} == {"a": 2}, "step 0 is no attack; b never keeps its utility"
+    target, equal = alignment.equal_loss_points(swept)
+    assert target == 1.1
+    assert {arm: p.step for arm, p in equal.items()} == {"a": 2, "b": 2}
+    assert alignment.point_difference(worst, "a", ["b"], ASR, 0) is None
+
+
+def test_flows_and_their_noise(calibration):
+    first, second = calibration.scores(range(4)).map(SHARES), calibration.scores(range(4, 8)).map(SHARES)
+    table = alignment.flow_table({"same": (first, first), "other": (first, second)})
+    assert table.groupby("change")["share"].sum().tolist() == pytest.approx([1, 1])
+    margins = table[table["change"] == "other"].groupby("before")["count"].sum()
+    assert margins.to_dict() == first.counts()
+    assert figures.unit_flow(table).axes
+    found = alignment.moved_share(calibration, calibration, SHARES, "SCU", "CU", draws=4, seed=0)
+    assert found.low <= found.value <= found.high <= 0, "the same model on the same prompts moves nothing"
+    assert found.n == 4
+
+
+def test_alignment_trains_only_what_it_may(tuned_lm, scores, suite):
+    units = scores.map(SHARES)
+    ways = alignment.budget_scopes(units, 8, 1, seed=0)
+    assert list(ways) == ["full", "RU", "random", "UCU"]
+    dev, test = Bench(tuned_lm, suite, [ASR, REFUSED]), Bench(tuned_lm, suite, [ASR, REFUSED])
+    found = alignment.align(dev, test, ways, HARM, GOOD, [1e-3, 1e-2], ASR, REFUSED, steps=2, batch_size=4)
+    table = alignment.budget_table(test(None), found, [ASR, REFUSED])
+    assert table["arm"].unique().tolist() == ["unaligned", *ways]
+    trained = table.groupby("arm")["trained"].first()
+    assert trained["full"] == 1
+    assert 0 < trained["RU"] < 0.5
+    assert trained["RU"] == pytest.approx(trained["random"], rel=0.2)
+    kept = ~units.set("RU").mask((1, "ffn"))
+    before = tuned_lm.view.weight(1, "ffn").clone()
+    with found["RU"].tuned.delta.active(tuned_lm):
+        after = tuned_lm.view.weight(1, "ffn")
+        assert torch.equal(after[:, kept], before[:, kept])
+        assert not torch.equal(after[:, ~kept], before[:, ~kept])
+    assert figures.align_budget(table).axes
+
+
+def test_states_are_those_of_single_prompts(any_lm):
+    texts, ends = ["Hi", "A much longer request than that"], ["No, never", "No"]
+    found = alignment.last_states(any_lm, texts, ends, tokens=3)
+    for i, (text, end) in enumerate(zip(texts, ends, strict=True)):
+        ids = any_lm.tokens(any_lm.render([text]))[0] + any_lm.tokenizer(end, add_special_tokens=False)["input_ids"][:3]
+        with torch.no_grad():
+            states = any_lm.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+        wanted = torch.stack([s[0, -1] for s in states])
+        assert torch.allclose(found[i], wanted, atol=1e-4 * float(wanted.abs().max()))
+    assert found.shape[1] == any_lm.view.num_layers + 1
+    assert not torch.allclose(found[1], alignment.last_states(any_lm, texts, None)[1])
+
+
+def test_leaning_is_a_difference_of_cosines(tuned_lm):
+    generator = torch.Generator().manual_seed(0)
+    query, refusal, compliance = (torch.randn(5, 3, 8, generator=generator) for _ in range(3))
+    found = alignment.leaning(query, refusal, compliance)
+    a, b, c = (x[2, 1].double().numpy() for x in (query, refusal, compliance))
+
+    def cos(x, y):
+        return x @ y / np.linalg.norm(x) / np.linalg.norm(y)
+
+    assert found[2, 1] == pytest.approx(cos(a, b) - cos(a, c))
+    shift = torch.randn(3, 8, generator=generator)
+    moved = alignment.leaning(query + shift, refusal + shift, compliance + shift, shift.double())
+    np.testing.assert_allclose(moved, found, atol=1e-6)
+    assert (alignment.leaning(query, query, compliance) >= 0).all()
+    values = alignment.direction_values(tuned_lm, HARM, GOOD, "No", "Yes")
+    assert {v.shape for v in values.values()} == {(16, 3)}
+    table = alignment.direction_table({"aligned": values}, HARM.column("topic"), seed=0)
+    assert len(table) == 3 * 3
+    assert (table["low"] <= table["value"]).all()
+    assert figures.direction(table).axes
+
+
+def test_the_probe_finds_what_is_there_and_nothing_else():
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.rand(80, generator=generator) < 0.5).tolist()
+    states = torch.randn(80, 2, 16, generator=generator)
+    states[:, 1, 3] += 4 * torch.tensor(labels).float()
+    topics = [f"t{i // 2}" for i in range(80)]
+    table = alignment.probe_table({"m": states}, labels, topics, 5, seed=0).set_index("layer")
+    assert table.loc[1, "value"] > 0.9
+    assert table.loc[0, "value"] < 0.7
+    assert (table["n"] == 80).all()
+    assert figures.probe(table.reset_index()).axes
+    assert alignment.probe_table({"m": states}, [True] * 80, topics, 5, seed=0).empty
+    leaky = torch.zeros(80, 1, 40)
+    leaky[range(80), 0, [i // 2 for i in range(80)]] = 1  # one-hot topics: only a topic seen in training could help
+    by_topic = [bool((i // 2) % 2) for i in range(80)]
+    assert alignment.probe_table({"m": leaky}, by_topic, topics, 5, seed=0)["value"].iloc[0] < 0.7
