@@ -30,6 +30,10 @@ SHOWN = {
     "figures/01_where": "where the chosen neurons lie",
     "figures/01_languages": "overlap between languages",
     "figures/01_stability": "stability over prompt subsets",
+    "figures/02_sn_steps": "tuning safety neurons and their controls, step by step",
+    "figures/02_sn_equal": "what tuning costs at equal harmful score",
+    "figures/02_sn_wrappers": "wrapper attacks before and after SN-Tune of the aligned model",
+    "figures/02_rsn_finetuning": "harmless fine-tuning after SN-Tune and RSN-Tune",
 }
 
 
