@@ -16,7 +16,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -179,9 +179,7 @@ class ScoreWriter:
         if not self._written.all():
             self.discard()
             raise InputError(f"scores: {int((~self._written).any(1).sum())} of {self.n_prompts} prompts have no score")
-        self._file.flush()
-        with safe_open(self._tmp, "pt") as file:
-            digest = digest_of((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 (no dict)
+        digest = _digest_of_values(self._file)
         self._header["__metadata__"] = _sealed(self._header["__metadata__"] | {"digest": digest})
         self._write_header()
         self._file.close()
@@ -225,11 +223,12 @@ class NeuronScores:
         try:
             with safe_open(path, "pt") as file:
                 n = _check_shapes(path, file, found, kinds)
-                digest = digest_of((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 (no dict)
         except (SafetensorError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path}: damaged score file ({_first_line(error)})") from error
+        with open(path, "rb") as file:
+            digest = _digest_of_values(file)
         if digest != meta.get("digest"):
             raise InputError(f"{path}: damaged score file: its scores do not match its digest")
         return cls(path, found, kinds, json.loads(meta["meta"]), tuple(range(n)))
@@ -462,6 +461,18 @@ def _sealed(header: Mapping[str, str]) -> dict[str, str]:
     """The header with a checksum over its entries: a flipped byte must not pass for another set's description."""
     entries = {k: v for k, v in header.items() if k != "checksum"}
     return entries | {"checksum": hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()}
+
+
+def _digest_of_values(file: BinaryIO) -> str:
+    """SHA-256 of an open safetensors file without its metadata, read in pieces: memory stays flat."""
+    file.seek(0)
+    (length,) = struct.unpack("<Q", file.read(8))
+    header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    while piece := file.read(1 << 16):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
