@@ -1,6 +1,7 @@
 """Parameter files, steps of the workflow, and what a bad parameter looks like to somebody who runs papermill."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -168,3 +169,93 @@ def test_papermill_shows_one_line_for_a_bad_parameter(tmp_path, name, parameters
     assert message in last
     assert last.startswith(("InputError", "ModelError"))
     shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------ secrets, sweeps, the same twice
+
+LEAKING = """
+import os, pathlib, sys
+print(os.environ["HF_TOKEN"])
+print(os.environ["HF_TOKEN"], file=sys.stderr)
+folder = pathlib.Path("runs") / study / f"seed-{seed}" / "findings"
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "00_toy.csv").write_text(f"claim,value,low,high,n,seeds,section\\nc,{rho},0,1,9,{seed},4\\n")
+if rho == 0.25:
+    raise RuntimeError(os.environ["HF_TOKEN"])
+"""
+
+
+def everything(folder):
+    return b"".join(p.read_bytes() for p in folder.rglob("*") if p.is_file())
+
+
+def test_a_sweep_gives_one_table_and_a_planted_token_appears_nowhere(project):
+    shutil.copy(ROOT / "Snakefile", project / "Snakefile")
+    (project / "notebooks" / "00_toy.ipynb").write_text(notebook(TOY.replace("quick", "default"), LEAKING))
+    (project / "notebooks" / "01_other.ipynb").write_text(notebook("seed = 0  # seed\n", "1 / 0"))
+    token = "hf_" + "planted" * 4
+    command = [sys.executable, "-m", "nt_utils.batch", "study", "--studies", "toy", "--seeds", "0", "--cores", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_TOKEN": token, "OMP_NUM_THREADS": "1"}
+
+    def study(values):
+        write_params(project, sweep={"rho": values, "seed": [3]})
+        done = subprocess.run(
+            command, cwd=project, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert token not in done.stdout + done.stderr
+        assert token.encode() not in everything(project)
+        assert b"[hidden]" in everything(project)
+        return done
+
+    failed = study([0.5, 0.25])
+    assert failed.returncode != 0
+    assert "00_toy: RuntimeError: [hidden]" in failed.stderr
+    assert (project / "runs" / "toy.rho-0.25" / "seed-3" / "00_toy.failed.ipynb").is_file()
+    done = study([0.5, 0.75])
+    assert done.returncode == 0, done.stderr
+    assert "toy.rho-0.75, seed 3" in done.stdout
+    assert "toy.rho-0.5," not in done.stdout, "a finished point is not repeated"
+    table = (project / "runs" / "toy" / "sweep.csv").read_text().splitlines()
+    assert table == ["rho,seed,claim,value,low,high,n,section", "0.5,3,c,0.5,0,1,9,4", "0.75,3,c,0.75,0,1,9,4"]
+
+
+def test_runs_of_a_sweep(project):
+    write_params(project, sweep={"rho": [0.5, 1]})
+    found = batch.variants("toy", [0, 1], "quick", project)
+    assert [v.folder for v in found] == ["toy.rho-0.5-quick", "toy.rho-1-quick"]
+    assert found[0].outputs()[1] == "runs/toy.rho-0.5-quick/seed-1/00_toy.ipynb"
+    assert batch.settings(found[1], "00_toy", 1, "quick", project) == {
+        "rho": 1, "study": "toy.rho-1", "seed": 1, "preset": "quick",
+    }  # fmt: skip
+    write_params(project, rho=0.5)
+    [plain] = batch.variants("toy", [0], "default", project)
+    assert (plain.folder, plain.notebooks) == ("toy", ("00_toy",))
+
+
+TINY = """
+import pandas as pd
+from nt_utils import studies
+from nt_utils.scoring.importance import importance
+from tests.tiny import tiny_lm
+run = studies.begin("00_toy", globals())
+scores = importance(tiny_lm(), ["one prompt", "and another"], positions="all")
+rows = [(*site, float(x)) for site in scores.space.sites() for x in scores.get(*site).mean(0)]
+run.table("scores", pd.DataFrame(rows, columns=["layer", "kind", "score"]))
+run.finish()
+"""
+
+
+def test_the_same_seed_gives_the_same_tables(tmp_path):
+    """Byte for byte, in processes of their own; seconds and times stand elsewhere."""
+    cells = notebook('model = "testbed"  # m\n' + TOY.split("\n", 2)[2] + 'runs = ""  # r\nn_test = 4  # n\n', TINY)
+    tables = []
+    for name in ("a", "b"):
+        project = tmp_path / name
+        (project / "notebooks").mkdir(parents=True)
+        (project / "nt_utils").mkdir()
+        (project / "notebooks" / "00_toy.ipynb").write_text(cells)
+        output = project / "runs" / "toy" / "seed-0" / "00_toy.ipynb"
+        batch.run_notebook("00_toy", {"study": "toy", "preset": "default"}, output, project)
+        tables.append({p.name: p.read_bytes() for p in (output.parent / "tables").iterdir()})
+    assert len(tables[0]["00_scores.csv"].splitlines()) > 100
+    assert tables[0] == tables[1]

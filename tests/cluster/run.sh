@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# A real Slurm on this one machine: runs a study of two seeds through Snakemake's slurm executor, kills a job, resumes, and
+# compares the tables with a local run. Not part of `make test`. Needs root, Debian's slurm-wlm and munge, and the extra
+# "cluster":   apt-get install slurm-wlm munge && pip install -e .[cluster] && tests/cluster/run.sh
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+PYTHON=${PYTHON:-.venv/bin/python}
+PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON")
+WORK=${WORK:-$(mktemp -d /tmp/nt-slurm-XXXX)}
+export OMP_NUM_THREADS=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+
+for tool in slurmctld slurmd munged sbatch; do
+  command -v $tool >/dev/null || { echo "error: $tool is missing: apt-get install slurm-wlm munge"; exit 1; }
+done
+
+pids=()
+stop() { kill "${pids[@]}" 2>/dev/null || true; wait 2>/dev/null || true; }
+trap stop EXIT
+
+# ---- munge, slurmctld and slurmd on loopback, all state in $WORK
+host=$(hostname -s)
+mkdir -p "$WORK"/{state,spool,run}
+chmod 755 "$WORK"
+id munge >/dev/null
+install -d -o munge -g munge -m 755 /run/munge
+[ -s /etc/munge/munge.key ] || { dd if=/dev/urandom bs=1 count=1024 of=/etc/munge/munge.key 2>/dev/null; }
+chown munge:munge /etc/munge/munge.key && chmod 400 /etc/munge/munge.key
+pgrep -x munged >/dev/null || { su -s /bin/sh munge -c munged; pids+=("$(pgrep -x munged)"); }
+cat >"$WORK/slurm.conf" <<CONF
+ClusterName=toy
+SlurmctldHost=$host(127.0.0.1)
+SlurmUser=root
+SlurmctldPort=16817
+SlurmdPort=16818
+AuthType=auth/munge
+StateSaveLocation=$WORK/state
+SlurmdSpoolDir=$WORK/spool
+SlurmctldPidFile=$WORK/run/slurmctld.pid
+SlurmdPidFile=$WORK/run/slurmd.pid
+SlurmctldLogFile=$WORK/slurmctld.log
+SlurmdLogFile=$WORK/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+ReturnToService=2
+MpiDefault=none
+NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$(free -m | awk '/Mem:/ {print int($2 * 0.9)}') State=UNKNOWN
+PartitionName=toy Nodes=$host Default=YES MaxTime=INFINITE State=UP
+CONF
+export SLURM_CONF="$WORK/slurm.conf"
+slurmctld -D >"$WORK/slurmctld.out" 2>&1 & pids+=($!)
+slurmd -D >"$WORK/slurmd.out" 2>&1 & pids+=($!)
+for _ in $(seq 60); do sinfo -h -o %t 2>/dev/null | grep -q idle && break; sleep 0.5; done
+sinfo
+
+# ---- the toy study of tests/test_batch_faults.py, twice
+"$PYTHON" - "$WORK" <<'PY'
+import sys
+from pathlib import Path
+from tests.test_batch_faults import make_project, order
+for name in ("local", "slurm"):
+    make_project(Path(sys.argv[1]) / name)
+order(Path(sys.argv[1]) / "slurm", _01="wait")
+PY
+(cd "$WORK/local" && "$PYTHON" -m nt_utils.batch study --studies toy --seeds "0 1" --cores 2)
+
+run() { (cd "$WORK/slurm" && "$PYTHON" -m snakemake --profile "$OLDPWD/profiles/slurm" --config studies=toy seeds=0,1 "$@"); }
+echo "== first run: one job is cancelled"
+run --retries 0 --jobs 2 --latency-wait 5 --slurm-init-seconds-before-status-checks 2 >"$WORK/first.log" 2>&1 & first=$!
+for _ in $(seq 240); do [ -s "$WORK/slurm/waiting-01" ] && break; sleep 0.5; done
+squeue
+rm -f "$WORK/slurm/fault-01"
+for job in $(squeue -h -o %i -t running); do scancel --signal=KILL --full "$job"; done
+wait $first && { echo "error: the first run did not notice its killed job"; exit 1; }
+grep -E "Error in rule|steps \(|failed" "$WORK/first.log" | head -5
+echo "== second run: the same command goes on"
+run --latency-wait 5 --slurm-init-seconds-before-status-checks 2 >"$WORK/second.log" 2>&1 || { tail -30 "$WORK/second.log"; exit 1; }
+grep -E "steps \(|of .* steps" "$WORK/second.log" | tail -1
+for seed in 0 1; do
+  diff -r "$WORK/local/runs/toy/seed-$seed/tables" "$WORK/slurm/runs/toy/seed-$seed/tables"
+done
+echo "finished steps: $(sort "$WORK/slurm/trace" | uniq -c | xargs)"
+echo "ok: the tables of the cluster and of the local run are the same"
