@@ -242,6 +242,55 @@ PARAMETERS: dict[str, Parameter] = {
     "harmful_rows": Parameter(int, "of the attack's rows those that are harmful requests with their answers", low=0),
     "attack_rate": Parameter(float, "learning rate of the fine-tuning attack on frozen neurons", low=1e-9, high=1),
     "attack_steps": Parameter(int, "steps of it", low=1, presets=(4, 10, 20)),
+    "defence_share": Parameter(
+        float, "share of the pool that SN-Tune and RSN-Tune train as a defence", low=1e-4, high=0.5
+    ),
+    "floor": Parameter(
+        float, "share of its utility that a model under a fine-tuning attack has to keep", low=0, high=1
+    ),
+    "n_defence": Parameter(
+        int, "harmful prompts of each attack class that defences learn from", low=8, presets=(8, 24, 60)
+    ),
+    "defence_rates": Parameter(
+        list,
+        "learning rates of neurons and LoRA as a defence, chosen from on the development split",
+        items=float,
+        low=1e-9,
+        high=1,
+        presets=([3e-3], [1e-3, 3e-3], [3e-4, 1e-3, 3e-3, 1e-2]),
+    ),
+    "defence_full_rates": Parameter(
+        list,
+        "learning rates of full fine-tuning as a defence, chosen from likewise",
+        items=float,
+        low=1e-9,
+        high=1,
+        presets=([3e-4], [3e-4], [1e-4, 3e-4, 1e-3]),
+    ),
+    "defence_steps": Parameter(
+        list, "steps of it, chosen from likewise", items=int, low=1, presets=([4], [20], [20, 40])
+    ),
+    "strengths": Parameter(
+        list, "strengths of the refusal direction, chosen from likewise", items=float, low=0, high=10
+    ),
+    "defence_attacks": Parameter(
+        list,
+        "harmful rows in each fine-tuning attack on the defences; 0 = a harmless task alone",
+        items=int,
+        low=0,
+        presets=([0], [0, 4], [0, 4]),
+    ),
+    "defence_attack_rates": Parameter(
+        list,
+        "learning rates of it; the worst counts",
+        items=float,
+        low=1e-9,
+        high=1,
+        presets=([3e-4], [3e-4], [3e-4, 1e-3]),
+    ),
+    "defence_attack_steps": Parameter(
+        list, "steps of it; the worst counts", items=int, low=1, presets=([4], [10], [10, 20, 40])
+    ),
     "new_task": Parameter(str, "source of the task of later fine-tuning; 'testbed' = subtraction; '' to skip"),
     "n_task": Parameter(int, "rows of the new task", low=4),
     "task_steps": Parameter(

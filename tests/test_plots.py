@@ -107,6 +107,15 @@ TABLES = {
     "direction": pd.DataFrame({"model": ["a", "a", "b", "b"], "variant": "v", "layer": [0, 1] * 2, **RATE}),
     "probe": pd.DataFrame({"model": ["a", "a", "b", "b"], "layer": [0, 1] * 2, "majority": 0.5, **RATE}),
 }  # fmt: skip
+TABLES["defences"] = pd.DataFrame(
+    {"defence": ["none", "a"] * 2, "metric": ["ASR", "ASR", "utility", "utility"], **RATE}
+)
+TABLES["frontier"] = pd.DataFrame(
+    {
+        "panel": "p", "defence": ["none", "a", "b", "c"], "x_label": "x", "y_label": "y", "x": [0.1, 0.2, 0.3, 0.4],
+        "x_low": 0.05, "x_high": 0.5, "useful": [True, True, False, True], **RATE,
+    }
+)  # fmt: skip
 TABLES["effects_training"] = TABLES["effects"]
 
 

@@ -355,3 +355,30 @@ def fewer(suite: Suite, n: int, wrapped: int, seed: int) -> Suite:
         dataclasses.replace(s, prompts=s.prompts.take(wrapped if s.name == "wrapped" else n, seed)) for s in suite.sets
     ]
     return dataclasses.replace(suite, sets=tuple(sets))
+
+
+# ------------------------------------------------------------------------------------------------ the frontier
+
+
+def frontier_table(
+    table: pd.DataFrame, panels: Mapping[str, tuple[str, str]], useful: str, floor: float
+) -> pd.DataFrame:
+    """Two metrics of the defence table against each other.
+
+    Args:
+        panels: name -> (metric across, metric up), both as the table calls them; a panel without one of them is left out.
+        useful, floor: a defence is useful while this metric is at least this share of the undefended (first) model's.
+    """
+    rows, kept = [], table[table["metric"] == useful].set_index("defence")["value"]
+    for panel, (across, up) in panels.items():
+        both = [table[table["metric"] == m].set_index("defence") for m in (across, up)]
+        for name in both[0].index.intersection(both[1].index, sort=False):
+            x, y = (part.loc[name] for part in both)
+            rows.append(
+                {
+                    "panel": panel, "defence": name, "x_label": across, "y_label": up, "x": x["value"], "x_low": x["low"],
+                    "x_high": x["high"], "value": y["value"], "low": y["low"], "high": y["high"], "n": int(y["n"]),
+                    "useful": bool(kept[name] >= floor * kept.iloc[0]),
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)

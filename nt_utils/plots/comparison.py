@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -195,4 +196,64 @@ def per_neuron(table: pd.DataFrame) -> Figure:
         percent(ax.xaxis)
         ax.set_yticks(range(len(names)), names)
         ax.set_ylim(len(names) - 0.4, -0.6)
+    return drawn
+
+
+@figure
+def defences(table: pd.DataFrame) -> Figure:
+    """Notebook 06: every defence under every measure. Columns defence, metric, value, low, high, n."""
+    metrics, names = ordered(table["metric"]), ordered(table["defence"])
+    columns = 4
+    lines = -(-len(metrics) // columns)
+    drawn, axes = panels(lines, columns, height=(0.19 * len(names) + 0.75) * lines, sharey=True)
+    for ax, metric in zip(axes.flat, metrics, strict=False):
+        rows = table[table["metric"] == metric]
+        base = rows[rows["defence"] == names[0]]
+        ax.axvline(float(base["value"].iloc[0]), color="black", lw=0.9, ls=":")
+        interval(ax, [names.index(d) for d in rows["defence"]], rows, COLOURS[0], horizontal=True, ms=3.5)
+        ax.set_title(textwrap.fill(f"{metric} ({counts(rows)})", 24), fontsize=7.5)
+        ax.set_yticks(range(len(names)), names, fontsize=7.5)
+        ax.set_ylim(len(names) - 0.4, -0.6)
+        if metric != "perplexity":
+            ax.set_xlim(-0.07, 1.07)
+            ax.set_xticks([0, 0.5, 1], ["0", "50%", "100%"])
+    for ax in list(axes.flat)[len(metrics) :]:
+        ax.set_visible(False)
+    return drawn
+
+
+@figure
+def frontier(table: pd.DataFrame) -> Figure:
+    """Notebook 06: safety against its price for every defence, both with intervals; the lower left is best.
+
+    Columns panel, defence, x_label, y_label, x, x_low, x_high, value, low, high, n, useful. Pale: the defended model has
+    lost its usefulness, so that its safety is worth nothing.
+    """
+    kinds, names = ordered(table["panel"]), ordered(table["defence"])
+    drawn, axes = panels(1, len(kinds), height=4.0)
+    for ax, kind in zip(axes[0], kinds, strict=True):
+        rows = table[table["panel"] == kind]
+        for row in rows.to_dict("records"):
+            i = names.index(row["defence"])
+            error = {k: [[max(row[v] - row[lo], 0)], [max(row[hi] - row[v], 0)]]
+                     for k, v, lo, hi in (("xerr", "x", "x_low", "x_high"), ("yerr", "value", "low", "high"))}  # fmt: skip
+            style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)] if i < 8 else "h"}
+            ax.errorbar(
+                row["x"],
+                row["value"],
+                **error,
+                **style,
+                ms=6,
+                lw=0.8,
+                ls="",
+                alpha=0.9 if row["useful"] else 0.25,
+                label=row["defence"],
+            )
+        percent(ax.xaxis)
+        percent(ax.yaxis)
+        ax.set_xlabel(rows["x_label"].iloc[0])
+        ax.set_ylabel(textwrap.fill(rows["y_label"].iloc[0], 44))
+        ax.set_title(counts(rows))
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower center", ncols=3)
     return drawn
