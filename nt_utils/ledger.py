@@ -34,6 +34,10 @@ SHOWN = {
     "figures/02_sn_equal": "what tuning costs at equal harmful score",
     "figures/02_sn_wrappers": "wrapper attacks before and after SN-Tune of the aligned model",
     "figures/02_rsn_finetuning": "harmless fine-tuning after SN-Tune and RSN-Tune",
+    "figures/05_modulation_arms": "NeuronTune against its baselines",
+    "figures/05_modulation_frontier": "safety-utility frontier of the dial",
+    "figures/05_modulation_ablations": "NeuronTune without one of its parts",
+    "figures/05_modulation_adaptation": "meta-learning against joint training on unseen attacks",
 }
 
 

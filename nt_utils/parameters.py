@@ -311,7 +311,7 @@ PARAMETERS: dict[str, Parameter] = {
     "n_learn": Parameter(int, "harmful prompts of each attack class to learn alpha from", low=8, presets=(24, 60, 60)),
     "n_attacked": Parameter(int, "prompts inside attacks to evaluate on", low=8, presets=(60, 360, 480)),
     "steering_strengths": Parameter(
-        list, "multiples of the refusal direction", items=float, presets=([0.5], [0.25, 0.5, 1.0], [0.25, 0.5, 1.0])
+        list, "multiples of the refusal direction", items=float, presets=([0.5], [0.25, 0.5], [0.25, 0.5, 1.0])
     ),
     "layer_factors": Parameter(
         list,
@@ -319,10 +319,10 @@ PARAMETERS: dict[str, Parameter] = {
         items=float,
         low=0,
         high=3,
-        presets=([0.8], [0.7, 0.85, 1.2, 1.5], [0.7, 0.85, 1.2, 1.5]),
+        presets=([0.8], [0.8, 1.25], [0.7, 0.85, 1.2, 1.5]),
     ),
-    "n_attribution": Parameter(int, "requests to attribute, for each role", low=4, presets=(8, 16, 24)),
-    "attribution_steps": Parameter(int, "points on each attribution path", low=1, presets=(2, 6, 8)),
+    "n_attribution": Parameter(int, "requests to attribute, for each role", low=4, presets=(4, 12, 24)),
+    "attribution_steps": Parameter(int, "points on each attribution path", low=1, presets=(1, 4, 8)),
     "iterations": Parameter(int, "outer steps of learning alpha", low=1, presets=(2, 16, 20)),
     "inner_share": Parameter(float, "share by which the inner step should lower the support loss", low=0.01, high=0.9),
     "learnt_draws": Parameter(int, "random neuron sets that alpha is learnt for", low=1, presets=(1, 2, 3)),
@@ -336,7 +336,7 @@ PARAMETERS: dict[str, Parameter] = {
         presets=([0.0, 0.03], [0.0, 0.03, 0.07], [0.0, 0.015, 0.03, 0.07]),
     ),
     "dial_strengths": Parameter(
-        list, "strengths of the dial", items=float, low=0, high=3, presets=([1.0], [0.5, 1.0], [0.5, 1.0, 1.5])
+        list, "strengths of the dial", items=float, low=0, high=3, presets=([1.0], [1.0], [0.5, 1.0])
     ),
 }
 

@@ -183,6 +183,7 @@ def rankings(
     steps: int = 8,
     attack_aware: bool = True,
     how: str = "signed",
+    utility: NeuronScores | None = None,
     folder: Path | None = None,
 ) -> Rankings:
     """Safety neurons by attack-aware attribution, utility neurons by attribution on benign and borderline requests.
@@ -192,7 +193,7 @@ def rankings(
     Utility: L = nll(helpful) - nll(refusal), each neuron moved to zero.
 
     Args:
-        n: harmful requests, and benign ones; folder: where the score files go (default: a temporary one).
+        n: harmful requests, and benign ones; utility: scores of another call, not to be made again; folder: where the score files go (default: a temporary one).
     """
     folder = Path(folder) if folder is not None else Path(tempfile.mkdtemp(prefix="nt_attribution_"))
     options = {"method": method, "steps": steps, "batch_size": 16, "rows": 128, "progress": False}
@@ -201,9 +202,10 @@ def rankings(
         cases = [c for c in cases if c.group == cases[0].group]  # the plain request once, not once an attack
     target = "attacked" if attack_aware else "zero"
     safety = attribution(lm, cases, target=target, path=folder / f"safety_{target}.safetensors", **options)
-    step = max(1, len(found.benign) // n)
-    calm = utility_cases(found.benign[list(range(0, len(found.benign), step))[:n]])
-    utility = attribution(lm, calm, target="zero", path=folder / "utility.safetensors", **options)
+    if utility is None:
+        step = max(1, len(found.benign) // n)
+        calm = utility_cases(found.benign[list(range(0, len(found.benign), step))[:n]])
+        utility = attribution(lm, calm, target="zero", path=folder / "utility.safetensors", **options)
     return Rankings(
         modulation.ranking(safety, how, "safety"), modulation.ranking(utility, "signed", "utility"), safety, utility
     )
@@ -624,7 +626,8 @@ def parity_table(lm: LanguageModel, alpha: Modulation, prompts: Sequence[str]) -
         adapted = logits()
     scale = float(base.abs().max())
     forms = {"folded": folded, "adapter": adapted, "untouched model": base}
-    rows = [(form, float((values - hooked).abs().max()) / scale) for form, values in forms.items()]
+    # One digit: what is left is rounding, which differs between machines.
+    rows = [(form, float(f"{float((v - hooked).abs().max()) / scale:.0e}")) for form, v in forms.items()]
     return pd.DataFrame(rows, columns=["form", "difference"])
 
 
