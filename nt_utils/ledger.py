@@ -38,6 +38,17 @@ SHOWN = {
     "figures/05_modulation_frontier": "safety-utility frontier of the dial",
     "figures/05_modulation_ablations": "NeuronTune without one of its parts",
     "figures/05_modulation_adaptation": "meta-learning against joint training on unseen attacks",
+    "figures/03_units_where": "where units of each category lie",
+    "figures/03_units_pruning": "pruning each category against random units",
+    "figures/03_units_growth": "growing each category until pruning costs",
+    "figures/03_units_sensitivity": "categories by size of the calibration set",
+    "figures/03_units_agreement": "categories by what they are made from",
+    "figures/04_attack_curves": "fine-tuning with frozen units",
+    "figures/04_attack_points": "frozen units at the worst case and at equal loss",
+    "figures/04_unit_flow": "how units change category",
+    "figures/04_align_budget": "aligning by some units only",
+    "figures/04_direction": "leaning to refusal by layer",
+    "figures/04_probe": "a probe of refusal by layer",
 }
 
 
