@@ -692,7 +692,7 @@ def _choose_dtype(dtype, config, device_map):
         return dtype
     if dtype != "auto":
         chosen = getattr(torch, str(dtype), None)
-        if not isinstance(chosen, torch.dtype):
+        if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point or chosen.itemsize < 2:
             raise InputError(f"dtype: got {dtype!r}; allowed: auto, float32, bfloat16, float16")
         return chosen
     stored = getattr(config, "dtype", None)

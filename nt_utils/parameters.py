@@ -44,7 +44,7 @@ class Parameter:
         return value
 
     def _in_range(self, value: float) -> bool:
-        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+        return value == value and (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
 
     def _allowed(self) -> str:
         words = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}[self.kind]

@@ -32,7 +32,7 @@ class Ranking:
     def top(self, n: int) -> NeuronSet:
         """The ``n`` neurons with the highest values (ties: the earlier neuron)."""
         size = self.values.numel()
-        if not isinstance(n, int) or not 1 <= n <= size:
+        if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= size:
             raise InputError(f"n: got {n!r}; allowed: a whole number from 1 to {size}, the neurons of {self.kinds}")
         order = torch.sort(self.values, descending=True, stable=True).indices
         return self._set(order[:n])

@@ -42,7 +42,10 @@ SOURCES = ("harmful", "benign", "general", "harmful_test", "benign_test", "borde
 
 def notebook_parameters(path: Path) -> list[str]:
     """Names assigned in the cell tagged ``parameters`` of a notebook file."""
-    cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+    try:
+        cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: is no notebook ({type(error).__name__})") from error
     for cell in cells:
         if "parameters" in cell.get("metadata", {}).get("tags", []):
             return _assigned("".join(cell["source"]))
@@ -172,6 +175,8 @@ class Run:
                     sources.load_prompts(getattr(self.parameters, name), limit=4)
                 except InputError as error:
                     raise InputError(f"{name}: {error}") from error
+        if not self.parameters.model.strip():
+            raise InputError("model: got ''; allowed: 'testbed', a hub id or a local folder")
         for name in ("model", "base_model"):
             source = self._model_source(name)
             if source and source != TESTBED:
@@ -197,7 +202,10 @@ class Run:
             from nt_utils.data.attacks import attack
 
             for name in _names(p["attacks"]):
-                attack(name)
+                try:
+                    attack(name)
+                except InputError as error:
+                    raise InputError(f"attacks: {error}") from error
 
     def _check_folder(self) -> None:
         """Refuse to mix two models in one run folder."""

@@ -82,6 +82,9 @@ class Act:
 @functools.cache
 def acts(kind: str, language: str, split: str | None = None) -> tuple[Act, ...]:
     """The acts of a kind (harmful, benign, borderline, impossible) and language, of one split or of all."""
+    if (kind, language) not in _ACTS:
+        known = ", ".join(f"{k} in {where}" for k, where in _ACTS)
+        raise InputError(f"kind, language: no {kind!r} requests in language {language!r}; allowed: {known}")
     if split is not None:
         return tuple(act for act in acts(kind, language) if act.split == split)
     found: list[Act] = []
@@ -97,6 +100,10 @@ def acts(kind: str, language: str, split: str | None = None) -> tuple[Act, ...]:
 
 def templates(language: str, split: str) -> tuple[str, ...]:
     """The request templates of a split, each with a `{x}` for the act."""
+    if split not in SPLITS or language not in _ASK:
+        raise InputError(
+            f"split, language: got {split!r}, {language!r}; allowed: {', '.join(SPLITS)}; {', '.join(_ASK)}"
+        )
     return _ASK[language][SPLITS.index(split)]
 
 

@@ -202,6 +202,10 @@ def fluctuation(
 
     if isinstance(prompts, str) or not len(prompts):
         raise InputError("prompts: need a list with at least one text")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(f"batch_size: got {batch_size!r}; allowed: a whole number from 1")
+    if responses is not None and len(responses) != len(prompts):
+        raise InputError(f"responses: got {len(responses)} for {len(prompts)} prompts")
     if lm.model.training:
         raise InputError("model: it is in training mode (dropout would change the scores); call model.eval() first")
     statistics = Fluctuation.of(lm)
