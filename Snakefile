@@ -55,7 +55,7 @@ def point(wildcards):
 
 def cores(wildcards):
     """The testbed is small: one thread a notebook and several notebooks at once. A large model takes every core."""
-    return 1 if FILES[RUNS[wildcards.folder].study].is_testbed else workflow.cores or 8
+    return 1 if FILES[RUNS[wildcards.folder].study].is_small else workflow.cores or 8
 
 
 def needs(wildcards):

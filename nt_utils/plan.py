@@ -435,7 +435,7 @@ def resources(file) -> dict[str, int]:
     From the parameter file alone: a GPU with 80 GB holds a model of up to 18 billion half-precision parameters beside its
     unaligned counterpart; a study without facts is taken as one of 8 billion.
     """
-    if file.is_testbed:
+    if file.is_small:
         return {"gpu": 0, "mem_mb": 4000, "runtime": 60}
     config = file.facts.get("config")
     billions = sizes(file.name, config, "facts").count / 1e9 if config else 8.0

@@ -176,6 +176,7 @@ def test_a_rerun_finishes_whatever_was_killed_and_repeats_nothing(tmp_path):
         assert reference.wait(timeout=90) == 0
         assert tables(project) == tables(undisturbed)
         assert len(tables(project)) == 3
+        assert not list(runs.glob(".testbed")), "no testbed is trained for notebooks that take no model"
 
 
 def test_an_error_banner_is_no_finished_step(tmp_path):

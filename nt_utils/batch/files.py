@@ -53,6 +53,7 @@ class StudyFile:
     own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sweep: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    has_model: bool = True  # whether any notebook takes a model
 
     def parameters(self, notebook: str, root: Path) -> dict[str, Any]:
         """The parameters this file gives to a notebook."""
@@ -61,6 +62,12 @@ class StudyFile:
 
     @property
     def is_testbed(self) -> bool:
+        """Whether the testbed has to be trained before its notebooks start."""
+        return self.has_model and self.is_small
+
+    @property
+    def is_small(self) -> bool:
+        """Whether a notebook is served best by one thread: the testbed, or no model at all."""
         return self.shared.get("model", studies.TESTBED) == studies.TESTBED
 
 
@@ -90,7 +97,7 @@ def read(study: str, root: Path) -> StudyFile:
     for name in facts:
         if name not in FACTS:
             raise InputError(f"{file}: facts: {name}: unknown; allowed: {', '.join(FACTS)}")
-    return StudyFile(study, content, own, sweep, facts)
+    return StudyFile(study, content, own, sweep, facts, "model" in anywhere)
 
 
 def _mapping(file: Path, name: str, value) -> dict:

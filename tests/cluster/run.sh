@@ -46,7 +46,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 ReturnToService=2
 MpiDefault=none
-NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$(free -m | awk '/Mem:/ {print int($2 * 0.9)}') State=UNKNOWN
+NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc --all) RealMemory=$(free -m | awk '/Mem:/ {print int($2 * 0.9)}') State=UNKNOWN
 PartitionName=toy Nodes=$host Default=YES MaxTime=INFINITE State=UP
 CONF
 export SLURM_CONF="$WORK/slurm.conf"
@@ -66,7 +66,8 @@ order(Path(sys.argv[1]) / "slurm", _01="wait")
 PY
 (cd "$WORK/local" && "$PYTHON" -m nt_utils.batch study --studies toy --seeds "0 1" --cores 2)
 
-run() { (cd "$WORK/slurm" && "$PYTHON" -m snakemake --profile "$OLDPWD/profiles/slurm" --config studies=toy seeds=0,1 "$@"); }
+here=$PWD
+run() { (cd "$WORK/slurm" && "$PYTHON" -m snakemake --profile "$here/profiles/slurm" --config studies=toy seeds=0,1 "$@"); }
 echo "== first run: one job is cancelled"
 run --retries 0 --jobs 2 --latency-wait 5 --slurm-init-seconds-before-status-checks 2 >"$WORK/first.log" 2>&1 & first=$!
 for _ in $(seq 240); do [ -s "$WORK/slurm/waiting-01" ] && break; sleep 0.5; done
