@@ -14,6 +14,7 @@ PRESET = config.get("preset", "default")
 FILES = {study: batch.read(study, ROOT) for study in STUDIES}
 RUNS = {v.folder: v for study in STUDIES for v in batch.variants(study, SEEDS, PRESET, ROOT)}
 SWEPT = {studies.study_name(study, study, PRESET): study for study in STUDIES if FILES[study].sweep}
+COMPARED = [folder for folder, run in RUNS.items() if set(batch.LAST) & set(run.notebooks)]
 
 
 wildcard_constraints:
@@ -25,6 +26,7 @@ rule all:
     input:
         [output for run in RUNS.values() for output in run.outputs()],
         expand("runs/{folder}/sweep.csv", folder=SWEPT),
+        expand("runs/{folder}/comparison/findings.csv", folder=COMPARED),
 
 
 def model_of(wildcards):
@@ -93,6 +95,17 @@ rule notebook:
     shell:
         "OMP_NUM_THREADS={threads} {sys.executable} -m nt_utils.batch run {wildcards.notebook} {params.point}"
         " --seed {wildcards.seed} --preset {PRESET} --output {output}"
+
+
+rule seeds:
+    input:
+        lambda w: RUNS[w.folder].outputs(),
+    output:
+        "runs/{folder}/comparison/findings.csv",
+    params:
+        seeds=",".join(map(str, SEEDS)),
+    shell:
+        "{sys.executable} -m nt_utils.seeds --folder {wildcards.folder} --seeds {params.seeds}"
 
 
 rule sweep:

@@ -33,6 +33,11 @@ SHOWN = {
     "figures/02_sn_steps": "tuning safety neurons and their controls, step by step",
     "figures/02_sn_equal": "what tuning costs at equal harmful score",
     "figures/02_sn_wrappers": "wrapper attacks before and after SN-Tune of the aligned model",
+    "figures/06_agreement": "agreement of seven definitions",
+    "figures/06_effects": "zeroing and amplifying equal numbers of neurons of each definition",
+    "figures/06_effects_training": "training only, and freezing, the neurons of each definition",
+    "figures/06_defences": "defences on equal footing",
+    "figures/06_frontier": "safety against over-refusal",
     "figures/02_rsn_finetuning": "harmless fine-tuning after SN-Tune and RSN-Tune",
     "figures/05_modulation_arms": "NeuronTune against its baselines",
     "figures/05_modulation_frontier": "safety-utility frontier of the dial",
@@ -122,18 +127,26 @@ def collect(folders: Sequence[Path]):
 
 
 def readme_table(findings) -> str:
-    """Markdown table of findings: a row a claim and model, every seed shown, nothing averaged."""
+    """Markdown table of findings: a row a claim and model, every seed shown, and the t interval over seeds."""
     lines = [
-        "| claim (paper) | model | n | seed: value [95% interval] verdict |",
-        "|---|---|---|---|",
+        "| claim (paper) | model | n | seed: value [95% interval] verdict | mean over seeds [t interval] |",
+        "|---|---|---|---|---|",
     ]
     for (_, model), rows in findings.groupby(["claim", "model"], sort=False):
         first = rows.iloc[0]
         cells = "<br>".join(_cell(row) for row in rows.to_dict("records"))
         n = "-".join(str(v) for v in sorted({int(rows["n"].min()), int(rows["n"].max())}))
         where = " ".join(str(first[c]) for c in ("paper", "section") if first[c] == first[c])
-        lines.append(f"| {first['statement']} ({where}) | {model} | {n} | {cells} |")
+        lines.append(f"| {first['statement']} ({where}) | {model} | {n} | {cells} | {_mean(rows['value'])} |")
     return "\n".join(lines)
+
+
+def _mean(values) -> str:
+    """Mean over seeds with Student's t interval; a dash for one seed alone."""
+    from nt_utils.evaluation.metrics import t_interval
+
+    value, low, high, n = t_interval(values)
+    return "-" if n < 2 else f"{value:.3g} [{low:.3g}, {high:.3g}]"
 
 
 def _cell(row: Mapping) -> str:
