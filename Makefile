@@ -27,7 +27,7 @@ BIN := $(PREFIX)/bin
 LISTS := $(shell (cat pyproject.toml constraints.txt; echo "$(CURDIR) $(TORCH_INDEX)") | cksum | cut -d' ' -f1)
 READY := $(PREFIX)/.nt-utils-$(LISTS)
 
-.PHONY: study plan test lab figures publish bench bench-gpu lint clean help env env-test env-dev
+.PHONY: study plan test lab figures publish report bench bench-gpu lint clean help env env-test env-dev
 
 study: env ## run the study: executed notebooks, tables and figures in runs/<study>/seed-<seed>/
 	@$(BIN)/python -m nt_utils.batch study --studies "$(STUDY)" --seeds "$(SEEDS)" --preset "$(PRESET)" --cores "$(CORES)"
@@ -47,6 +47,9 @@ figures: env ## redraw every figure in figures/ from its table
 publish: PRESET = full
 publish: env ## collect the runs' findings into figures/ and README.md
 	@$(BIN)/python -m nt_utils.ledger publish --studies "$(STUDY)" --seeds "$(SEEDS)" --preset "$(PRESET)"
+
+report: env ## one self-contained HTML of an executed study: runs/<study>/seed-<seed>/report.html
+	@$(BIN)/python -m nt_utils.report --studies "$(STUDY)" --seeds "$(SEEDS)" --preset "$(PRESET)"
 
 bench: env ## measure speed and memory against the plain forward pass
 	@$(BIN)/python -m bench
