@@ -141,8 +141,31 @@ def _work_01(p: SimpleNamespace) -> Work:
     return Work(scored=6 * p.n_detect, answers=2 * p.n_test * sets + 4 * p.n_test)
 
 
+def _work_02(p: SimpleNamespace) -> Work:
+    """About: seven ways of tuning at every rate and step, of which the best are evaluated; later fine-tuning of three."""
+    ways = 5 + 2 * p.tune_draws + len([b for b in p.baselines.split(",") if b.strip()])
+    runs, checks = ways * len(p.rates), len(p.tune_steps)
+    answers = 3 * (runs * checks * p.n_dev + ways * checks * p.n_test)
+    trained = runs * max(p.tune_steps) * p.tune_batch + 3 * len(p.task_rates) * max(p.task_steps) * p.tune_batch
+    full = "full" in p.baselines
+    return Work(
+        scored=5 * p.n_detect, answers=answers, trained=trained, models=1 + bool(p.base_model), full_tuning=full
+    )
+
+
+def _work_03(p: SimpleNamespace) -> Work:
+    """About: three groups and their random draws pruned, and each group grown on the development split."""
+    answers = 2 * p.n_test * (4 + 3 * p.unit_draws) + 2 * p.n_dev * 3 * len(p.growth)
+    return Work(scored=8 * p.n_calibrate, answers=answers)
+
+
 #: Notebook -> its work, from its parameters. A notebook that is not here gets no estimate.
-WORK = {"00_model_under_study": _work_00, "01_safety_neurons": _work_01}
+WORK = {
+    "00_model_under_study": _work_00,
+    "01_safety_neurons": _work_01,
+    "02_sn_tune": _work_02,
+    "03_ssah_units": _work_03,
+}
 
 
 def defaults(root: Path, notebook: str) -> dict[str, Any]:
@@ -286,9 +309,10 @@ def _model_lines(plan: Plan, file, run, steps: Sequence, seeds: Sequence[int], p
         peak, total = max(peak, bytes_), total + seconds
         plan.lines.append(f"  {notebook}: {text}")
     times = len(steps) / len(run.notebooks)
-    plan.lines.append(
-        f"  largest {peak / GIB:.0f} GiB of GPU memory; about {clock(total)} a run, {clock(total * times)} in all"
-    )
+    unknown = sum(name not in WORK for name in run.notebooks)
+    beyond = f", beside {unknown} notebooks without an estimate" if unknown else ""
+    least = f"  largest {peak / GIB:.0f} GiB of GPU memory; about {clock(total)} a run, {clock(total * times)} in all{beyond}"
+    plan.lines.append(least)
     if not device:
         plan.missing.append("a GPU: PyTorch would run this on the CPU, in memory of the same size and far slower")
     elif device[1] < peak:

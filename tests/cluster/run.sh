@@ -14,10 +14,13 @@ for tool in slurmctld slurmd munged sbatch; do
 done
 
 pids=()
-stop() { kill "${pids[@]}" 2>/dev/null || true; wait 2>/dev/null || true; }
+stop() { rm -f /etc/slurm/slurm.conf; kill "${pids[@]}" 2>/dev/null || true; wait 2>/dev/null || true; }
 trap stop EXIT
 
 # ---- munge, slurmctld and slurmd on loopback, all state in $WORK
+# Jobs do not inherit SLURM_CONF, so the configuration is linked to where Slurm looks; an existing one is not touched.
+conf=/etc/slurm/slurm.conf
+if [ -e $conf ] && [ ! -L $conf ]; then echo "error: $conf is there: this machine has a Slurm of its own"; exit 1; fi
 host=$(hostname -s)
 mkdir -p "$WORK"/{state,spool,run}
 chmod 755 "$WORK"
@@ -49,7 +52,7 @@ MpiDefault=none
 NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc --all) RealMemory=$(free -m | awk '/Mem:/ {print int($2 * 0.9)}') State=UNKNOWN
 PartitionName=toy Nodes=$host Default=YES MaxTime=INFINITE State=UP
 CONF
-export SLURM_CONF="$WORK/slurm.conf"
+mkdir -p /etc/slurm && ln -sfn "$WORK/slurm.conf" $conf
 slurmctld -D >"$WORK/slurmctld.out" 2>&1 & pids+=($!)
 slurmd -D >"$WORK/slurmd.out" 2>&1 & pids+=($!)
 for _ in $(seq 60); do sinfo -h -o %t 2>/dev/null | grep -q idle && break; sleep 0.5; done
@@ -67,9 +70,9 @@ PY
 (cd "$WORK/local" && "$PYTHON" -m nt_utils.batch study --studies toy --seeds "0 1" --cores 2)
 
 here=$PWD
-run() { (cd "$WORK/slurm" && "$PYTHON" -m snakemake --profile "$here/profiles/slurm" --config studies=toy seeds=0,1 "$@"); }
+run() { (cd "$WORK/slurm" && "$PYTHON" -m snakemake --profile "$here/profiles/slurm" --config studies=toy seeds=0,1 --slurm-status-command squeue --latency-wait 5 --slurm-init-seconds-before-status-checks 2 "$@"); }
 echo "== first run: one job is cancelled"
-run --retries 0 --jobs 2 --latency-wait 5 --slurm-init-seconds-before-status-checks 2 >"$WORK/first.log" 2>&1 & first=$!
+run --retries 0 >"$WORK/first.log" 2>&1 & first=$!
 for _ in $(seq 240); do [ -s "$WORK/slurm/waiting-01" ] && break; sleep 0.5; done
 squeue
 rm -f "$WORK/slurm/fault-01"
@@ -77,7 +80,7 @@ for job in $(squeue -h -o %i -t running); do scancel --signal=KILL --full "$job"
 wait $first && { echo "error: the first run did not notice its killed job"; exit 1; }
 grep -E "Error in rule|steps \(|failed" "$WORK/first.log" | head -5
 echo "== second run: the same command goes on"
-run --latency-wait 5 --slurm-init-seconds-before-status-checks 2 >"$WORK/second.log" 2>&1 || { tail -30 "$WORK/second.log"; exit 1; }
+run >"$WORK/second.log" 2>&1 || { tail -30 "$WORK/second.log"; exit 1; }
 grep -E "steps \(|of .* steps" "$WORK/second.log" | tail -1
 for seed in 0 1; do
   diff -r "$WORK/local/runs/toy/seed-$seed/tables" "$WORK/slurm/runs/toy/seed-$seed/tables"
