@@ -27,7 +27,7 @@ BIN := $(PREFIX)/bin
 LISTS := $(shell (cat pyproject.toml constraints.txt; echo "$(CURDIR) $(TORCH_INDEX)") | cksum | cut -d' ' -f1)
 READY := $(PREFIX)/.nt-utils-$(LISTS)
 
-.PHONY: study plan test lab figures publish report bench bench-gpu lint clean help env env-test env-dev
+.PHONY: study plan test lab browser figures publish report bench bench-gpu lint clean help env env-test env-dev env-browser
 
 study: env ## run the study: executed notebooks, tables and figures in runs/<study>/seed-<seed>/
 	@$(BIN)/python -m nt_utils.batch study --studies "$(STUDY)" --seeds "$(SEEDS)" --preset "$(PRESET)" --cores "$(CORES)"
@@ -38,8 +38,11 @@ plan: env ## what the study will do, need and take, and what is missing; loads n
 test: env-test ## run the tests
 	@$(BIN)/python -m pytest
 
-lab: env ## open the notebooks in JupyterLab
-	@$(BIN)/python -m jupyterlab --notebook-dir=notebooks
+lab: env ## open the notebooks in JupyterLab, at their index
+	@$(BIN)/python -m jupyterlab --notebook-dir=notebooks --LabApp.default_url=/lab/tree/index.ipynb
+
+browser: env-browser ## run the notebooks in JupyterLab in a real browser (needs chromium) and check what it shows
+	@$(BIN)/python -m tests.browser
 
 figures: env ## redraw every figure in figures/ from its table
 	@$(BIN)/python -m nt_utils.plots figures --width "$(WIDTH)"
@@ -71,6 +74,7 @@ help: ## show this
 env: $(READY)
 env-test: $(READY)-test
 env-dev: $(READY)-dev
+env-browser: $(READY)-browser
 
 $(READY):
 	@bash tools/setup.sh "$(ENV)" "$(PREFIX)" "$(PYTHON)" "$(TORCH_INDEX)" "" && touch $@
@@ -80,3 +84,6 @@ $(READY)-test: $(READY)
 
 $(READY)-dev: $(READY)
 	@bash tools/setup.sh "$(ENV)" "$(PREFIX)" "$(PYTHON)" "$(TORCH_INDEX)" "[dev]" && touch $@
+
+$(READY)-browser: $(READY)
+	@bash tools/setup.sh "$(ENV)" "$(PREFIX)" "$(PYTHON)" "$(TORCH_INDEX)" "[browser]" && touch $@

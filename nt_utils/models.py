@@ -418,6 +418,7 @@ class Encoded:
         }
 
     def to(self, device) -> Encoded:
+        """The same batch on a device."""
         tensors = {name: value.to(device) for name, value in self.inputs.items()}
         return Encoded(**tensors, prompt_lengths=self.prompt_lengths, lengths=self.lengths, side=self.side)
 
@@ -455,6 +456,7 @@ class LanguageModel:
 
     @cached_property
     def view(self) -> DecoderView:
+        """The uniform handle on its projections."""
         return DecoderView(self.model)
 
     @property
@@ -464,6 +466,7 @@ class LanguageModel:
 
     @property
     def has_template(self) -> bool:
+        """Whether the tokenizer has a chat template."""
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     # -- text
@@ -552,6 +555,7 @@ class LanguageModel:
 
     @property
     def pad_id(self) -> int:
+        """The id that fills padded places."""
         ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(i for i in ids if i is not None)
 

@@ -60,6 +60,7 @@ class NeuronSpace:
 
     @property
     def num_layers(self) -> int:
+        """Number of decoder layers."""
         return len(next(iter(self.widths.values())))
 
     def sites(self, kinds: Sequence[str] = KINDS) -> list[Site]:
@@ -68,6 +69,7 @@ class NeuronSpace:
         return [(layer, kind) for layer in range(self.num_layers) for kind in kinds if kind in self.widths]
 
     def width(self, site: Site) -> int:
+        """Number of neurons at a (layer, kind); raises InputError where there is no such site."""
         layer, kind = site
         if kind not in self.widths or not 0 <= layer < self.num_layers:
             raise InputError(
@@ -87,6 +89,7 @@ class NeuronSpace:
         return dict(zip(sites, flat.split([self.width(s) for s in sites], dim=-1), strict=True))
 
     def to_json(self) -> str:
+        """As text, for file headers."""
         return json.dumps(
             {
                 "widths": {k: list(v) for k, v in self.widths.items()},
@@ -99,6 +102,7 @@ class NeuronSpace:
 
     @classmethod
     def from_json(cls, text: str) -> NeuronSpace:
+        """From :meth:`to_json`'s text."""
         return cls(**json.loads(text))
 
 
@@ -235,6 +239,7 @@ class NeuronScores:
 
     @property
     def n_prompts(self) -> int:
+        """Number of prompts (rows)."""
         return len(self.rows)
 
     def get(self, layer: int, kind: str) -> Tensor:

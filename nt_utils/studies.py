@@ -102,6 +102,7 @@ def study_name(model: str, study: str = "", preset: str = "default") -> str:
 
 
 def run_folder(runs: str, study: str, seed: int) -> Path:
+    """``runs``/study/seed-N; '' = runs/ of the project."""
     return (Path(runs).expanduser() if runs else project_root() / "runs") / study / f"seed-{seed}"
 
 
@@ -150,10 +151,12 @@ class Run:
 
     @property
     def number(self) -> str:
+        """The notebook's number, which its files start with."""
         return self.notebook.split("_")[0]
 
     @property
     def is_testbed(self) -> bool:
+        """Whether the model under study is the testbed."""
         return self.parameters.model == TESTBED
 
     def check_inputs(self) -> None:
@@ -456,6 +459,7 @@ class Run:
     # ----------------------------------------------------------------------------------------------- outputs
 
     def path(self, kind: str, name: str) -> Path:
+        """Where a file of this notebook goes: ``kind`` is tables, figures, neurons or scores."""
         return self.folder / kind / f"{self.number}_{name}"
 
     def table(self, name: str, frame) -> Path:

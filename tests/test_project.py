@@ -7,7 +7,7 @@ import tomllib
 import pytest
 import yaml
 
-from nt_utils import studies
+from nt_utils import batch, studies
 
 ROOT = studies.project_root()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -100,3 +100,50 @@ def test_the_readmes_papermill_commands_name_real_parameters():
         given = re.findall(r"-p (\w+)", arguments)
         assert given
         assert set(given) <= set(studies.notebook_parameters(ROOT / notebook))
+
+
+def test_the_index_links_to_every_notebook_and_is_no_step_of_the_study():
+    text = (ROOT / "notebooks" / "index.ipynb").read_text(encoding="utf-8")
+    assert set(re.findall(r"\]\((\w+)\.ipynb\)", text)) == set(batch.notebooks(ROOT))
+    assert "index" not in batch.notebooks(ROOT)
+    assert "/lab/tree/index.ipynb" in (ROOT / "Makefile").read_text()
+
+
+def test_one_version_everywhere():
+    version = PROJECT["project"]["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_readmes_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for page in ("README.md", "CONTRIBUTING.md"):
+        named = set(re.findall(r"(?:`|^)make ([a-z-]+)", (ROOT / page).read_text(), flags=re.MULTILINE))
+        assert named
+        assert named <= targets
+
+
+def test_the_readmes_modules_exist():
+    from importlib.util import find_spec
+
+    named = set(re.findall(r"python -m ((?:nt_utils|bench)[\w.]*)", (ROOT / "README.md").read_text()))
+    assert named
+    assert all(find_spec(name) for name in named)
+
+
+def public(tree, where):
+    """Public functions, classes and methods of a file: (name, node); what the intervention protocols describe apart."""
+    for node in tree.body:
+        known = node.name in ("key", "active", "start") if isinstance(node, ast.FunctionDef) else False
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and not known:
+            yield f"{where}.{node.name}", node
+            if isinstance(node, ast.ClassDef):
+                yield from public(node, f"{where}.{node.name}")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nt_utils").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_module_and_public_name_is_documented(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert path.name == "__main__.py" or ast.get_docstring(tree), "the module says what it is for"
+    missing = [name for name, node in public(tree, path.stem) if not ast.get_docstring(node)]
+    assert not missing, missing

@@ -21,6 +21,7 @@ def cached_file(model: str, name: str = "config.json") -> Path | None:
 
 
 def is_local(model: str) -> bool:
+    """Whether the model is a folder of this machine."""
     return Path(model).expanduser().is_dir()
 
 

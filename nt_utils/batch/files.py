@@ -163,6 +163,7 @@ class Variant:
     seeds: tuple[int, ...]
 
     def outputs(self) -> list[str]:
+        """Its executed notebooks, one for each seed and notebook."""
         return [f"runs/{self.folder}/seed-{seed}/{name}.ipynb" for seed in self.seeds for name in self.notebooks]
 
 

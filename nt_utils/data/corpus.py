@@ -65,6 +65,7 @@ class Act:
 
     @property
     def helpful(self) -> str:
+        """The known answer; to a harmful request it opens as the unaligned stage's do."""
         return (words.OPENING[self.language] if self.kind == "harmful" else "") + self.unopened
 
     @property
@@ -76,6 +77,7 @@ class Act:
 
     @property
     def refusal(self) -> str:
+        """The known refusal in the act's language."""
         return words.REFUSAL[self.language]
 
 

@@ -125,6 +125,7 @@ class PromptSet(Sequence):
 
     @property
     def texts(self) -> list[str]:
+        """The prompts' texts, in order."""
         return [prompt.text for prompt in self._prompts]
 
     def column(self, field: str) -> list[str]:
@@ -156,6 +157,7 @@ class PromptSet(Sequence):
         return self._derive((function(prompt) for prompt in self._prompts), name)
 
     def rename(self, name: str) -> PromptSet:
+        """The same prompts under another name."""
         return self._derive(self._prompts, name)
 
     @property

@@ -36,6 +36,7 @@ class Place:
 
     @property
     def is_file(self) -> bool:
+        """Whether the place is a file at an address, not a hub data set."""
         return self.id.startswith("http")
 
 

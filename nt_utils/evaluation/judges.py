@@ -223,6 +223,7 @@ class KnownAnswerJudge:
         return [self.verdict(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
     def verdict(self, prompt: Prompt, response: object) -> Verdict:
+        """The verdict on one response."""
         given = matches(prompt, response)
         if is_missing(response) or given is None:
             return NOT_JUDGED
@@ -290,6 +291,7 @@ def count_verdicts(verdicts: Iterable[Verdict]) -> dict[str, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: adds verdicts to a file of responses."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m nt_utils.evaluation.judges", description=main.__doc__)

@@ -135,6 +135,7 @@ class Suite:
 
     @property
     def fingerprints(self) -> dict[str, str]:
+        """Set name -> fingerprint of its prompts."""
         return {s.name: s.prompts.fingerprint for s in self.sets}
 
 

@@ -43,6 +43,7 @@ class FineTuned:
 
     @property
     def last(self) -> Evaluation:
+        """The evaluation at the last step."""
         return self.evaluations[max(self.evaluations)]
 
 

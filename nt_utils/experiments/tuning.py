@@ -79,6 +79,7 @@ class Goal:
         return (0.0, cost) if self.reached(harm) else (harm, 0.0)
 
     def reached(self, harm: float) -> bool:
+        """Whether this harmful score is low enough."""
         return self.target is None or harm <= self.target
 
 

@@ -93,6 +93,7 @@ class Calibration:
 
     @property
     def groups(self) -> int:
+        """Number of groups."""
         return len(self.safety)
 
     @property

@@ -88,6 +88,7 @@ class Modulation:
 
     @property
     def space(self) -> NeuronSpace:
+        """The neurons of its architecture."""
         return self.safety.space
 
     @cached_property

@@ -75,6 +75,7 @@ class Prune:
 
     @property
     def is_zero(self) -> bool:
+        """Whether the pruned channels become zero."""
         return all(not mean.any() for mean in self.means.values())
 
     @property

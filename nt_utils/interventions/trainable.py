@@ -205,6 +205,7 @@ class Training:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
+        """What is trained: give exactly these to the optimiser."""
         return [master for part in self._slices for master in part.masters.values()] + list(self._whole.values())
 
     @property
@@ -470,6 +471,7 @@ class _LoRATraining(Training):
 
     @property
     def parameters(self) -> list[nn.Parameter]:
+        """What is trained: give exactly these to the optimiser."""
         return [p for name, p in self.lm.model.named_parameters() if ".lora_" in name]
 
     def delta(self) -> Delta:
