@@ -23,7 +23,7 @@ from nt_utils.errors import InputError
 #: Set by ``make study`` for its steps: its process, whose death ends them, and when it began (seconds since 1970).
 OWNER, STARTED = "NT_STUDY_PROCESS", "NT_STUDY_STARTED"
 #: Environment variables whose values are kept out of everything that is written.
-SECRET = re.compile(r"(TOKEN|API_?KEY|SECRET|PASSWORD)$")
+SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$")
 HIDDEN = "[hidden]"
 
 
