@@ -68,9 +68,9 @@ def config_of(model: str, facts: Mapping[str, Any]) -> tuple[dict, str]:
         return (
             (json.loads(file.read_text(encoding="utf-8")), "local folder") if file.is_file() else ({}, "no config.json")
         )
-    file = cached_file(model)
-    if file:
-        return json.loads(file.read_text(encoding="utf-8")), "the hub's cache"
+    cached = cached_file(model)
+    if cached:
+        return json.loads(cached.read_text(encoding="utf-8")), "the hub's cache"
     from nt_utils.data.sources import hub_reachable
 
     why = "the hub cannot be reached and nothing is cached"

@@ -420,7 +420,8 @@ class Run:
         p = self.parameters
         if p.new_task == EMBEDDED:
             sizes = {"train": p.n_task, "dev": p.n_dev, "test": p.n_test}
-            return tuple(tasks.differences(n, split, p.seed) for split, n in sizes.items())
+            train, dev, test = (tasks.differences(n, split, p.seed) for split, n in sizes.items())
+            return train, dev, test
         rows = self._source("new_task", "benign").filter(helpful=bool)
         rows = rows.take(p.n_task + p.n_dev + p.n_test, p.seed)
         if len(rows) < 12:

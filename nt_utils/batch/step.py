@@ -57,7 +57,7 @@ def run_notebook(notebook: str, parameters: Mapping[str, Any], output: Path, roo
         raise InputError(f"{notebook}: {hide(_last_line(error))} (see {failed})") from error
 
 
-def _execute(source: Path, target: Path, parameters: Mapping, root: Path, log: TextIO) -> None:
+def _execute(source: Path, target: Path, parameters: Mapping, root: Path, log: _Hiding) -> None:
     papermill = _papermill()
     papermill.execute_notebook(
         str(source), str(target), dict(parameters), kernel_name="python3", progress_bar=False, cwd=str(root),
@@ -74,7 +74,7 @@ def _papermill():
     """
     checker = "rfc3987_syntax"
     if checker not in sys.modules:
-        sys.modules[checker] = None  # an import of it fails
+        sys.modules[checker] = None  # type: ignore[assignment]  # Python's way to let an import fail
     try:
         import papermill
         from papermill.iorw import LocalHandler, papermill_io
@@ -91,7 +91,7 @@ def _papermill():
 
 
 @contextlib.contextmanager
-def _log(path: Path) -> Iterator[TextIO]:
+def _log(path: Path) -> Iterator[_Hiding]:
     """A step's log: what its cells print, and what the kernel itself writes to this process's error stream."""
     with path.open("w", encoding="utf-8", buffering=1) as file:
         sys.stderr.flush()

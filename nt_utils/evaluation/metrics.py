@@ -14,6 +14,7 @@ from nt_utils.errors import InputError
 
 if TYPE_CHECKING:
     import pandas
+    from numpy.typing import ArrayLike
 
 
 class Interval(NamedTuple):
@@ -64,7 +65,7 @@ def paired_difference(
 
 
 def clustered_difference(
-    controls, after: Sequence[float], clusters: Sequence[int], *, seed: int = 0, draws: int = 4000, level: float = 0.95
+    controls: ArrayLike, after: ArrayLike, clusters: ArrayLike, *, seed: int = 0, draws: int = 4000, level: float = 0.95
 ) -> Interval:
     """Mean of after - controls, with a bootstrap that resamples clusters of prompts and the control draws together.
 

@@ -300,7 +300,7 @@ def last_states(
         openings: first words of a response a prompt, cut to ``tokens`` tokens and put after it; None: the query alone.
     """
     heads = lm.tokens(lm.render(list(prompts)))
-    tails = [[] for _ in heads]
+    tails: list[list[int]] = [[] for _ in heads]
     if openings is not None:
         tails = [t[:tokens] for t in lm.tokenizer(list(openings), add_special_tokens=False)["input_ids"]]
     rows = [head + tail for head, tail in zip(heads, tails, strict=True)]

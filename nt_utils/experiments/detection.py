@@ -13,7 +13,7 @@ import pandas as pd
 from nt_utils import selection
 from nt_utils.errors import InputError
 from nt_utils.evaluation import metrics
-from nt_utils.experiments.bench import Bench, Measure
+from nt_utils.experiments.bench import Action, Bench, Measure
 from nt_utils.neurons import NeuronScores, NeuronSet
 from nt_utils.selection import Ranking
 
@@ -78,7 +78,7 @@ def place_interval(
 # --------------------------------------------------------------------------------------------- deactivation
 
 
-def random_rows(bench: Bench, draws: Sequence[NeuronSet], name: str, **labels) -> list[dict]:
+def random_rows(bench: Bench, draws: Sequence[Action], name: str, **labels) -> list[dict]:
     """Two rows a measure for a random control: the mean over the draws (t interval over draws) and the largest."""
     rows = []
     for m in bench.measures:

@@ -507,7 +507,7 @@ def dial_table(
     counts = sorted({round(share * size) for share in shares})
 
     def measure(action: Modulation | None) -> dict[str, float]:
-        row = {}
+        row: dict[str, float] = {}
         for m in bench.measures:
             value, low, high, n = bench(action).rate(m.set, m.metric)
             row |= {m.label: value, f"{m.label} low": low, f"{m.label} high": high, f"{m.label} n": n}

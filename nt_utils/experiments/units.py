@@ -104,7 +104,8 @@ class Calibration:
     def merged(self, rows: Sequence[int] | None = None) -> tuple[Fluctuation, Fluctuation]:
         """Statistics on safety and on utility prompts of these groups (None: all)."""
         rows = range(self.groups) if rows is None else rows
-        return tuple(reduce(Fluctuation.merge, [part[i] for i in rows]) for part in (self.safety, self.utility))
+        safety, utility = (reduce(Fluctuation.merge, [part[i] for i in rows]) for part in (self.safety, self.utility))
+        return safety, utility
 
     def scores(self, rows: Sequence[int] | None = None, **options) -> UnitScores:
         """Unit scores from these groups; options as for :func:`nt_utils.selection.unit_scores`."""
@@ -331,7 +332,8 @@ def safety_neurons_table(
     Returns:
         Columns rule, value, low, high, n, chance, neurons, in_both.
     """
-    rng, found = np.random.default_rng(seed), {name: [] for name in rules}
+    rng = np.random.default_rng(seed)
+    found: dict[str, list] = {name: [] for name in rules}
     half = calibration.groups // 2
     for _ in range(draws):
         own = sorted(rng.permutation(calibration.groups)[:half].tolist())

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 class Intervention(Protocol):
     """Anything that changes a model while it is active."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What tables call it."""
 
     @property
     def key(self) -> str:

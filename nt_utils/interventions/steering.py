@@ -97,7 +97,7 @@ class Steering:
 
 def last_token_means(lm: LanguageModel, prompts: Sequence[str], batch_size: int = 32) -> Tensor:
     """Mean over the prompts of the residual stream at the last prompt token, float32 [layers + 1, hidden size]."""
-    total, places = 0.0, range(lm.view.num_layers + 1)
+    total, places = torch.zeros((), dtype=torch.float64), range(lm.view.num_layers + 1)
     for start in range(0, len(prompts), batch_size):
         batch = lm.encode(list(prompts[start : start + batch_size]), side="left").to(lm.device)
         seen: dict[int, Tensor] = {}

@@ -324,9 +324,10 @@ def _places(view: DecoderView, neurons: NeuronSet, sides: str) -> list[_Place]:
                 continue
             projection = view.projection(layer, role)
             module, index = projection.module, mask.nonzero().flatten()
-            if module.weight.is_meta:
+            weight = module.get_parameter("weight")
+            if weight.is_meta:
                 raise InputError(f"model: {paths[module]} is offloaded; load the model on devices that hold it")
-            _check_whole(module.weight, f"{paths[module]}.weight")
+            _check_whole(weight, f"{paths[module]}.weight")
             if side == "input" and projection.rows is not None:
                 rows = projection.rows
                 rows = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows.cpu()

@@ -26,7 +26,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 WINDOW = {"width": 1400, "height": 1800}
 #: Without windowing, every cell is in the page whether or not it is in sight.
-SETTINGS = {"@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"}}
+SETTINGS = {
+    "@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},
+    "@jupyterlab/apputils-extension/notification.jupyterlab-settings": {"fetchNews": "false", "checkForUpdates": False},
+}
 
 
 def quick_copy(source: Path, target: Path, runs: Path) -> None:
@@ -60,7 +63,7 @@ def jupyterlab(folder: Path, log: Path) -> Iterator[str]:
     }  # fmt: skip
     command = [
         sys.executable, "-m", "jupyterlab", "--no-browser", f"--port={port}", "--ip=127.0.0.1",
-        "--IdentityProvider.token=", "--ServerApp.port_retries=0", "--LabApp.news_url=None", "--expose-app-in-browser",
+        "--IdentityProvider.token=", "--ServerApp.port_retries=0", "--expose-app-in-browser",
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", *(["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []),
         f"--ServerApp.root_dir={folder}",
     ]  # fmt: skip
@@ -180,10 +183,32 @@ def move_dial(page, stem: str, folder: Path) -> list[dict]:
             page.screenshot(path=str(folder / f"{stem}-dial-{number}-{key}.png"))
     assert len({s["settings"] for s in states}) > 2, "the sliders do not move"
     assert len({s["rates"] for s in states}) > 1, "the rates do not change with the dial"
-    assert len({s["answers"] for s in states}) > 1, "the answers do not change with the dial"
+    return states + ask_dial(page, stem, folder)
+
+
+def ask_dial(page, stem: str, folder: Path) -> list[dict]:
+    """Give the panel jailbreak prompts, the utility slider at 0, until the dial changes an answer."""
+    from nt_utils.data import corpus
+
+    handles = page.locator(".jp-Notebook .widget-slider .noUi-handle, .jp-Notebook .widget-hslider .noUi-handle")
+    handles.nth(1).focus()
+    page.keyboard.press("Home")
+    field, states = page.locator(".jp-Notebook .widget-vbox .widget-text input"), []
+    for prompt in corpus.corpus("harmful", "test", attack="all").take(ASKED, 0).texts:
+        field.fill(prompt)
+        field.press("Enter")
+        page.wait_for_timeout(1500)
+        states.append(dial_state(page) | {"prompt": prompt})
+        untouched, _, modulated = states[-1]["answers"].partition(" | ")
+        if untouched != modulated:
+            break
+    page.screenshot(path=str(folder / f"{stem}-dial-prompt.png"))
+    assert len({s["answers"] for s in states}) > 1, "the answers do not change with the prompt"
+    assert untouched != modulated, f"no answer of {len(states)} changes with the dial"
     return states
 
 
+ASKED = 40  # prompts tried at most
 READOUTS = "[...document.querySelectorAll('.jp-Notebook .widget-vbox .widget-readout')].map(x => x.innerText).join(' ')"
 
 
