@@ -151,6 +151,8 @@ def test_a_failed_cell_or_a_dead_kernel_is_no_finished_notebook(project, cell, m
         ("01_safety_neurons", {"rhoo": "1"}, "rhoo: unknown parameter"),
         ("01_safety_neurons", {"harmful": "prompts.csv:goal", "model": "testbed"}, "harmful"),
         ("00_model_under_study", {"model": "./no-such-folder"}, "no-such-folder"),
+        ("03_ssah_units", {"preset": "fast"}, "preset: got 'fast'"),
+        ("05_neurontune", {"seed": "-1"}, "seed: got -1"),
     ],
 )
 def test_papermill_shows_one_line_for_a_bad_parameter(tmp_path, name, parameters, message):
@@ -245,8 +247,9 @@ run.finish()
 """
 
 
-def test_the_same_seed_gives_the_same_tables(tmp_path):
+def test_the_same_seed_gives_the_same_tables(tmp_path, monkeypatch):
     """Byte for byte, in processes of their own; seconds and times stand elsewhere."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the cells take their model from tests/
     cells = notebook('model = "testbed"  # m\n' + TOY.split("\n", 2)[2] + 'runs = ""  # r\nn_test = 4  # n\n', TINY)
     tables = []
     for name in ("a", "b"):
