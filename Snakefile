@@ -15,6 +15,7 @@ FILES = {study: batch.read(study, ROOT) for study in STUDIES}
 RUNS = {v.folder: v for study in STUDIES for v in batch.variants(study, SEEDS, PRESET, ROOT)}
 SWEPT = {studies.study_name(study, study, PRESET): study for study in STUDIES if FILES[study].sweep}
 COMPARED = [folder for folder, run in RUNS.items() if set(batch.LAST) & set(run.notebooks)]
+COMPARED = [f for f in COMPARED if FILES[RUNS[f].study].has_model]  # notebooks without a model leave no findings
 
 
 wildcard_constraints:

@@ -70,7 +70,7 @@ PY
 (cd "$WORK/local" && "$PYTHON" -m nt_utils.batch study --studies toy --seeds "0 1" --cores 2)
 
 here=$PWD
-run() { (cd "$WORK/slurm" && "$PYTHON" -m snakemake --profile "$here/profiles/slurm" --config studies=toy seeds=0,1 --slurm-status-command squeue --latency-wait 5 --slurm-init-seconds-before-status-checks 2 "$@"); }
+run() { (cd "$WORK/slurm" && "$PYTHON" -m snakemake --profile "$here/profiles/slurm" --config studies=toy seeds=0,1 --slurm-keep-successful-logs --slurm-status-command squeue --latency-wait 5 --slurm-init-seconds-before-status-checks 2 "$@"); }
 echo "== first run: one job is cancelled"
 run --retries 0 >"$WORK/first.log" 2>&1 & first=$!
 for _ in $(seq 240); do [ -s "$WORK/slurm/waiting-01" ] && break; sleep 0.5; done
