@@ -25,7 +25,7 @@ from nt_utils.scoring.attribution import (
     site_effects,
     utility_cases,
 )
-from tests.tiny import tiny_lm, tiny_tokenizer
+from tests.tiny import hooks_left, tiny_lm, tiny_tokenizer
 
 PROMPTS = PromptSet(
     [
@@ -401,7 +401,7 @@ def test_nothing_is_left_behind(method):
     assert all(torch.equal(v, before[k]) for k, v in lm.model.state_dict().items())
     assert all(p.grad is None for p in lm.model.parameters())
     assert [n for n, p in lm.model.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules())
+    assert hooks_left(lm.model) == 0
     assert "forward" not in lm.view.layers[0].__dict__
 
 

@@ -13,7 +13,7 @@ from bench.setup import RandomPrompts, resized, seconds
 from nt_utils import hooks
 from nt_utils.models import DecoderView, pad
 from nt_utils.scoring.importance import importance, score_batch
-from tests.tiny import tiny_model
+from tests.tiny import hooks_left, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_the_linearised_mode_ends_with_its_context(view, batch):
 def test_zeroed_forwards_leave_no_hooks(view, batch):
     for run in rivals.zeroed_forwards(view, batch, count=3):
         run()
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in view.model.modules())
+    assert hooks_left(view.model) == 0
 
 
 def test_expected_operations_follow_the_shape():

@@ -24,7 +24,7 @@ from nt_utils.scoring.attribution import Case, attribution
 from nt_utils.scoring.fluctuation import Fluctuation, fluctuation
 from nt_utils.scoring.importance import importance
 from nt_utils.units import UnitMap
-from tests.tiny import tiny_lm
+from tests.tiny import hooks_left, tiny_lm
 
 ROOT = studies.project_root()
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -260,4 +260,4 @@ def test_a_wrong_call_ends_in_one_line(call, said, things, monkeypatch):
     text = refused(lambda: call(things), things["folder"])
     assert said in text
     assert things["lm"].weights_fingerprint == fingerprint
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in things["lm"].model.modules())
+    assert hooks_left(things["lm"].model) == 0

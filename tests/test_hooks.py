@@ -9,7 +9,7 @@ import torch
 from nt_utils import hooks
 from nt_utils.errors import InputError
 from nt_utils.neurons import NeuronSet
-from tests.tiny import neuron_entries, tiny_lm
+from tests.tiny import hooks_left, neuron_entries, tiny_lm
 
 IDS = torch.randint(3, 300, (2, 7), generator=torch.Generator().manual_seed(0))
 
@@ -17,10 +17,6 @@ IDS = torch.randint(3, 300, (2, 7), generator=torch.Generator().manual_seed(0))
 def _logits(lm):
     with torch.no_grad():
         return lm.model(IDS, use_cache=False).logits
-
-
-def _hooks_left(lm) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in lm.model.modules())
 
 
 def _some(view, count=3, seed=0):
@@ -43,7 +39,7 @@ def test_capture_sees_the_projections(any_lm):
     assert set(seen) == set(sites)
     for site in sites:
         assert seen[site].shape == (2, 7, view.space.width(site))
-    assert _hooks_left(any_lm) == 0
+    assert hooks_left(any_lm.model) == 0
     with hooks.capture(view, [(0, "v")]) as again:
         _logits(any_lm)
     assert torch.equal(again[0, "v"], seen[0, "v"])
@@ -122,15 +118,15 @@ def test_hooks_are_gone_after_nested_exceptions(lm):
         hooks.ablate(lm, _some(lm.view)),
         hooks.capture(lm, lm.view.space.sites()),
     ):
-        assert _hooks_left(lm) > 0
+        assert hooks_left(lm.model) > 0
         raise RuntimeError("inside")
-    assert _hooks_left(lm) == 0
+    assert hooks_left(lm.model) == 0
 
 
 def test_a_failing_registration_leaves_nothing(lm):
     with pytest.raises(InputError), hooks.capture(lm, [(0, "q"), (9, "q")]):
         pass
-    assert _hooks_left(lm) == 0
+    assert hooks_left(lm.model) == 0
 
     def fails():
         raise RuntimeError("no")
@@ -139,7 +135,7 @@ def test_a_failing_registration_leaves_nothing(lm):
     add = lambda: module.register_forward_hook(lambda *_: None)  # noqa: E731
     with pytest.raises(RuntimeError, match="no"), hooks.registered([add, fails]):
         pass
-    assert _hooks_left(lm) == 0
+    assert hooks_left(lm.model) == 0
 
 
 def test_captured_tensors_are_freed():

@@ -12,7 +12,7 @@ from nt_utils.models import DecoderView, pad
 from nt_utils.neurons import NeuronScores
 from nt_utils.scoring import importance as scoring
 from nt_utils.scoring.importance import importance, score_batch
-from tests.tiny import CONFIGS, FAMILIES, brute_force, tiny_lm, tiny_model
+from tests.tiny import CONFIGS, FAMILIES, brute_force, hooks_left, tiny_lm, tiny_model
 
 LENGTHS = (9, 14)
 
@@ -219,7 +219,7 @@ def test_everything_is_put_back_after_an_error(lm, monkeypatch):
         importance(lm, TEXTS, progress=False)
     assert lm.model.config._attn_implementation == before
     assert not scoring._active
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules())
+    assert hooks_left(lm.model) == 0
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from nt_utils.interventions.modulation import Modulation
 from nt_utils.neurons import POOL, NeuronSet
 from nt_utils.scoring.attribution import Case, attribution
 from nt_utils.scoring.importance import importance
-from tests.tiny import tiny_lm
+from tests.tiny import hooks_left, tiny_lm
 
 CYCLES = 200
 PROMPTS = ["Hello?", "A river."]
@@ -33,10 +33,6 @@ def tensors():
     gc.collect()
     found = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
     return len(found), sum(x.numel() * x.element_size() for x in found)
-
-
-def hooks_of(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
 
 
 def open_files():
@@ -63,14 +59,14 @@ def test_two_hundred_cycles_leave_nothing_behind(tmp_path):
 
     for number in range(20):  # lazy imports, allocator pools and caches settle
         cycle(number)
-    before = tensors(), hooks_of(lm.model), open_files(), threading.active_count()
+    before = tensors(), hooks_left(lm.model), open_files(), threading.active_count()
     memory = []
     for number in range(CYCLES):
         cycle(number)
         if number % 20 == 19:
             gc.collect()
             memory.append(resident())
-    after = tensors(), hooks_of(lm.model), open_files(), threading.active_count()
+    after = tensors(), hooks_left(lm.model), open_files(), threading.active_count()
     assert before[1] == 0
     assert after == before
     assert lm.model.config._attn_implementation == settled
@@ -94,7 +90,7 @@ def test_failing_cycles_leave_nothing_behind(tmp_path):
     for _ in range(20):
         with pytest.raises(ValueError, match="NaN"):
             importance(lm, PROMPTS, kinds=("q", "o", "ffn"), path=tmp_path / "scores.safetensors", progress=False)
-    assert hooks_of(lm.model) == 0
+    assert hooks_left(lm.model) == 0
     assert open_files() == files
     assert lm.model.config._attn_implementation == settled
     assert list(tmp_path.iterdir()) == []

@@ -19,7 +19,7 @@ from nt_utils.interventions.steering import (
     mean_difference,
 )
 from nt_utils.models import LanguageModel
-from tests.tiny import tiny_lm
+from tests.tiny import hooks_left, tiny_lm
 
 IDS = torch.randint(3, 300, (2, 7), generator=torch.Generator().manual_seed(0))
 HARMFUL, BENIGN = ["forge it", "how do I steal a bicycle?", "rob"], ["bake bread", "how do I plant a tree?"]
@@ -42,10 +42,6 @@ def _own_hidden(lm, **inputs):
         return model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
 
 
-def _hooks_left(lm) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in lm.model.modules())
-
-
 def test_the_residual_stream_is_the_models_hidden_states(any_lm):
     seen, _ = _hidden(any_lm)
     own = _own_hidden(any_lm, input_ids=IDS)
@@ -53,7 +49,7 @@ def test_the_residual_stream_is_the_models_hidden_states(any_lm):
     for place in range(any_lm.view.num_layers):  # the last of the model's own is behind the final norm
         assert torch.equal(seen[place], own[place])
     assert not torch.equal(seen[0], seen[1])
-    assert _hooks_left(any_lm) == 0
+    assert hooks_left(any_lm.model) == 0
 
 
 def test_the_means_do_not_depend_on_batches_or_padding(any_lm):
@@ -76,7 +72,7 @@ def test_adding_shifts_the_stream_at_one_place(any_lm):
     assert torch.equal(steered[0], plain[0])
     torch.testing.assert_close(steered[1], plain[1] + 0.5 * VECTOR)
     assert not torch.allclose(moved, logits)
-    assert _hooks_left(any_lm) == 0
+    assert hooks_left(any_lm.model) == 0
     with Steering(VECTOR, 0).active(any_lm):
         torch.testing.assert_close(_hidden(any_lm)[0][0], plain[0] + VECTOR)
 
@@ -89,7 +85,7 @@ def test_ablation_leaves_nothing_of_the_direction(any_lm):
     for place, stream in left.items():
         assert (stream @ unit).abs().max() < 1e-4
         assert (plain[place] @ unit).abs().max() > 0.01
-    assert _hooks_left(any_lm) == 0
+    assert hooks_left(any_lm.model) == 0
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt_neox"])
@@ -165,7 +161,7 @@ def test_bad_places_and_models_are_refused():
     for empty in (hooks.residual, hooks.attention_output):
         with pytest.raises(InputError, match="the selection is empty"), empty(lm, {}):
             pass
-    assert _hooks_left(lm) == 0
+    assert hooks_left(lm.model) == 0
 
 
 def test_a_system_prompt_stands_before_every_prompt_while_active():

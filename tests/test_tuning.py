@@ -25,7 +25,7 @@ from nt_utils.interventions.tuning import (
     tune,
 )
 from nt_utils.neurons import NeuronSet
-from tests.tiny import FAMILIES, neuron_entries, tiny_lm
+from tests.tiny import FAMILIES, hooks_left, neuron_entries, tiny_lm
 
 MODELS = [*FAMILIES, "llama-biases", "llama-multi-head-tied"]
 IDS = torch.tensor([[1, 20, 31, 47, 52, 69], [1, 25, 36, 41, 58, 63]])
@@ -154,7 +154,7 @@ def test_trained_merged_saved_loaded_and_taken_back(name, dtype, tmp_path):
     assert_same(before, snapshot(lm))
     assert lm.weights_fingerprint == base == lm.weights_fingerprint
     assert all(p.requires_grad for p in lm.model.parameters())
-    assert not [m for m in lm.model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert hooks_left(lm.model) == 0
 
     loaded = Delta.load(delta.save(tmp_path / "delta.safetensors"), lm)
     assert loaded.key == delta.key and loaded.size == chosen.parameters
@@ -579,7 +579,7 @@ def test_every_arm_learns_and_leaves_the_base(arm):
     assert_same(before, snapshot(lm))
     assert torch.equal(logits(lm), plain)
     assert all(p.requires_grad for p in lm.model.parameters()) and not lm.model.training
-    assert not [m for m in lm.model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert hooks_left(lm.model) == 0
     with tuned.delta.active(lm), torch.no_grad():
         assert response_loss(lm, batch) < start - 0.3
     assert_same(before, snapshot(lm))

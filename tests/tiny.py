@@ -229,3 +229,14 @@ def brute_force(view: DecoderView, ids: Tensor, last: int | None = None) -> dict
                     parameter[at] = value
             scores[layer, kind] = torch.stack(values)
     return scores
+
+
+def hooks_left(model) -> int:
+    """Hooks on a model's modules, apart from those that transformers leaves for good once hidden states were asked for."""
+    found = [
+        hook
+        for module in model.modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        for hook in hooks.values()
+    ]
+    return sum(not getattr(hook, "__module__", "").startswith("transformers.") for hook in found)
