@@ -117,6 +117,33 @@ TABLES["frontier"] = pd.DataFrame(
     }
 )  # fmt: skip
 TABLES["effects_training"] = TABLES["effects"]
+ARMS = pd.DataFrame(
+    {"arm": ["none", "a"] * 2, "group": ["none", "chosen"] * 2, "metric": ["ASR", "ASR", "utility", "utility"], **RATE}
+)
+DIAL = pd.DataFrame(
+    {
+        "n_safety": [0, 8, 0, 8], "n_utility": [0, 0, 8, 8], "strength": [0, 1, 1, 1],
+        **{
+            f"{name}{column}": values
+            for name in ("ASR", "over-refusal", "utility")
+            for column, values in (("", RATE["value"]), (" low", RATE["low"]), (" high", RATE["high"]), (" n", 100))
+        },
+        "dominated": [False, True, False, False],
+    }
+)  # fmt: skip
+TABLES |= {
+    "modulation_spread": TABLES["where"].rename(columns={"rule": "role"}).assign(attribution=0.1),
+    "modulation_learning": pd.DataFrame(
+        {"method": ["a", "a", "b", "b"], "iteration": [0, 1] * 2, "loss": "outer loss", "value": RATE["value"]}
+    ),
+    "modulation_arms": ARMS,
+    "modulation_ablations": ARMS,
+    "modulation_dial": DIAL,
+    "modulation_frontier": DIAL,
+    "modulation_adaptation": pd.DataFrame(
+        {"method": ["a", "b"] * 2, "attack": "x", "stage": ["before", "before", "after", "after"], "metric": "ASR", **RATE}
+    ),
+}  # fmt: skip
 
 
 def test_every_figure_has_a_table_here():
@@ -135,7 +162,7 @@ def test_a_figure_comes_from_its_table(tmp_path, name):
     assert str(TABLES[name].columns[0]).encode() in first[".md"]
     assert b"\\toprule" in first[".tex"]
     changed = TABLES[name].copy()
-    column = next(c for c in ("value", "share", "exact_ms") if c in changed)
+    column = next(c for c in ("value", "share", "exact_ms", "ASR") if c in changed)
     changed.loc[0, column] = 0.15
     assert small_picture(name, changed) != small_picture(name, TABLES[name])
 
