@@ -76,7 +76,10 @@ def test_publish_collects_rows_figures_and_the_readme_table(tmp_path):
     assert text.startswith("before")
     assert text.endswith("after\n")
     assert "stale table" not in text
-    assert "0: 0.6 [0.55, 0.7] **holds**<br>1: 0.61 [0.55, 0.7] **holds**" in text
+    assert "<b>01_safety_neurons</b>: 1 claims: holds 3" in text
+    assert "| 0.61 [0.585, 0.635] | holds 3 |" in text
+    each = (tmp_path / "figures" / "findings.md").read_text()
+    assert "0: 0.6 [0.55, 0.7] **holds**<br>1: 0.61 [0.55, 0.7] **holds**" in each
 
 
 def test_publish_refuses_unfinished_and_missing_runs(tmp_path):
@@ -101,6 +104,7 @@ def test_the_readme_agrees_with_the_published_ledger():
     findings = pd.read_csv(table, dtype={"seeds": str, "section": str})
     text = (root / "README.md").read_text(encoding="utf-8")
     assert ledger.readme_table(findings) in text
+    assert ledger.seeds_table(findings) == (root / "figures" / "findings.md").read_text(encoding="utf-8")
     assert set(findings["verdict"]) <= set(ledger.VERDICTS)
     told = findings[findings["verdict"] != "not testable here"]
     assert told[["value", "low", "high", "n"]].notna().all().all()
