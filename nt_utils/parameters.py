@@ -62,6 +62,11 @@ DEFINITIONS = (
     "consistent", "contrast", "SCU", "attribution", "SNIP difference", "Wanda difference", "activation change",
 )  # fmt: skip
 
+DEFENCES = (
+    "SN-Tune", "RSN-Tune", "RU budget", "LoRA", "full tuning", "NeuronTune, safety-first", "NeuronTune, utility-first",
+    "refusal direction", "system prompt", "freeze SCU and CU",
+)  # fmt: skip
+
 #: Every parameter. A notebook's first cell names those it takes; None means the preset's value.
 PARAMETERS: dict[str, Parameter] = {
     "model": Parameter(str, "'testbed', a hub id or a local folder"),
@@ -242,6 +247,13 @@ PARAMETERS: dict[str, Parameter] = {
     "harmful_rows": Parameter(int, "of the attack's rows those that are harmful requests with their answers", low=0),
     "attack_rate": Parameter(float, "learning rate of the fine-tuning attack on frozen neurons", low=1e-9, high=1),
     "attack_steps": Parameter(int, "steps of it", low=1, presets=(4, 10, 20)),
+    "defended": Parameter(
+        list,
+        "defences that are compared",
+        items=str,
+        choices=DEFENCES,
+        presets=(["SN-Tune", "NeuronTune, safety-first"], list(DEFENCES), list(DEFENCES)),
+    ),
     "defence_share": Parameter(
         float, "share of the pool that SN-Tune and RSN-Tune train as a defence", low=1e-4, high=0.5
     ),
@@ -257,7 +269,7 @@ PARAMETERS: dict[str, Parameter] = {
         items=float,
         low=1e-9,
         high=1,
-        presets=([3e-3], [1e-3, 3e-3], [3e-4, 1e-3, 3e-3, 1e-2]),
+        presets=([3e-3], [3e-3], [3e-4, 1e-3, 3e-3, 1e-2]),
     ),
     "defence_full_rates": Parameter(
         list,

@@ -65,16 +65,17 @@ def agreement_table(definitions: Definitions, halves: Halves, shares: Sequence[f
         halves), prompts.
     """
     whole, rows = definitions.rankings(), []
+    tops = {share: ([tuple(_tops(h, share) for h in pair) for pair in halves], _tops(whole, share)) for share in shares}
     for a, b in combinations_with_replacement(whole, 2):
         ranks = _middle([v for first, second in halves for v in _both(spearman, first, second, a, b)])
         for share in sorted(shares):
-            pairs = [v for first, second in halves for v in _both(_tops(share), first, second, a, b)]
+            sets, full = tops[share]
+            pairs = [v for first, second in sets for v in _both(_overlap, first, second, a, b)]
             overlap = _middle([overlap for overlap, _ in pairs])
-            full = whole[a].top_share(share), whole[b].top_share(share)
             rows.append(
                 {
                     "a": a, "b": b, "share": share, "jaccard": overlap[0], "low": overlap[1], "high": overlap[2],
-                    "all": full[0].jaccard(full[1]), "chance": float(np.mean([chance for _, chance in pairs])),
+                    "all": full[a].jaccard(full[b]), "chance": float(np.mean([chance for _, chance in pairs])),
                     "spearman": ranks[0], "spearman_low": ranks[1], "spearman_high": ranks[2],
                     "n": len(halves), "prompts": definitions.prompts,
                 }
@@ -88,12 +89,13 @@ def _both(compare, first, second, a, b) -> list:
     return found if a == b else [*found, compare(second[a], first[b])]
 
 
-def _tops(share: float):
-    def compare(a: Ranking, b: Ranking) -> tuple[float, float]:
-        first, second = a.top_share(share), b.top_share(share)
-        return first.jaccard(second), selection.expected_jaccard(first, second)
+def _tops(rankings: Mapping[str, Ranking], share: float) -> dict[str, NeuronSet]:
+    return {name: ranking.top_share(share) for name, ranking in rankings.items()}
 
-    return compare
+
+def _overlap(a: NeuronSet, b: NeuronSet) -> tuple[float, float]:
+    """Jaccard and its layer-matched chance level."""
+    return a.jaccard(b), selection.expected_jaccard(a, b)
 
 
 def summary_table(agreement: pd.DataFrame) -> pd.DataFrame:
@@ -132,10 +134,11 @@ def agreement_interval(halves: Halves, share: float, prompts: int, minus: str) -
 
     The interval is the middle 95% over the pairs of halves; n is the number of calibration prompts.
     """
-    compare, values = _tops(share), []
-    for first, second in halves:
+    values = []
+    for pair in halves:
+        first, second = (_tops(half, share) for half in pair)
         pairs = [
-            (a, b, v) for a, b in combinations_with_replacement(first, 2) for v in _both(compare, first, second, a, b)
+            (a, b, v) for a, b in combinations_with_replacement(first, 2) for v in _both(_overlap, first, second, a, b)
         ]
         between = np.mean([v[0] for a, b, v in pairs if a != b])
         other = {

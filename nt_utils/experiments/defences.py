@@ -80,7 +80,7 @@ class Setting:
 
     Args:
         rates: learning rates of neurons and LoRA; full_rates: of full fine-tuning; steps: of both (evaluated ones).
-        iterations: of NeuronTune; strengths: of the refusal direction.
+        iterations: of NeuronTune; strengths: of the refusal direction; wanted: names of defences, all if empty.
     """
 
     rates: Sequence[float]
@@ -91,6 +91,7 @@ class Setting:
     sides: str = "output"
     batch_size: int = 12
     seed: int = 0
+    wanted: Sequence[str] = ()
 
 
 def build(
@@ -101,7 +102,7 @@ def build(
     setting: Setting,
     max_new_tokens: int,
 ) -> list[Defence]:
-    """Every defence.
+    """The model without defence first, then every defence.
 
     Args:
         found: what all of them learn from; its validation part is what they are chosen on.
@@ -119,28 +120,37 @@ def build(
     def tuned(name: str, scope, learning_rates: Sequence[float]) -> Defence:
         return _made(name, lambda: tuning.choose(lm, name, scope, learning_rates, pairs, setting.steps, dev, goal))
 
-    defences = [Defence(NONE)]
-    defences += [tuned(name, Only(chosen, sides=setting.sides), setting.rates) for name, chosen in sets.items()]
-    defences.append(tuned("LoRA", LoRA.matching(lm, defences[1].trained), setting.rates))
-    defences.append(tuned("full tuning", Everything(), setting.full_rates))
-    defences += _neurontune(lm, found, setting)
-    cost = neurontune.cost(dev, {"direct": measures[1], "seen": measures[0], "useful": measures[2]})
-    defences.append(_made("refusal direction", lambda: neurontune.steered(lm, found, "add", setting.strengths, cost)))
-    defences.append(Defence("system prompt", SystemPrompt(neurontune.DEFENCE)))
-    defences.append(Defence("freeze SCU and CU", frozen=frozen))
-    return defences
+    def preset(name: str) -> Defence:
+        recipe = dataclasses.replace(neurontune.RECIPE, iterations=setting.iterations, seed=setting.seed)
+        ranked = neurontune.rankings(lm, found, method="patching")
+        return _made(f"NeuronTune, {name}", lambda: neurontune.learn_preset(lm, found, ranked, name, recipe).modulation)
+
+    def direction() -> Defence:
+        cost = neurontune.cost(dev, {"direct": measures[1], "seen": measures[0], "useful": measures[2]})
+        return _made("refusal direction", lambda: neurontune.steered(lm, found, "add", setting.strengths, cost))
+
+    def adapter() -> Defence:
+        least = min(_owned(lm, chosen, setting.sides) for chosen in sets.values())
+        return tuned("LoRA", LoRA.matching(lm, least), setting.rates)
+
+    ways: dict[str, Callable[[], Defence]] = {
+        name: lambda name=name, chosen=chosen: tuned(name, Only(chosen, sides=setting.sides), setting.rates)
+        for name, chosen in sets.items()
+    }  # fmt: skip
+    ways["LoRA"] = adapter
+    ways["full tuning"] = lambda: tuned("full tuning", Everything(), setting.full_rates)
+    for name in ("safety-first", "utility-first"):
+        ways[f"NeuronTune, {name}"] = lambda name=name: preset(name)
+    ways["refusal direction"] = direction
+    ways["system prompt"] = lambda: Defence("system prompt", SystemPrompt(neurontune.DEFENCE))
+    ways["freeze SCU and CU"] = lambda: Defence("freeze SCU and CU", frozen=frozen)
+    return [Defence(NONE), *(make() for name, make in ways.items() if name in setting.wanted or not setting.wanted)]
 
 
-def _neurontune(lm: LanguageModel, found: Material, setting: Setting) -> list[Defence]:
-    ranked = neurontune.rankings(lm, found, method="patching")
-    recipe = dataclasses.replace(neurontune.RECIPE, iterations=setting.iterations, seed=setting.seed)
-
-    def made(preset: str) -> Defence:
-        return _made(
-            f"NeuronTune, {preset}", lambda: neurontune.learn_preset(lm, found, ranked, preset, recipe).modulation
-        )
-
-    return [made(preset) for preset in ("safety-first", "utility-first")]
+def _owned(lm: LanguageModel, neurons: NeuronSet, sides: str) -> int:
+    """Parameters that training only these neurons trains."""
+    with Only(neurons, sides=sides).start(lm) as training:
+        return training.size
 
 
 def _made(name: str, work: Callable) -> Defence:
@@ -245,7 +255,7 @@ def spent_table(lm: LanguageModel, defences: Sequence[Defence], texts: Sequence[
     """
     batch = lm.encode(list(texts)).to(lm.device)
 
-    def forward(defence: Defence) -> float:
+    def forward() -> float:
         times = []
         for _ in range(repeats):
             start = time.perf_counter()
@@ -254,13 +264,13 @@ def spent_table(lm: LanguageModel, defences: Sequence[Defence], texts: Sequence[
             times.append(time.perf_counter() - start)
         return min(times)
 
-    plain = forward(defences[0])
+    forward()  # the first passes are slower
     rows = []
     for defence in defences:
-        if isinstance(defence.action, SystemPrompt) or defence.action is None:
-            took = plain  # a system prompt costs its tokens, which the prompts' own length decides
-        else:
+        ratio = 1.0  # a system prompt costs its tokens, which the prompts' own length decides
+        if not isinstance(defence.action, SystemPrompt) and defence.action is not None:
+            plain = forward()
             with defence.action.active(lm):
-                took = forward(defence)
-        rows.append((defence.name, defence.seconds, defence.peak / 1e6, took / plain))
+                ratio = forward() / plain
+        rows.append((defence.name, defence.seconds, defence.peak / 1e6, ratio))
     return pd.DataFrame(rows, columns=["defence", "seconds", "peak_mb", "inference"])

@@ -203,7 +203,7 @@ def per_neuron(table: pd.DataFrame) -> Figure:
 def defences(table: pd.DataFrame) -> Figure:
     """Notebook 06: every defence under every measure. Columns defence, metric, value, low, high, n."""
     metrics, names = ordered(table["metric"]), ordered(table["defence"])
-    columns = 4
+    columns = min(5, len(metrics))
     lines = -(-len(metrics) // columns)
     drawn, axes = panels(lines, columns, height=(0.19 * len(names) + 0.75) * lines, sharey=True)
     for ax, metric in zip(axes.flat, metrics, strict=False):
@@ -211,12 +211,12 @@ def defences(table: pd.DataFrame) -> Figure:
         base = rows[rows["defence"] == names[0]]
         ax.axvline(float(base["value"].iloc[0]), color="black", lw=0.9, ls=":")
         interval(ax, [names.index(d) for d in rows["defence"]], rows, COLOURS[0], horizontal=True, ms=3.5)
-        ax.set_title(textwrap.fill(f"{metric} ({counts(rows)})", 24), fontsize=7.5)
-        ax.set_yticks(range(len(names)), names, fontsize=7.5)
+        ax.set_title(textwrap.fill(f"{metric} ({counts(rows)})".replace(" = ", "="), 20), fontsize=7)
+        ax.set_yticks(range(len(names)), names, fontsize=7)
         ax.set_ylim(len(names) - 0.4, -0.6)
         if metric != "perplexity":
             ax.set_xlim(-0.07, 1.07)
-            ax.set_xticks([0, 0.5, 1], ["0", "50%", "100%"])
+            ax.set_xticks([0, 0.5, 1], ["0", "50", "100%"], fontsize=7)
     for ax in list(axes.flat)[len(metrics) :]:
         ax.set_visible(False)
     return drawn
