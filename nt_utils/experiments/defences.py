@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -134,13 +135,12 @@ def build(
         return tuned("LoRA", LoRA.matching(lm, least), setting.rates)
 
     ways: dict[str, Callable[[], Defence]] = {
-        name: lambda name=name, chosen=chosen: tuned(name, Only(chosen, sides=setting.sides), setting.rates)
-        for name, chosen in sets.items()
-    }  # fmt: skip
+        name: partial(tuned, name, Only(chosen, sides=setting.sides), setting.rates) for name, chosen in sets.items()
+    }
     ways["LoRA"] = adapter
     ways["full tuning"] = lambda: tuned("full tuning", Everything(), setting.full_rates)
     for name in ("safety-first", "utility-first"):
-        ways[f"NeuronTune, {name}"] = lambda name=name: preset(name)
+        ways[f"NeuronTune, {name}"] = partial(preset, name)
     ways["refusal direction"] = direction
     ways["system prompt"] = lambda: Defence("system prompt", SystemPrompt(neurontune.DEFENCE))
     ways["freeze SCU and CU"] = lambda: Defence("freeze SCU and CU", frozen=frozen)
