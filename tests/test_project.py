@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 import tomllib
 
 import pytest
@@ -33,6 +34,33 @@ def test_every_dependency_is_pinned_exactly():
     assert {requirement_name(w) for w in wanted} <= pinned
     assert PINS["torch"] == "2.13.0"
     assert not [v for v in PINS.values() if "+" in v], "a local version like +cpu exists on one index only"
+
+
+#: Import names that differ from their package's, and packages that come with a dependency.
+PACKAGES = {
+    "yaml": "pyyaml",
+    "IPython": "ipykernel",
+    "huggingface_hub": "transformers",
+    "nbformat": "nbconvert",
+    "PIL": "matplotlib",
+}
+#: Imported only where somebody asks for them, with a clear line when they are missing.
+OPTIONAL = {"nanogcg": "attacks", "lm_eval": "benchmarks"}
+
+
+def test_what_the_package_imports_is_installed_with_it():
+    """A notebook that needs a package of the test extra fails in a fresh `make study` only."""
+    found = set()
+    for path in (ROOT / "nt_utils").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.split(".")[0])
+    foreign = found - set(sys.stdlib_module_names) - {"nt_utils"}
+    main = {requirement_name(w) for w in PROJECT["project"]["dependencies"]}
+    assert "peft" in foreign
+    assert {PACKAGES.get(name, name) for name in foreign - set(OPTIONAL)} <= main
 
 
 def test_environment_yml_follows_pyproject():
