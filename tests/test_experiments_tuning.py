@@ -12,7 +12,7 @@ from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import DivergedError, InputError
 from nt_utils.evaluation import metrics
 from nt_utils.evaluation.suite import Suite, SuiteSet
-from nt_utils.experiments import cost, tuning
+from nt_utils.experiments import tuning
 from nt_utils.experiments.bench import Bench, Measure
 from nt_utils.experiments.finetuning import with_task
 from nt_utils.interventions.tuning import Everything, Only
@@ -233,11 +233,3 @@ def test_a_new_task_joins_the_suite(setting):
     assert (measures[-1].set, measures[-1].metric) == ("task", "helpful")
     suite, measures = with_task(dev.suite, BENIGN, [ASR])
     assert [s.name for s in suite.sets] == ["direct"] and measures == [ASR]
-
-
-def test_peak_memory_sees_what_was_held():
-    def work():
-        return torch.ones(40 * 2**18)  # 40 MiB
-
-    found = cost.peak_of(work)
-    assert found != found or found > 30 * 2**20
