@@ -29,7 +29,7 @@ def test_peak_memory_sees_what_was_held():
 
 @pytest.mark.parametrize(
     "status",
-    ["VmHWM:\t  900 kB\nVmRSS:\t  500 kB\n", "VmHWM:\t  500 kB\nVmRSS:\t  500 kB\n", "VmRSS:\t  500 kB\n", None],
+    ["VmHWM:\t  900000 kB\nVmRSS:\t  500 kB\n", "VmHWM:\t  500 kB\nVmRSS:\t  500 kB\n", "VmRSS:\t  500 kB\n", None],
     ids=["mark stays high", "mark stays low", "no mark", "no file"],
 )
 def test_a_kernel_without_a_moving_mark_gives_nan_not_zero(tmp_path, monkeypatch, status):
