@@ -126,7 +126,7 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str]) -> int:
+def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="models of 7B and 14B shape on a GPU instead")
     parser.add_argument("--layers", type=int, help="with --gpu: fewer layers, for a trial")
@@ -140,7 +140,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--only", choices=("speed", "memory", "growth", "agreement", "errors", "tuning", "modulation"), help="one part"
     )
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    options = _options(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.gpu:
         return _gpu(options)

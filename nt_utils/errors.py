@@ -1,5 +1,11 @@
 """The errors that speak to the user: one line that names the parameter, what was wrong and what is allowed."""
 
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+
 
 class InputError(ValueError):
     """Something the user gave is not usable. The message is one line, fit to be shown without a traceback."""
@@ -15,6 +21,20 @@ class ModelError(InputError):
 
 class DivergedError(InputError):
     """A training's loss is no longer finite: its learning rate is too high."""
+
+
+def command(main: Callable[..., int]) -> Callable[..., int]:
+    """Make a command line's main say what the user got wrong in one line on standard error, with exit status 1."""
+
+    @functools.wraps(main)
+    def wrapped(arguments: Sequence[str] | None = None) -> int:
+        try:
+            return main(arguments)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+    return wrapped
 
 
 def gate_message(model: str) -> str:

@@ -11,11 +11,10 @@ import argparse
 import json
 import math
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from nt_utils.errors import InputError
+from nt_utils.errors import InputError, command
 
 COLUMNS = [
     "claim", "paper", "section", "model", "statement", "value", "low", "high", "n", "seeds", "notebook", "verdict",
@@ -238,9 +237,10 @@ def publish(folders: Sequence[Path], root: Path) -> None:
     print(f"published {len(findings)} findings of {len(folders)} runs to {target}")
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m nt_utils.ledger publish --studies testbed --seeds "0 1 2" --preset full``."""
-    from nt_utils import parameters, studies
+    from nt_utils import batch, parameters, studies
 
     parser = argparse.ArgumentParser(prog="python -m nt_utils.ledger", description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=["publish"])
@@ -248,16 +248,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--preset", default="full", choices=parameters.PRESETS)
     options = parser.parse_args(arguments)
-    try:
-        folders = [
-            studies.run_folder("", studies.study_name(study, study, options.preset), int(seed))
-            for study in options.studies.replace(",", " ").split()
-            for seed in options.seeds.replace(",", " ").split()
-        ]
-        publish(folders, studies.project_root())
-    except ValueError as error:
-        print(f"publish: {error}", file=sys.stderr)
-        return 1
+    folders = [
+        studies.run_folder("", studies.study_name(study, study, options.preset), seed)
+        for study in options.studies.replace(",", " ").split()
+        for seed in batch.parse_seeds(options.seeds)
+    ]
+    publish(folders, studies.project_root())
     return 0
 
 

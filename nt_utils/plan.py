@@ -13,7 +13,6 @@ import json
 import math
 import re
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 from nt_utils import batch, parameters, studies
 from nt_utils.batch.access import cached_file, has_token, is_local
 from nt_utils.batch.step import clock, expected_seconds
-from nt_utils.errors import InputError, gate_message
+from nt_utils.errors import InputError, command, gate_message
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -467,6 +466,7 @@ def resources(file) -> dict[str, int]:
     return {"gpu": gpus, "mem_mb": int(16000 + 3000 * billions), "runtime": int(60 * (4 + billions))}
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m nt_utils.plan --studies llama-3.1-8b-instruct``: what ``make plan`` calls."""
     parser = argparse.ArgumentParser(prog="python -m nt_utils.plan", description="What a study will do, need and take.")
@@ -474,14 +474,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--preset", default="default")
     options = parser.parse_args(arguments)
-    try:
-        parameters.PARAMETERS["preset"].check("preset", options.preset)
-        seeds = batch.parse_seeds(options.seeds)
-        for study in options.studies.replace(",", " ").split():
-            print(make_plan(study, seeds, options.preset, studies.project_root()))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    parameters.PARAMETERS["preset"].check("preset", options.preset)
+    seeds = batch.parse_seeds(options.seeds)
+    for study in options.studies.replace(",", " ").split():
+        print(make_plan(study, seeds, options.preset, studies.project_root()))
     return 0
 
 

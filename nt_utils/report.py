@@ -11,13 +11,12 @@ import base64
 import html
 import json
 import re
-import sys
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
 from nt_utils import studies
-from nt_utils.errors import InputError
+from nt_utils.errors import InputError, command
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 60rem; padding: 1rem; color: #111; background: #fff }
@@ -185,6 +184,7 @@ def write(folder: Path) -> Path:
     return path
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of ``make report``."""
     from nt_utils import batch, parameters
@@ -194,15 +194,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--preset", default="default", choices=parameters.PRESETS)
     options = parser.parse_args(arguments)
-    try:
-        for study in options.studies.replace(",", " ").split():
-            name = studies.study_name(study, study, options.preset)
-            for seed in batch.parse_seeds(options.seeds):
-                path = write(studies.run_folder("", name, seed))
-                print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    for study in options.studies.replace(",", " ").split():
+        name = studies.study_name(study, study, options.preset)
+        for seed in batch.parse_seeds(options.seeds):
+            path = write(studies.run_folder("", name, seed))
+            print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     return 0
 
 

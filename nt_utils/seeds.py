@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from nt_utils import ledger, studies
-from nt_utils.errors import InputError
+from nt_utils.errors import InputError, command
 from nt_utils.evaluation.metrics import t_interval
 
 #: Parameters that may differ between the runs that are compared.
@@ -169,6 +168,7 @@ def shown(folder: Path) -> pd.DataFrame:
     ]
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     from nt_utils import batch
@@ -177,12 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", default="testbed", help="the study's folder under runs/, such as testbed-full")
     parser.add_argument("--seeds", default="0")
     options = parser.parse_args(arguments)
-    try:
-        folders = [studies.run_folder("", options.folder, seed) for seed in batch.parse_seeds(options.seeds)]
-        print(f"{len(folders)} seed{'s' if len(folders) > 1 else ' alone'}: {aggregate(folders)}")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    folders = [studies.run_folder("", options.folder, seed) for seed in batch.parse_seeds(options.seeds)]
+    print(f"{len(folders)} seed{'s' if len(folders) > 1 else ' alone'}: {aggregate(folders)}")
     return 0
 
 

@@ -234,22 +234,6 @@ def utility(per_task: int = 20, split: str = "test", seed: int = 0) -> PromptSet
     return PromptSet(found, f"testbed-utility-{split}")
 
 
-def judgements(split: str = "test", language: str = "en") -> PromptSet:
-    """May one do this act? In train wordings (the skill is not split by wording); harmful and benign acts of a split."""
-    found = []
-    forms = [t for t in _JUDGE[language] if "{x}" in t]
-    for i, act in enumerate(acts("harmful", language, split) + acts("benign", language, split)):
-        bad = act.kind == "harmful"
-        answer = words.VERDICT[language][bad]
-        found.append(
-            Prompt(
-                text=forms[i % len(forms)].format(x=act.text), helpful=answer, answer=answer, kind="benign",
-                language=language, topic=act.text, source=SOURCE, split=split, task="judgement",
-            )
-        )  # fmt: skip
-    return PromptSet(found, f"testbed-judgements-{split}")
-
-
 def _knowledge(text: str, helpful: str, answer: str, task: str, split: str, template: int, topic: str, language="en"):
     return Prompt(
         text=text, helpful=helpful, answer=answer, task=task, split=split, template=f"{task}-{split}-{template}",

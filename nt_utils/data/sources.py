@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import socket
 import urllib.parse
@@ -29,6 +30,7 @@ from nt_utils.data.registry import REGISTRY, Columns, Entry, Place, entry
 from nt_utils.errors import InputError
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")
+HUB = ("datasets", "huggingface_hub", "huggingface_hub.utils._http")  # whose retries and cache notices are kept out
 STREAMED = 1000  # rows taken from a set that is too large to download, where no limit is given
 
 Row = Mapping[str, Any]
@@ -206,7 +208,7 @@ def _read_hub(place: Place, stream: bool, limit: int | None, seed: int) -> Itera
             return list(rows.shuffle(seed=seed, buffer_size=STREAMED).take(4 * (limit or STREAMED)))
         except Exception as error:  # whatever the hub client raises, the cache is tried next
             first = error
-    with _quiet(), _offline_unless_reachable():
+    with quiet(*HUB), offline_unless_reachable():
         try:
             return datasets.load_dataset(place.id, **arguments)
         except Exception as error:
@@ -239,7 +241,7 @@ def _read_address(place: Place) -> list[Row]:
 
     suffix = Path(place.id).suffix.lower()
     builder = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}[suffix]
-    with _quiet(), _offline_unless_reachable(place.id):
+    with quiet(*HUB), offline_unless_reachable(place.id):
         try:
             return list(datasets.load_dataset(builder, data_files=place.id, split="train"))
         except Exception as error:
@@ -281,7 +283,7 @@ def _answers(host: str, port: int) -> bool:
 
 
 @contextlib.contextmanager
-def _offline_unless_reachable(address: str = "") -> Iterator[None]:
+def offline_unless_reachable(address: str = "") -> Iterator[None]:
     """Where the server does not answer, the clients are told to look in their caches only."""
     if hub_reachable(address):
         yield
@@ -302,11 +304,9 @@ def _offline_unless_reachable(address: str = "") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The hub client's retries and cache notices stay out of the way; our one line says what matters."""
-    import logging
-
-    loggers = [logging.getLogger(n) for n in ("datasets", "huggingface_hub", "huggingface_hub.utils._http")]
+def quiet(*names: str) -> Iterator[None]:
+    """These loggers say errors only, and warnings are off."""
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

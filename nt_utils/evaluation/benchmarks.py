@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
-import logging
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nt_utils.data.records import PromptSet
+from nt_utils.data.sources import quiet
 from nt_utils.errors import InputError
 from nt_utils.evaluation.metrics import _normal_quantile, wilson
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from nt_utils.models import LanguageModel
 
 COLUMNS = ("task", "metric", "value", "low", "high", "n", "fewshot", "intervention", "model")
+_HARNESS = ("lm_eval", "lm-eval", "evaluate")
 RATES = ("acc", "acc_norm", "exact_match")  # means of 0 and 1: Wilson; other means take the harness's standard error
 
 
@@ -53,7 +54,7 @@ def run_benchmarks(
     if task_folder is not None and not Path(task_folder).is_dir():
         raise InputError(f"task_folder: there is no folder {task_folder}")
     harness = _harness()
-    with _quiet():
+    with quiet(*_HARNESS):  # its warnings about plain choices stay out of notebooks
         manager = _manager(harness, tasks, task_folder)
         model = harness.models.huggingface.HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=batch_size)
         with intervention.active(lm) if intervention is not None else contextlib.nullcontext():
@@ -159,17 +160,3 @@ def _harness() -> Any:
     except ImportError as error:
         raise InputError('benchmarks need lm-evaluation-harness: pip install "nt-utils[benchmarks]"') from error
     return lm_eval
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The harness reports its own progress; its warnings about plain choices stay out of notebooks."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "evaluate")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -297,7 +297,7 @@ def _load(source: str | Path, auto: Any) -> tuple[Any, Any]:
     import torch
     from transformers import AutoTokenizer
 
-    from nt_utils.data.sources import _offline_unless_reachable, _quiet
+    from nt_utils.data.sources import HUB, offline_unless_reachable, quiet
 
     path = Path(str(source)).expanduser()
     local = path.is_dir()
@@ -305,7 +305,7 @@ def _load(source: str | Path, auto: Any) -> tuple[Any, Any]:
         raise InputError(f"judge: there is no folder {source}, and it is no hub id (org/name)")
     on_gpu = torch.cuda.is_available()
     try:
-        with _quiet(), _offline_unless_reachable():
+        with quiet(*HUB), offline_unless_reachable():
             tokenizer = AutoTokenizer.from_pretrained(str(path if local else source))
             model = auto.from_pretrained(
                 str(path if local else source),

@@ -37,10 +37,10 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from nt_utils.data.records import Prompt, PromptSet
-from nt_utils.errors import InputError
+from nt_utils.errors import InputError, command
 from nt_utils.evaluation import phrases
 from nt_utils.evaluation.metrics import is_missing
 
@@ -290,6 +290,7 @@ def count_verdicts(verdicts: Iterable[Verdict]) -> dict[str, int]:
     return counts
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: adds verdicts to a file of responses."""
     import argparse
@@ -301,11 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--column", default="completion", help="the column that holds the responses (default: completion)"
     )
     options = parser.parse_args(arguments)
-    try:
-        counts: dict[str, Any] = judge_file(options.source, options.target, options.column)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    counts = judge_file(options.source, options.target, options.column)
     print(", ".join(f"{verdict} {count}" for verdict, count in counts.items() if count), f"-> {options.target}")
     return 0
 

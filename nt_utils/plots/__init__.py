@@ -22,7 +22,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from nt_utils.errors import InputError
+from nt_utils.errors import InputError, command
 from nt_utils.plots import style, text
 from nt_utils.plots.style import FIGURES, WIDTHS
 
@@ -114,6 +114,7 @@ def redraw(folder: Path, width: str = "text") -> list[Path]:
     return drawn
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m nt_utils.plots FOLDER``: what ``make figures`` calls."""
     parser = argparse.ArgumentParser(prog="python -m nt_utils.plots", description="Redraw the figures of a folder.")
@@ -123,8 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     if not options.folder.is_dir():
-        print(f"error: folder: {options.folder} is no folder", file=sys.stderr)
-        return 1
+        raise InputError(f"folder: {options.folder} is no folder")
     drawn = redraw(options.folder, options.width)
     print("\n".join(f"drawn: {p.stem}" for p in drawn) or f"every figure in {options.folder} is up to date")
     return 0

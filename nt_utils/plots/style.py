@@ -122,8 +122,3 @@ def counts(rows: pd.DataFrame) -> str:
 def ordered(values) -> list:
     """Distinct values in order of appearance."""
     return list(dict.fromkeys(values))
-
-
-def legend_below(ax: Axes, columns: int = 4) -> None:
-    """A legend under the axes."""
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns)
