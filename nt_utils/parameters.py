@@ -64,7 +64,7 @@ DEFINITIONS = (
 
 DEFENCES = (
     "SN-Tune", "RSN-Tune", "RU budget", "LoRA", "full tuning", "NeuronTune, safety-first", "NeuronTune, utility-first",
-    "refusal direction", "system prompt", "freeze SCU and CU",
+    "refusal direction", "system prompt", "freeze SCU", "freeze SCU and top CU", "freeze SCU and CU",
 )  # fmt: skip
 
 #: Every parameter. A notebook's first cell names those it takes; None means the preset's value.

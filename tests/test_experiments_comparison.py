@@ -11,6 +11,7 @@ from nt_utils.evaluation.suite import Suite, SuiteSet
 from nt_utils.experiments import comparison, definitions
 from nt_utils.experiments.bench import Bench, Measure
 from nt_utils.experiments.definitions import Definitions
+from nt_utils.interventions import steering
 from nt_utils.interventions.tuning import Only
 from nt_utils.neurons import POOL, NeuronSet, NeuronSpace
 from nt_utils.parameters import DEFINITIONS
@@ -138,6 +139,39 @@ def test_effects_of_sets_and_controls(found, bench):
     assert table["set"].tolist() == ["chosen", "chosen", "random", "chosen", "random"]
     excess = comparison.excess_table(bench, chosen, ASR, 0)
     assert excess["n"].tolist() == [4, 4]
+
+
+def test_what_has_no_neurons_stands_beside_the_sets(found, bench):
+    lm = bench.lm
+    chosen = comparison.choose({"contrast": found.rankings()["contrast"]}, 0.05, draws=2, seed=0)
+    direction = torch.randn(lm.view.hidden_size, generator=torch.Generator().manual_seed(0))
+    options = {f"place {s.place}": s for s in steering.candidates(lm, direction.expand(3, -1), "ablate")}
+    table = comparison.effect_table(bench, chosen.alone, lambda n: n, [ASR], others=options, intervention="zeroed")
+    assert table["set"].tolist() == ["chosen", "chosen", *["no neurons"] * len(options)]
+    assert table["definition"].tolist()[2:] == list(options)
+
+
+class Rates:
+    """A bench whose two measures are given."""
+
+    def rates(self, action, **labels):
+        return [
+            {**labels, "metric": m, "value": v, "low": 0, "high": 1, "n": 9} for m, v in zip("ab", action, strict=True)
+        ]
+
+
+def test_the_strongest_attack_keeps_the_model_useful():
+    best, table = comparison.strongest(Rates(), {"weak": (0.1, 1.0), "breaks it": (0.9, 0.0), "good": (0.8, 0.9)})
+    assert best == "good"
+    assert table[table["chosen"]]["option"].unique().tolist() == ["good"]
+    assert len(table) == 6
+    with pytest.raises(InputError, match="nothing to choose from"):
+        comparison.strongest(Rates(), {})
+
+
+def test_left_out_names_what_is_missing():
+    assert comparison.left_out(["a", "b", "c"], ["b"], "sets") == "sets: 1 of 3, without a, c"
+    assert comparison.left_out(["a", "b"], ["b", "a"], "sets") == "sets: all 2"
 
 
 def test_training_is_done_once_and_touches_only_the_set(found, bench):

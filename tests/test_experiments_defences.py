@@ -6,12 +6,14 @@ import torch
 
 from nt_utils.data.records import PromptSet
 from nt_utils.evaluation.suite import Suite, SuiteSet
-from nt_utils.experiments import comparison, defences, definitions, modulation
+from nt_utils.experiments import comparison, defences, definitions, modulation, units
 from nt_utils.experiments.bench import Bench, Measure
 from nt_utils.experiments.defences import Defence, FineTuning
 from nt_utils.interventions.steering import SystemPrompt
 from nt_utils.interventions.tuning import Only
 from nt_utils.neurons import POOL, NeuronSet
+from nt_utils.parameters import DEFENCES
+from nt_utils.units import with_inputs
 from tests.tiny import tiny_lm
 
 ASR, REFUSED = Measure("direct", "asr", "ASR"), Measure("direct", "refusal", "refused")
@@ -57,6 +59,29 @@ def test_what_is_frozen_stays(bench):
         assert not torch.equal(bench.lm.view.weight(0, "ffn")[:, 4:], plain)
 
 
+def test_frozen_units_grow_from_the_critical_ones_and_hold_their_inputs(bench):
+    lm = bench.lm
+    scores, _ = units.scored(lm, HARMFUL, BENIGN)
+    made = scores.map({"SCU": 0.2, "UCU": 0.1, "RU": 0.2})
+    found = defences.frozen_units(made, scores, 0.25, lm.view.head_dim)
+    assert list(found) == [d for d in DEFENCES if d.startswith("freeze")]
+    scu, top, everything = found.values()
+    assert set(made.set("SCU")) <= set(scu) < set(top) < set(everything)
+    assert set(everything) == set(with_inputs(made.set("SCU", "CU"), lm.view.head_dim))
+    added = set(top) - set(scu)
+    assert added <= set(with_inputs(made.set("CU"), lm.view.head_dim))
+
+
+def test_a_known_direction_is_not_computed_again(bench, monkeypatch):
+    found = modulation.given_material(bench.lm, HARMFUL, BENIGN, max_new_tokens=2)
+    setting = defences.Setting([0.01], [0.001], [1], 1, [0.5], wanted=["refusal direction"])
+    directions = modulation.refusal_directions(bench.lm, found)
+    made = [defences.build(bench.lm, found, {}, {}, setting, 2)]
+    monkeypatch.setattr(modulation, "refusal_directions", None)
+    made.append(defences.build(bench.lm, found, {}, {}, setting, 2, directions))
+    assert made[0][1].action.key == made[1][1].action.key
+
+
 class FakeBench:
     """ASR and utility by the name of what acts."""
 
@@ -96,10 +121,12 @@ def test_every_defence_is_built_and_judged(bench):
     sets = {"SN-Tune": neurons(lm), "RU budget": neurons(lm, 8)}
     setting = defences.Setting([0.01], [0.001], [1], 1, [0.5], batch_size=4)
     before = lm.weights_fingerprint
-    made = defences.build(lm, found, sets, neurons(lm), setting, max_new_tokens=2)
+    frozen = {"freeze SCU": neurons(lm, 2), "freeze SCU and CU": neurons(lm)}
+    made = defences.build(lm, found, sets, frozen, setting, max_new_tokens=2)
     assert lm.weights_fingerprint == before
     sizes = defences.size_table(lm, made).set_index("defence")["trained"]
-    assert sizes["none"] == sizes["system prompt"] == sizes["freeze SCU and CU"] == 0
+    assert sizes["none"] == sizes["system prompt"] == sizes["freeze SCU"] == sizes["freeze SCU and CU"] == 0
+    assert [d.frozen for d in made if d.frozen] == list(frozen.values())
     assert 0 < sizes["SN-Tune"] < sizes["RU budget"] < sizes["full tuning"]
     assert 0 < sizes["NeuronTune, safety-first"] < sizes["SN-Tune"]
     attack = FineTuning("task", BENIGN, [0.01], [1], batch_size=4)

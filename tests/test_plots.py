@@ -82,7 +82,7 @@ TABLES = {
     ),
     "effects": pd.DataFrame(
         {
-            "intervention": "zeroed", "definition": ["untouched", "a", "a", "b"], "set": ["chosen", "chosen", "random", "chosen"],
+            "intervention": "zeroed", "definition": ["untouched", "a", "a", "b"], "set": ["chosen", "chosen", "random", "no neurons"],
             "metric": "ASR", **RATE,
         }
     ),

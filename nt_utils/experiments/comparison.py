@@ -18,6 +18,7 @@ from scipy import stats
 
 from nt_utils import selection
 from nt_utils.data.records import Prompt, PromptSet
+from nt_utils.errors import InputError
 from nt_utils.evaluation import metrics
 from nt_utils.evaluation.suite import Suite
 from nt_utils.experiments.bench import Action, Bench, Measure
@@ -184,6 +185,11 @@ class Chosen:
     sets: dict[str, NeuronSet]
     controls: dict[str, dict[str, list[NeuronSet]]]
 
+    @property
+    def alone(self) -> Chosen:
+        """The same sets without controls."""
+        return Chosen(self.sets, {name: {} for name in self.sets})
+
     def random(self, name: str) -> list[NeuronSet]:
         """The definition's matched random sets; none where too few other neurons were left to draw."""
         return self.controls[name].get("random", [])
@@ -215,12 +221,18 @@ def amplify(neurons: NeuronSet, factor: float) -> modulation.Modulation:
 
 
 def effect_table(
-    bench: Bench, chosen: Chosen, act: Act, measures: Sequence[Measure], untouched: Action = None, **labels
+    bench: Bench,
+    chosen: Chosen,
+    act: Act,
+    measures: Sequence[Measure],
+    untouched: Action = None,
+    others: Mapping[str, Action] | None = None,
+    **labels,
 ) -> pd.DataFrame:
     """Rates under ``act(neurons)`` for every definition and its controls.
 
-    The mean of a control's draws is shown with the smallest and the largest. Columns: labels, definition, set (chosen,
-    or the control's name), metric, value, low, high, n.
+    The mean of a control's draws is shown with the smallest and the largest. ``others``: what has no neurons, by name.
+    Columns: labels, definition, set (chosen, the control's name, or "no neurons"), metric, value, low, high, n.
     """
     rows = bench.rates(untouched, measures, **labels, definition="untouched", set="chosen")
     for name, neurons in chosen.sets.items():
@@ -236,7 +248,36 @@ def effect_table(
                         "value": float(np.mean(values)), "low": low, "high": high, "n": found[0].n,
                     }
                 )  # fmt: skip
+    for name, action in (others or {}).items():
+        rows += bench.rates(action, measures, **labels, definition=name, set="no neurons")
     return pd.DataFrame(rows)
+
+
+def strongest(dev: Bench, options: Mapping[str, Action]) -> tuple[str, pd.DataFrame]:
+    """The option with the highest sum of the bench's measures on development prompts: for an attacker, of attack success
+    and of the usefulness that is left.
+
+    Returns:
+        Its name, and what was tried: columns option, metric, value, low, high, n, chosen.
+
+    Raises:
+        InputError: no option.
+    """
+    if not options:
+        raise InputError("options: nothing to choose from")
+    tables = {name: pd.DataFrame(dev.rates(action, option=name)) for name, action in options.items()}
+    best = max(tables, key=lambda name: tables[name]["value"].sum())
+    return best, pd.concat([t.assign(chosen=name == best) for name, t in tables.items()], ignore_index=True)
+
+
+def left_out(every: Sequence[str], done: Sequence[str], what: str) -> str:
+    """One sentence on what a preset left out."""
+    rest = [name for name in every if name not in done]
+    return (
+        f"{what}: all {len(every)}"
+        if not rest
+        else f"{what}: {len(every) - len(rest)} of {len(every)}, without " + ", ".join(rest)
+    )
 
 
 def excess_table(

@@ -21,8 +21,8 @@ import torch
 
 from nt_utils.data.records import PromptSet
 from nt_utils.evaluation.suite import Evaluation
+from nt_utils.experiments import alignment, tuning
 from nt_utils.experiments import modulation as neurontune
-from nt_utils.experiments import tuning
 from nt_utils.experiments.bench import Bench, Measure, rates
 from nt_utils.experiments.cost import peak_of
 from nt_utils.experiments.modulation import Material
@@ -30,6 +30,8 @@ from nt_utils.interventions.steering import SystemPrompt
 from nt_utils.interventions.tuning import AllBut, Everything, LoRA, Only, tune
 from nt_utils.models import LanguageModel, decoder
 from nt_utils.neurons import NeuronSet
+from nt_utils.selection import UnitScores
+from nt_utils.units import UnitMap, with_inputs
 
 NONE = "none"
 
@@ -99,16 +101,18 @@ def build(
     lm: LanguageModel,
     found: Material,
     sets: Mapping[str, NeuronSet],
-    frozen: NeuronSet,
+    frozen: Mapping[str, NeuronSet],
     setting: Setting,
     max_new_tokens: int,
+    directions: torch.Tensor | None = None,
 ) -> list[Defence]:
     """The model without defence first, then every defence.
 
     Args:
         found: what all of them learn from; its validation part is what they are chosen on.
         sets: name -> the neurons that are trained alone ("SN-Tune", "RSN-Tune", "RU budget").
-        frozen: the units that the defence "freeze SCU and CU" keeps from a fine-tuner.
+        frozen: name -> the units that this defence keeps from a fine-tuner, see :func:`frozen_units`.
+        directions: refusal directions, where they are known; what they took is then no part of the defence's seconds.
     """
     measures = [
         Measure("seen", "asr", "seen"), Measure("direct", "asr", "direct"), Measure("benign", "compliance", "benign"),
@@ -126,9 +130,12 @@ def build(
         ranked = neurontune.rankings(lm, found, method="patching")
         return _made(f"NeuronTune, {name}", lambda: neurontune.learn_preset(lm, found, ranked, name, recipe).modulation)
 
+    def steered(cost):
+        return neurontune.steered(lm, found, "add", setting.strengths, cost, directions)
+
     def direction() -> Defence:
         cost = neurontune.cost(dev, {"direct": measures[1], "seen": measures[0], "useful": measures[2]})
-        return _made("refusal direction", lambda: neurontune.steered(lm, found, "add", setting.strengths, cost))
+        return _made("refusal direction", lambda: steered(cost))
 
     def adapter() -> Defence:
         least = min(_owned(lm, chosen, setting.sides) for chosen in sets.values())
@@ -143,8 +150,22 @@ def build(
         ways[f"NeuronTune, {name}"] = partial(preset, name)
     ways["refusal direction"] = direction
     ways["system prompt"] = lambda: Defence("system prompt", SystemPrompt(neurontune.DEFENCE))
-    ways["freeze SCU and CU"] = lambda: Defence("freeze SCU and CU", frozen=frozen)
+    ways |= {name: partial(Defence, name, frozen=units) for name, units in frozen.items()}
     return [Defence(NONE), *(make() for name, make in ways.items() if name in setting.wanted or not setting.wanted)]
+
+
+def frozen_units(units: UnitMap, scores: UnitScores, share: float, head_dim: int) -> dict[str, NeuronSet]:
+    """Critical units alone, with the top ``share`` of the complex ones [SSAH, section 4: 6%], and with all of them.
+
+    As in notebook 04 a head is frozen whole, with the rows that feed it.
+    """
+    critical = units.set("SCU")
+    found = {
+        "freeze SCU": critical,
+        "freeze SCU and top CU": critical | alignment.top_complex(units, scores, share),
+        "freeze SCU and CU": units.set("SCU", "CU"),
+    }
+    return {name: with_inputs(chosen, head_dim) for name, chosen in found.items()}
 
 
 def _owned(lm: LanguageModel, neurons: NeuronSet, sides: str) -> int:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from nt_utils import hooks
 from nt_utils.data import corpus
@@ -325,13 +326,26 @@ def layer_scaling(by: Ranking, factors: Sequence[float], measure: Callable[[Inte
     return min(options, key=measure)
 
 
-def steered(
-    lm: LanguageModel, found: Material, mode: str, strengths: Sequence[float], measure: Callable[[Intervention], float]
-) -> steering.Steering:
-    """Refusal-direction addition or ablation, place and strength chosen by ``measure`` (smaller is better)."""
+def refusal_directions(lm: LanguageModel, found: Material) -> Tensor:
+    """The refusal direction at every place, from plain harmful and benign requests, float32 [layers + 1, hidden]."""
     calm = found.benign.filter(kind="benign", attack="", task=lambda task: task in ("", "how-to"))
     calm = calm if len(calm) else found.benign
-    directions = steering.mean_difference(lm, found.plain.texts, calm.texts)
+    return steering.mean_difference(lm, found.plain.texts, calm.texts)
+
+
+def steered(
+    lm: LanguageModel,
+    found: Material,
+    mode: str,
+    strengths: Sequence[float],
+    measure: Callable[[Intervention], float],
+    directions: Tensor | None = None,
+) -> steering.Steering:
+    """Refusal-direction addition or ablation, place and strength chosen by ``measure`` (smaller is better).
+
+    ``directions``: as :func:`refusal_directions` gives them, where they are known.
+    """
+    directions = refusal_directions(lm, found) if directions is None else directions
     best, _ = steering.choose(steering.candidates(lm, directions, mode, strengths), measure)
     return best
 

@@ -12,8 +12,10 @@ import seaborn as sns
 from nt_utils.plots.style import COLOURS, GREY, counts, figure, interval, ordered, panels, percent
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.figure import Figure
 
+CONTROLS = ("random", "foundation", "same importance")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -107,18 +109,20 @@ def agreement_sites(table: pd.DataFrame) -> Figure:
 def effects(table: pd.DataFrame) -> Figure:
     """Notebook 06: what is done to each definition's neurons, and to its controls, at equal counts.
 
-    Columns intervention, definition, set, metric, value, low, high, n. One row of panels an intervention.
+    Columns intervention, definition, set, metric, value, low, high, n. One row of panels an intervention; dotted: the model
+    as it is.
     """
     kinds = ordered(table["intervention"])
     width = max(table[table["intervention"] == k]["metric"].nunique() for k in kinds)
-    names = ordered(table["definition"])
-    height = (0.24 * len(names) + 0.75) * len(kinds) + 0.45
-    drawn, axes = panels(len(kinds), width, height=height, sharey=True)
+    heights = [0.24 * (table[table["intervention"] == k]["definition"].nunique() - 1) + 0.95 for k in kinds]
+    drawn, axes = panels(len(kinds), width, height=sum(heights) + 0.45, ratios=heights, sharey="row")
     sets = ordered(table["set"])
     colours = dict(zip([s for s in sets if s != "chosen"], (GREY, COLOURS[4], COLOURS[5], COLOURS[3]), strict=False))
+    handles: dict[str, Artist] = {}
     for line, kind in enumerate(kinds):
         part = table[table["intervention"] == kind]
-        metrics = ordered(part["metric"])
+        metrics, names = ordered(part["metric"]), [n for n in ordered(part["definition"]) if n != "untouched"]
+        places = _places(part, names, sets)
         for column in range(width):
             ax = axes[line, column]
             if column >= len(metrics):
@@ -128,19 +132,31 @@ def effects(table: pd.DataFrame) -> Figure:
             base = rows[rows["definition"] == "untouched"]["value"]
             if len(base):
                 ax.axvline(float(base.iloc[0]), color="black", lw=0.9, ls=":")
-            for i, name in enumerate(sets):
+            for name in sets:
                 one = rows[(rows["set"] == name) & (rows["definition"] != "untouched")]
-                y = np.array([names.index(d) for d in one["definition"]]) + 0.18 * (i - (len(sets) - 1) / 2)
-                interval(ax, y, one, colours.get(name, COLOURS[1]), True, ms=4 if name == "chosen" else 3, label=name)
+                if len(one):
+                    y = [places[d, name] for d in one["definition"]]
+                    size = 3 if name in CONTROLS else 4
+                    interval(ax, y, one, colours.get(name, COLOURS[1]), True, ms=size, label=name)
             ax.set_xlim(-0.06, 1.06)
             ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "50%", "", "100%"])
             ax.set_title(f"{kind}: {metrics[column]}\n({counts(rows)})", fontsize=8)
-            shown = [n for n in names if n != "untouched"]
-            ax.set_yticks([names.index(n) for n in shown], shown)
-            ax.set_ylim(len(names) - 0.4, min(names.index(n) for n in shown) - 0.6)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=len(sets) + 1)
+            ax.set_yticks(range(len(names)), names)
+            ax.set_ylim(len(names) - 0.4, -0.6)
+            found, labels = ax.get_legend_handles_labels()
+            handles |= dict(zip(labels, found, strict=True))
+    drawn.legend([handles[s] for s in sets], sets, loc="outside lower center", ncols=len(sets) + 1)
     return drawn
+
+
+def _places(part: pd.DataFrame, names: list[str], sets: list[str]) -> dict[tuple[str, str], float]:
+    """(definition, set) -> height: the sets that a definition has lie around its line."""
+    found = {}
+    for i, name in enumerate(names):
+        own = part[part["definition"] == name]["set"].unique()
+        own = [s for s in sets if s in own]
+        found |= {(name, s): i + 0.18 * (j - (len(own) - 1) / 2) for j, s in enumerate(own)}
+    return found
 
 
 @figure
@@ -237,7 +253,9 @@ def frontier(table: pd.DataFrame) -> Figure:
             i = names.index(row["defence"])
             error = {k: [[max(row[v] - row[lo], 0)], [max(row[hi] - row[v], 0)]]
                      for k, v, lo, hi in (("xerr", "x", "x_low", "x_high"), ("yerr", "value", "low", "high"))}  # fmt: skip
-            style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)] if i < 8 else "h"}
+            style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+            if i >= len(MARKERS):
+                style["mfc"] = "white"
             ax.errorbar(
                 row["x"],
                 row["value"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
@@ -67,10 +67,16 @@ def figure(function: Callable[[pd.DataFrame], Figure]) -> Callable[[pd.DataFrame
     return function
 
 
-def panels(rows: int = 1, columns: int = 1, height: float = 2.8, **more):
-    """A figure of the preset's width and its axes as a [rows, columns] array; panels of one column stand below each other."""
+def panels(rows: int = 1, columns: int = 1, height: float = 2.8, ratios: Sequence[float] | None = None, **more):
+    """A figure of the preset's width and its axes as a [rows, columns] array; panels of one column stand below each other.
+
+    ``ratios``: heights of the rows, relative to each other.
+    """
     inches, size = WIDTHS[_width]
-    if _width == "column" and columns > 1:
+    below = columns if _width == "column" else 1
+    if ratios is not None:
+        more["height_ratios"] = np.repeat(ratios, below)
+    if below > 1:
         drawn, axes = plt.subplots(rows * columns, 1, figsize=(inches, 0.8 * height * columns), squeeze=False, **more)
         return drawn, axes.reshape(rows, columns)
     scale = size / WIDTHS["text"][1]
