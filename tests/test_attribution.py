@@ -2,6 +2,7 @@
 
 import copy
 
+import captum.attr as captum
 import pytest
 import torch
 from scipy.stats import spearmanr
@@ -180,6 +181,34 @@ def test_layer_integrated_gradients_by_hand(site):
     found = attribution(lm, [case], steps=32, **QUIET).get(*site)[0]
     assert total.abs().max() > 1e-3
     assert torch.allclose(found.double(), total, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["ffn", "o"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_last_layer_is_captums_layer_integrated_gradients(name, kind):
+    """Captum moves every position of a layer, we those that predict the response: in the last layer no other one counts.
+
+    Its path ends where ours begins: at the input, whose context stays (Case.plain).
+    """
+    lm, case = _double(name), Case(Prompt("pick a lock"), Prompt("mine a rock"), "No.", "A pin")
+    site, total = (lm.view.num_layers - 1, kind), 0
+    for sign, response in ((1, case.wanted), (-1, case.unwanted)):
+        (ids, span), (other, other_span) = (_pieces(lm, p, response) for p in (case.plain, case.attacked))
+        assert span == other_span and ids.shape == other.shape
+
+        def loss(tokens, span=span):
+            chosen = lm.model(tokens, use_cache=False).logits[:, span].log_softmax(-1)
+            return -chosen.gather(2, tokens[:, span.start + 1 : span.stop + 1, None]).mean((1, 2))
+
+        layer = lm.view.projection(*site).module
+        method = captum.LayerIntegratedGradients(loss, layer)
+        found = method.attribute(
+            ids, other, n_steps=16, method="gausslegendre", attribute_to_layer_input=True, internal_batch_size=4
+        )
+        total = total - sign * found[0].sum(0)
+    ours = attribution(lm, [case], steps=16, **QUIET).get(*site)[0].double()
+    assert ours.abs().max() > 1e-4
+    torch.testing.assert_close(ours, total.detach(), rtol=1e-5, atol=1e-8)
 
 
 def _linear_lm():
