@@ -1,17 +1,19 @@
 """One self-contained HTML of an executed study: contents, the notebooks with their figures, the ledger, the provenance.
 
 ``make report`` (``python -m nt_utils.report --studies testbed --seeds 0``) writes ``runs/<study>/seed-<seed>/report.html``:
-pictures are embedded and nothing is loaded from elsewhere. :func:`problems` finds broken links, anchors and pictures.
+pictures are embedded, formulas are MathML, and nothing is loaded from elsewhere. :func:`problems` finds broken links,
+anchors and pictures.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import html
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -60,17 +62,39 @@ def _title(path: Path) -> str:
 def _notebook(path: Path, names: set[str]) -> str:
     """Prose, figures and tables of a notebook; its code folded away. Identifiers carry the notebook's name."""
     import nbformat
-    from nbconvert.filters import markdown2html
 
     node = nbformat.read(path, as_version=4)
     parts = []
     for cell in node.cells:
         if cell.cell_type == "markdown":
-            parts.append(_prose(markdown2html(cell.source), path, names))
+            parts.append(_prose(markdown(cell.source), path, names))
         elif cell.cell_type == "code":
             parts.append(f"<details><summary>code</summary><pre>{html.escape(cell.source)}</pre></details>")
             parts += [_output(output) for output in cell.outputs]
     return "".join(parts)
+
+
+def markdown(source: str) -> str:
+    """Markdown to HTML as nbconvert renders it, with TeX formulas as MathML, which browsers draw without a script."""
+    return _renderer()(source)
+
+
+@functools.cache
+def _renderer() -> Callable[[str], str]:
+    from latex2mathml.converter import convert
+    from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+
+    class Renderer(IPythonRenderer):
+        def inline_math(self, body: str) -> str:
+            return convert(body)
+
+        def block_math(self, body: str) -> str:
+            return convert(body, display="block")
+
+        def latex_environment(self, name: str, body: str) -> str:
+            return convert(rf"\begin{{{name}}}{body}\end{{{name}}}", display="block")
+
+    return MarkdownWithMath(renderer=Renderer(escape=False)).render
 
 
 def _prose(text: str, path: Path, names: set[str]) -> str:
@@ -92,6 +116,8 @@ def _prose(text: str, path: Path, names: set[str]) -> str:
 
 def _output(output) -> str:
     data = output.get("data", {})
+    if "application/vnd.jupyter.widget-view+json" in data:
+        return ""  # sliders and progress bars, which need a kernel
     if "image/png" in data:
         return f'<p><img alt="figure" src="data:image/png;base64,{"".join(data["image/png"].split())}"></p>'
     if "text/html" in data:

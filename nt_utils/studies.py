@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -34,6 +35,7 @@ from nt_utils.parameters import check_parameters
 TESTBED = "testbed"
 EMBEDDED = "testbed"  # as a prompt source: the corpus that the testbed was made with
 #: Parameters that are prompt sources.
+LONG = 20  # rows of a shown table beyond which it scrolls
 SOURCES = ("harmful", "benign", "general", "harmful_test", "benign_test", "borderline", "second_language", "new_task")
 
 
@@ -130,6 +132,8 @@ def begin(notebook: str, values: Mapping[str, Any], history: list[str] | None = 
     run = Run(notebook, p, run_folder(p.runs, study_name(p.model, p.study, p.preset), p.seed))
     run.check_inputs()
     run.provenance()
+    if p.preset == "quick":
+        print(f"{run.label}, seed {p.seed}, PRESET QUICK: few prompts and steps, to try things out, not for results")
     return run
 
 
@@ -237,15 +241,16 @@ class Run:
 
     def load(self, which: str = "model"):
         """Load ``model`` or ``base_model`` (its unaligned counterpart); None when that parameter is ''."""
-        from nt_utils import models
+        from nt_utils import models, testbed
 
         p = self.parameters
         source = self._model_source(which)
         if not source:
             return None
+        quiet = testbed.without_bar() if source == TESTBED else contextlib.nullcontext()
         if source == TESTBED:
             source = str(self.testbed.aligned if which == "model" else self.testbed.unaligned)
-        with self.timed(f"load {which}"):
+        with self.timed(f"load {which}"), quiet:
             lm = models.load(source, dtype=p.dtype, device_map=p.device_map, system_prompt=p.system_prompt or None)
         self.record(f"{which} weights", lm.weights_fingerprint)
         self.record(f"{which} architecture", lm.view.space.architecture)
@@ -482,6 +487,29 @@ class Run:
         plots.draw(path)
         return Image(filename=str(path.with_suffix(".png")), width=820)
 
+    def show(self, frame, caption: str, formats: Mapping[str, str] | None = None):
+        """A table for display: a caption, no index, words at the left; more than LONG rows scroll in a box of their own.
+
+        Args:
+            caption: what the rows are, and what the numbers mean.
+            formats: format strings of single columns; other fractions have three digits, and what is missing is empty.
+        """
+        frame = frame.reset_index(drop=True)
+        words = [c for c in frame.columns if not frame[c].map(lambda v: isinstance(v, (int, float))).all()]
+        left, box = [("text-align", "left"), ("vertical-align", "top")], []
+        styler = frame.style.set_caption(caption).format(formats, precision=3, na_rep="").hide()
+        styler = styler.set_uuid(f"{self.number}-{zlib.crc32(caption.encode()):08x}")  # the same in every run
+        if len(frame) > LONG:
+            head = [("position", "sticky"), ("top", "0"), ("background", "var(--jp-layout-color0, white)")]
+            box = [
+                {"selector": "", "props": [("display", "block"), ("max-height", "32em"), ("overflow-y", "auto")]},
+                {"selector": "thead th", "props": head},
+            ]
+        title = [("caption-side", "top"), ("white-space", "normal"), ("font-style", "italic"), ("padding", "4px 0")]
+        styler = styler.set_table_styles([{"selector": "caption", "props": [*left, *title]}, *box])
+        columns = {c: [{"selector": "", "props": left}] for c in words}
+        return styler.set_table_styles(columns, overwrite=False)
+
     @contextlib.contextmanager
     def timed(self, what: str):
         """Add the block's seconds to the run's timings."""
@@ -525,7 +553,8 @@ class Run:
         import pandas as pd
 
         shown = ["statement", "value", "low", "high", "n", "verdict"]
-        return pd.DataFrame(self.findings, columns=shown).style.format(precision=3).hide()
+        caption = f"Findings of this run ({self.label}, seed {self.parameters.seed}): value, 95% interval, n, verdict."
+        return self.show(pd.DataFrame(self.findings, columns=shown), caption)
 
     def finish(self) -> None:
         """Write findings, timings and provenance. Every notebook ends with it."""

@@ -680,7 +680,7 @@ def _train_and_save(folder: Path, recipe: Recipe, seed: int, progress: bool) -> 
     safe = align(recipe, tokenizer, base, seed, progress)
     made = {}
     for name, model in (("unaligned", base), ("aligned", safe)):
-        with _quiet_saving():
+        with without_bar():
             model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
         made[name] = LanguageModel(model.eval(), tokenizer, f"testbed-{name}")
@@ -701,8 +701,8 @@ def _threads(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_saving() -> Iterator[None]:
-    """Without the library's own progress bar, which a small file does not need."""
+def without_bar() -> Iterator[None]:
+    """Without the library's own progress bars, which small files do not need."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -120,6 +120,15 @@ def test_a_step_leaves_the_executed_notebook(project):
     assert "0.5 7 toy" in (output.parent / "logs" / "00_toy.log").read_text()
 
 
+def test_an_executed_notebook_keeps_no_stubs_of_progress_bars(project):
+    bar = "from tqdm.notebook import tqdm\nfor _ in tqdm(range(3)):\n    pass\nprint('after the bar')"
+    (project / "notebooks" / "00_toy.ipynb").write_text(notebook(TOY, bar))
+    output = project / "runs" / "toy" / "00_toy.ipynb"
+    batch.run_notebook("00_toy", {}, output, project)
+    assert "after the bar" in outputs(output)
+    assert "widget-view" not in output.read_text()
+
+
 @pytest.mark.parametrize(
     ("cell", "message"),
     [

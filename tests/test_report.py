@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 
 import nbformat
 import pandas as pd
@@ -10,9 +11,11 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from nt_utils import ledger, report
+from nt_utils import ledger, report, studies
 from nt_utils.errors import InputError
 from tests.test_ledger import ROW
+
+ROOT = studies.project_root()
 
 
 def picture():
@@ -32,6 +35,10 @@ def folder(tmp_path):
             new_output(
                 "display_data",
                 data={"text/html": "<style>td {}</style><table id='t'><tr><td>1 &lt; 2</td></tr></table>"},
+            ),
+            new_output(
+                "display_data",
+                data={"application/vnd.jupyter.widget-view+json": {}, "text/plain": "VBox(children=())"},
             ),
             new_output("stream", name="stdout", text="a < b"),
             new_output("stream", name="stderr", text="progress"),
@@ -65,7 +72,23 @@ def test_one_file_with_contents_figures_ledger_and_provenance(folder):
     assert page.count("data:image/png;base64,") == 2
     assert "05_never_run" not in page
     assert "progress" not in page
+    assert "VBox" not in page
     assert "05_never_run.ipynb" not in page
+
+
+def test_formulas_are_mathml(folder):
+    page = report.build(folder)
+    assert page.count("<math") == 2
+    assert "<msub><mi>x</mi><mn>1</mn></msub>" in page
+    assert "$" not in page
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/[0-9]*.ipynb")), ids=lambda path: path.stem)
+def test_every_formula_of_the_notebooks_is_understood(path):
+    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "markdown"]
+    text = "".join(report.markdown(cell.source) for cell in cells)
+    assert "$" not in text
+    assert not re.search(r"\\[a-zA-Z]", re.sub(r"<code>.*?</code>", "", text))  # a command that was not known
 
 
 def test_a_folder_without_notebooks(tmp_path):

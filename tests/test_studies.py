@@ -165,6 +165,21 @@ def test_a_runs_tables_findings_timings_and_provenance(tmp_path):
     assert pd.read_csv(tmp_path / "timings" / "01_safety_neurons.csv")["step"].tolist() == ["scoring"]
 
 
+def test_a_shown_table_has_a_caption_no_index_and_a_box_when_it_is_long(tmp_path):
+    run = make_run(tmp_path)
+    frame = pd.DataFrame({"arm": ["a", "b"], "value": [1 / 3, None], "n": [1, 2]}, index=[5, 5])
+    page = run.show(frame, "What it is.", {"value": "{:.1f}"}).to_html()
+    assert "<caption>What it is.</caption>" in page
+    assert ">0.3<" in page
+    assert ">nan<" not in page
+    assert ">5<" not in page
+    assert "max-height" not in page
+    assert page == run.show(frame, "What it is.", {"value": "{:.1f}"}).to_html()  # no random names
+    assert "max-height" in run.show(pd.concat([frame] * studies.LONG), "").to_html()
+    run.claim("c", "s", (0.6, 0.55, 0.7, 10), "SN", "4", above=0.5)
+    assert "<caption>Findings" in run.findings_table().to_html()
+
+
 def test_source_combinations_that_do_not_go_together_are_refused(tmp_path):
     for values, message in (
         ({"harmful": "a.csv:x", "benign": "testbed"}, "benign: got 'testbed' with harmful='a.csv:x'"),

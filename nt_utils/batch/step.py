@@ -25,6 +25,7 @@ OWNER, STARTED = "NT_STUDY_PROCESS", "NT_STUDY_STARTED"
 #: Environment variables whose values are kept out of everything that is written.
 SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$")
 HIDDEN = "[hidden]"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def run_notebook(notebook: str, parameters: Mapping[str, Any], output: Path, root: Path) -> None:
@@ -63,6 +64,16 @@ def _execute(source: Path, target: Path, parameters: Mapping, root: Path, log: _
         str(source), str(target), dict(parameters), kernel_name="python3", progress_bar=False, cwd=str(root),
         stdout_file=log, stderr_file=log,
     )  # fmt: skip
+    _drop_bars(target)
+
+
+def _drop_bars(path: Path) -> None:
+    """Take the places of progress bars out of an executed notebook: without the kernel's widgets they are broken stubs."""
+    book = json.loads(path.read_text(encoding="utf-8"))
+    for cell in book["cells"]:
+        if "outputs" in cell:
+            cell["outputs"] = [o for o in cell["outputs"] if WIDGET not in o.get("data", {})]
+    path.write_text(json.dumps(book, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @functools.cache

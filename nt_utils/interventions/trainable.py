@@ -28,6 +28,7 @@ training hold the masters beside the model and are for resuming; a plain checkpo
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -468,7 +469,9 @@ class _LoRATraining(Training):
             target_modules=list(places),
             fan_in_fan_out=any(p.transposed for p in places.values()),
         )
-        self._wrapped: Any = peft.get_peft_model(lm.model, config)
+        with warnings.catch_warnings():  # peft asks transformers by an older name, which warns at every adapter
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            self._wrapped: Any = peft.get_peft_model(lm.model, config)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
