@@ -16,6 +16,8 @@ RUNS = {v.folder: v for study in STUDIES for v in batch.variants(study, SEEDS, P
 SWEPT = {studies.study_name(study, study, PRESET): study for study in STUDIES if FILES[study].sweep}
 COMPARED = [folder for folder, run in RUNS.items() if set(batch.LAST) & set(run.notebooks)]
 COMPARED = [f for f in COMPARED if FILES[RUNS[f].study].has_model]  # notebooks without a model leave no findings
+for run in RUNS.values():
+    batch.note_settings(run, PRESET, ROOT)
 
 
 wildcard_constraints:
@@ -42,12 +44,6 @@ def others(wildcards):
         return []
     names = [n for n in RUNS[wildcards.folder].notebooks if n not in batch.LAST]
     return expand("runs/{folder}/seed-{seed}/{name}.ipynb", name=names, **wildcards)
-
-
-def given(wildcards):
-    """A notebook's parameters: a change of one makes its result out of date."""
-    run = RUNS[wildcards.folder]
-    return json.dumps(batch.settings(run, wildcards.notebook, int(wildcards.seed), PRESET, ROOT), sort_keys=True)
 
 
 def point(wildcards):
@@ -82,12 +78,11 @@ rule notebook:
         model_of,
         others,
         source="notebooks/{notebook}.ipynb",
+        settings="runs/{folder}/seed-{seed}/.settings/{notebook}.json",
     output:
         "runs/{folder}/seed-{seed}/{notebook}.ipynb",
     params:
-        given=given,
         point=point,
-        code=studies.code_fingerprint(),  # a change of the package makes its results out of date
     threads: cores
     resources:
         gpu=lambda w: needs(w)["gpu"],

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -241,6 +242,40 @@ def test_runs_of_a_sweep(project):
     write_params(project, rho=0.5)
     [plain] = batch.variants("toy", [0], "default", project)
     assert (plain.folder, plain.notebooks) == ("toy", ("00_toy",))
+
+
+def test_settings_are_written_when_they_change(project, monkeypatch):
+    """A result older than its settings is out of date, so an unchanged file keeps its time."""
+    file = project / "runs" / "toy" / "seed-0" / ".settings" / "00_toy.json"
+
+    def noted():
+        [run] = batch.variants("toy", [0], "default", project)
+        batch.note_settings(run, "default", project)
+        before = file.stat().st_mtime_ns
+        os.utime(file, ns=(1, 1))
+        return before
+
+    assert noted() != 1
+    assert noted() == 1
+    write_params(project, rho=0.25)
+    assert noted() != 1
+    assert json.loads(file.read_text())["parameters"]["rho"] == 0.25
+    monkeypatch.setattr(studies, "code_fingerprint", lambda: "other code")
+    assert noted() != 1
+    assert noted() == 1
+
+
+def test_a_kernel_is_reached_through_sockets_of_its_own(project, monkeypatch):
+    cell = "from ipykernel.kernelapp import IPKernelApp\nprint(IPKernelApp.instance().transport)"
+    (project / "notebooks" / "00_toy.ipynb").write_text(notebook(TOY, cell))
+    output = project / "runs" / "00_toy.ipynb"
+    batch.run_notebook("00_toy", {"seed": 0}, output, project)
+    assert "ipc" in outputs(output)
+    long = project / ("long" * 30)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    batch.run_notebook("00_toy", {"seed": 0}, output, project)
+    assert "tcp" in outputs(output)
 
 
 TINY = """

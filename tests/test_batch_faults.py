@@ -31,7 +31,10 @@ fault = pathlib.Path(f"fault-{NAME}")
 order = fault.read_text() if fault.exists() else ""
 if order == "wait":
     pathlib.Path(f"waiting-{NAME}").write_text(f"{os.getpid()} {os.getppid()}")
-    time.sleep(120)
+    for _ in range(600):
+        time.sleep(0.2)
+        if not fault.exists():
+            break
 if order == "raise":
     raise RuntimeError("this cell fails")
 if order == "fill":
@@ -45,7 +48,7 @@ before = "".join(p.read_text() for p in sorted((folder / "tables").glob("0[01]_*
 with atomic(folder / "tables" / f"{NAME}_table.csv") as tmp:
     tmp.write_text("value\\n" + hashlib.sha256(f"{NAME} {seed} {before}".encode()).hexdigest() + "\\n")
 with open("trace", "a") as file:
-    file.write(NAME + "\\n")
+    file.write(f"{NAME}-seed-{seed}\\n")
 """
 STEPS = {"00": "00_first", "01": "01_second", "06": "06_comparison"}
 
@@ -95,6 +98,11 @@ def waiting(project: Path, number: str) -> tuple[int, int]:
 
 def done(project: Path) -> list[str]:
     return sorted(p.name[:2] for p in (project / "runs/toy/seed-0").glob("0*.ipynb") if ".failed" not in p.name)
+
+
+def finished(project: Path) -> list[str]:
+    """Every step that ran to its end, once for each time it did."""
+    return sorted((project / "trace").read_text().split())
 
 
 def tables(project: Path) -> dict[str, bytes]:
@@ -171,11 +179,20 @@ def test_a_rerun_finishes_whatever_was_killed_and_repeats_nothing(tmp_path):
         assert study.returncode == 0, error
         assert "start  00_first" not in out
         assert done(project) == ["00", "01", "06"]
-        assert sorted((project / "trace").read_text().split()) == ["00", "01", "06"]
+        assert finished(project) == ["00-seed-0", "01-seed-0", "06-seed-0"]
         assert not [p for p in runs.rglob("*") if ".tmp" in p.name or ".failed" in p.name]
         assert reference.wait(timeout=90) == 0
         assert tables(project) == tables(undisturbed)
         assert len(tables(project)) == 3
+
+        # a step that finished while Snakemake was dead: no record of it, and a mark that says incomplete
+        records = project / ".snakemake" / "metadata"
+        assert len(list(records.iterdir())) == 3
+        shutil.rmtree(project / ".snakemake" / "incomplete")
+        records.rename(project / ".snakemake" / "incomplete")
+        study = start(project)
+        assert study.wait(timeout=90) == 0
+        assert finished(project) == ["00-seed-0", "01-seed-0", "06-seed-0"]
         assert not list(runs.glob(".testbed")), "no testbed is trained for notebooks that take no model"
 
 

@@ -8,6 +8,7 @@ from nt_utils.batch.files import (
     LAST,
     StudyFile,
     Variant,
+    note_settings,
     notebooks,
     parse_seeds,
     read,
@@ -20,6 +21,6 @@ from nt_utils.batch.sweep import collect
 from nt_utils.batch.workflow import main, run_study
 
 __all__ = [
-    "LAST", "StudyFile", "Variant", "collect", "main", "notebooks", "parse_seeds", "read", "run_notebook", "run_study", "settings",
+    "LAST", "StudyFile", "Variant", "collect", "main", "note_settings", "notebooks", "parse_seeds", "read", "run_notebook", "run_study", "settings",
     "study_parameters", "variants",
 ]  # fmt: skip

@@ -197,6 +197,23 @@ def settings(variant: Variant, notebook: str, seed: int, preset: str, root: Path
     return {k: v for k, v in given.items() if k in known}
 
 
+def note_settings(variant: Variant, preset: str, root: Path) -> None:
+    """Write what every step's result follows from, beside its inputs: its parameters and the package's code.
+
+    Each step has a file of its own, in ``.settings`` of its run folder, written only when its content changes; a result
+    is out of date when this file is newer. So nothing depends on what Snakemake recorded: a step that finished while
+    Snakemake was dead (a job of a cluster goes on) counts as finished, and still notices a change.
+    """
+    code = studies.code_fingerprint()
+    for seed, notebook in itertools.product(variant.seeds, variant.notebooks):
+        path = root / "runs" / variant.folder / f"seed-{seed}" / ".settings" / f"{notebook}.json"
+        content = {"parameters": settings(variant, notebook, seed, preset, root), "code": code}
+        text = json.dumps(content, sort_keys=True, indent=1) + "\n"
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            with studies.atomic(path) as tmp:
+                tmp.write_text(text, encoding="utf-8")
+
+
 def changes_of(texts: Sequence[str]) -> dict[str, Any]:
     """["share=0.01"] -> {"share": 0.01}; values are JSON."""
     return {name: json.loads(value) for name, _, value in (text.partition("=") for text in texts)}

@@ -11,6 +11,7 @@ import os
 import re
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -60,11 +61,27 @@ def run_notebook(notebook: str, parameters: Mapping[str, Any], output: Path, roo
 
 def _execute(source: Path, target: Path, parameters: Mapping, root: Path, log: _Hiding) -> None:
     papermill = _papermill()
-    papermill.execute_notebook(
-        str(source), str(target), dict(parameters), kernel_name="python3", progress_bar=False, cwd=str(root),
-        stdout_file=log, stderr_file=log,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="nt-") as folder:
+        papermill.execute_notebook(
+            str(source), str(target), dict(parameters), kernel_name="python3", progress_bar=False, cwd=str(root),
+            stdout_file=log, stderr_file=log, config=_sockets(Path(folder)),
+        )  # fmt: skip
     _drop_bars(target)
+
+
+def _sockets(folder: Path) -> Any:
+    """Let the kernel be reached through sockets in this folder.
+
+    Free TCP ports, Jupyter's way, may be taken between their choice and their use when steps start side by side, and
+    anybody on the machine can read what passes through them. Where the folder's path is too long for sockets
+    (about 100 bytes) they are used all the same.
+    """
+    from traitlets.config import Config
+
+    file = folder / "kernel.json"
+    if len(os.fsencode(file)) > 90:
+        return Config()
+    return Config({"KernelManager": {"transport": "ipc", "connection_file": str(file)}})
 
 
 def _drop_bars(path: Path) -> None:

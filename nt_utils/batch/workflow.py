@@ -22,7 +22,8 @@ def run_study(names: Sequence[str], seeds: Sequence[int], preset: str, cores: st
     """Run the workflow on this machine; returns its exit status.
 
     Every run folder is claimed first, so a second run on it is refused while the first is alive. Snakemake's own lock
-    outlives a killed process; ours does not, so Snakemake's is left out. Steps that a kill left incomplete are repeated.
+    outlives a killed process; ours does not, so Snakemake's is left out. So are its marks of incomplete files, which outlive
+    it too: every output takes its name only when it is complete.
     """
     for study in names:
         access.check_access(files.read(study, root))
@@ -30,7 +31,7 @@ def run_study(names: Sequence[str], seeds: Sequence[int], preset: str, cores: st
     folders = [root / "runs" / v.folder / f"seed-{seed}" for v in runs for seed in v.seeds]
     command = [
         sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--directory", str(root),
-        "--cores", str(cores), "--nolock", "--rerun-incomplete", "--keep-going", "--quiet", "all",
+        "--cores", str(cores), "--nolock", "--ignore-incomplete", "--keep-going", "--quiet", "all",
         "--config", f"studies={','.join(names)}", f"seeds={','.join(map(str, seeds))}", f"preset={preset}",
     ]  # fmt: skip
     start = time.time()

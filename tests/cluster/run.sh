@@ -2,6 +2,7 @@
 # A real Slurm on this one machine: runs a study of two seeds through Snakemake's slurm executor, kills a job, resumes, and
 # compares the tables with a local run. Not part of `make test`. Needs root, Debian's slurm-wlm and munge, and the extra
 # "cluster":   apt-get install slurm-wlm munge && pip install -e .[cluster] && tests/cluster/run.sh
+# It fails when a finished step is repeated, also one that finished while Snakemake was dead.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -70,20 +71,49 @@ PY
 (cd "$WORK/local" && "$PYTHON" -m nt_utils.batch study --studies toy --seeds "0 1" --cores 2)
 
 here=$PWD
-run() { (cd "$WORK/slurm" && "$PYTHON" -m snakemake --profile "$here/profiles/slurm" --config studies=toy seeds=0,1 --slurm-keep-successful-logs --slurm-status-command squeue --latency-wait 5 --slurm-init-seconds-before-status-checks 2 "$@"); }
-echo "== first run: one job is cancelled"
-run --retries 0 >"$WORK/first.log" 2>&1 & first=$!
-for _ in $(seq 240); do [ -s "$WORK/slurm/waiting-01" ] && break; sleep 0.5; done
-squeue
-rm -f "$WORK/slurm/fault-01"
-for job in $(squeue -h -o %i -t running); do scancel --signal=KILL --full "$job"; done
-wait $first && { echo "error: the first run did not notice its killed job"; exit 1; }
-grep -E "Error in rule|steps \(|failed" "$WORK/first.log" | head -5
-echo "== second run: the same command goes on"
-run >"$WORK/second.log" 2>&1 || { tail -30 "$WORK/second.log"; exit 1; }
-grep -E "steps \(|of .* steps" "$WORK/second.log" | tail -1
+toy=$WORK/slurm
+snakemake() { (cd "$toy" && exec "$PYTHON" -m snakemake --profile "$here/profiles/slurm" --config studies=toy seeds=0,1 --latency-wait 5 \
+  --slurm-keep-successful-logs --slurm-status-command squeue --slurm-init-seconds-before-status-checks 2 --seconds-between-status-checks 2 "$@"); }
+fail() { echo "FAILED: $*"; for log in "$WORK"/*.log; do echo "-- $log"; tail -n 25 "$log"; done; exit 1; }
+until_() { for _ in $(seq 300); do eval "$1" && return; sleep 0.5; done; fail "waited too long for: $1"; }
+finished() { [ -s "$toy/trace" ] && sort "$toy/trace" | uniq -c | awk '{print $2 " x" $1}' | xargs; }
+steps() { grep -E "steps \(|Nothing to be done" "$1" | tail -1 || true; }
+
+echo "== 1. a job is killed"
+snakemake --retries 0 >"$WORK/first.log" 2>&1 & first=$!
+until_ '[ -s "$toy/waiting-01" ] && grep -q ^00 "$toy/trace" 2>/dev/null'
+squeue -o "%.6i %.10T %k"
+killed=$(squeue -h -t running -o "%i %k" | awk '/01_second/ {print $1; exit}')
+[ -n "$killed" ] || fail "no job of 01_second is running"
+scancel --signal=KILL --full "$killed"
+until_ '! squeue -h -o %i | grep -qx $killed'
+rm "$toy/fault-01"
+wait $first && fail "the first run did not notice its killed job"
+echo "job $killed killed; $(steps "$WORK/first.log"); finished so far: $(finished)"
+
+echo "== 2. the same command goes on; then Snakemake itself is killed (kill -9) while a job runs"
+printf wait >"$toy/fault-06"
+rm -f "$toy"/waiting-*
+snakemake >"$WORK/second.log" 2>&1 & second=$!
+until_ '[ -s "$toy/waiting-06" ]'
+kill -9 $second
+wait $second 2>/dev/null || true
+rm "$toy/fault-06"
+until_ '[ -z "$(squeue -h)" ]'
+echo "Snakemake killed; its job went on; finished so far: $(finished)"
+
+echo "== 3. the same command, after Snakemake's own lock is taken away"
+snakemake --unlock >"$WORK/unlock.log" 2>&1 || fail "unlock"
+snakemake >"$WORK/third.log" 2>&1 || fail "the third run"
+steps "$WORK/third.log"
+echo "== 4. once more"
+snakemake >"$WORK/fourth.log" 2>&1 || fail "the fourth run"
+steps "$WORK/fourth.log"
+
+echo "finished steps: $(finished)"
+expected=$(printf '%s-seed-%s x1\n' 00 0 00 1 01 0 01 1 06 0 06 1 | xargs)
+[ "$(finished)" = "$expected" ] || fail "a finished step was repeated or one is missing; expected: $expected"
 for seed in 0 1; do
-  diff -r "$WORK/local/runs/toy/seed-$seed/tables" "$WORK/slurm/runs/toy/seed-$seed/tables"
+  diff -r "$WORK/local/runs/toy/seed-$seed/tables" "$toy/runs/toy/seed-$seed/tables" || fail "the tables differ"
 done
-echo "finished steps: $(sort "$WORK/slurm/trace" | uniq -c | xargs)"
-echo "ok: the tables of the cluster and of the local run are the same"
+echo "ok: no finished step was repeated; the tables of the cluster and of the local run are the same"
