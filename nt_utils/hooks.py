@@ -49,6 +49,11 @@ def after(module: nn.Module, function: Callable, first: bool = False) -> Callabl
     return lambda: module.register_forward_hook(function, prepend=first)
 
 
+def after_gradient(parameter: nn.Parameter, function: Callable) -> Callable:
+    """A registration of ``function(parameter)`` after each time its gradient was accumulated."""
+    return lambda: parameter.register_post_accumulate_grad_hook(function)
+
+
 def _at_site(view: DecoderView, site: Site, edit: Edit) -> Callable:
     """A registration that hands ``edit`` the site's channels [batch, tokens, width]; None leaves them as they are."""
     layer, kind = site

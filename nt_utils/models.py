@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from nt_utils.errors import InputError, ModelError, gate_message
 from nt_utils.neurons import KINDS, NeuronSpace
@@ -176,6 +177,11 @@ def tensor_of(module: nn.Module, name: str) -> Tensor | None:
         if kept is not None:
             return kept[name]
     raise ModelError(f"model: {type(module).__name__}.{name} has no values (a meta tensor); load the weights first")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process holds a part of the weights only (FSDP2's, tensor parallelism's)."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -575,7 +581,10 @@ class LanguageModel:
 
         torch counts the in-place changes of every tensor: while counts and addresses stand still the hash is kept.
         Whoever writes through ``.data``, which torch does not count, calls :meth:`weights_changed`.
+        Sharded weights are gathered one by one, so every process must ask at the same time; nothing is kept.
         """
+        if is_sharded(self.model):
+            return self._hash_weights()
         tensors = [*self.model.parameters(), *self.model.buffers()]
         stamp = tuple((t.data_ptr(), t._version) for t in tensors)
         known = _FINGERPRINTS.get(self.model)
@@ -593,7 +602,9 @@ class LanguageModel:
             if value.is_meta:
                 owner, _, leaf = name.rpartition(".")
                 value = tensor_of(self.model.get_submodule(owner), leaf)
-            flat = value.detach().cpu().contiguous().reshape(-1)
+            value = value.detach()
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            flat = value.cpu().contiguous().reshape(-1)
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
             digest.update(flat.view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]

@@ -19,7 +19,7 @@ PINS = dict(
 #: A file may import what stands before it in this list (and its own room), never what stands after.
 FLOW = [
     ("errors",), ("neurons",), ("units",), ("data",), ("models",), ("hooks",), ("scoring",), ("selection",), ("interventions",),
-    ("evaluation",), ("testbed",), ("experiments",), ("parameters", "plots", "studies", "ledger", "batch", "plan", "seeds", "report"),
+    ("evaluation",), ("testbed",), ("experiments",), ("parameters", "plots", "studies", "ledger", "batch", "plan", "seeds", "report", "tune"),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Training neurons in several processes: plain data parallelism works, sharded weights are refused."""
+"""Training neurons in several processes: plain data parallelism works; weights sharded by others are refused."""
 
 import os
 from datetime import timedelta
@@ -83,33 +83,35 @@ def one_process(tmp_path):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_sharded_weights_are_refused(one_process, when):
+def test_weights_sharded_after_the_start_are_refused(one_process):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     lm = tiny_lm()
-    neurons = some(lm)
-    mesh = init_device_mesh("cpu", (1,))
-
-    def shard():
-        for layer in lm.model.model.layers:
-            fully_shard(layer, mesh=mesh)
-
-    if when == "before":
-        shard()
-        with pytest.raises(InputError, match=r"is sharded \(FSDP, ZeRO-3\)"):
-            Only(neurons).start(lm)
-        return
-    training = Only(neurons).start(lm)
-    shard()
-    with pytest.raises(InputError, match=r"is sharded \(FSDP, ZeRO-3\)"):
+    training = Only(some(lm)).start(lm)
+    for layer in lm.view.layers:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(
+        InputError, match=r"layers.0.self_attn.q_proj.weight is sharded by .* allowed: .*parallel.shard"
+    ):
         lm.model(IDS)
     del training
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_fsdp_version_1_is_refused(one_process, original):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    lm = tiny_lm()
+    neurons = some(lm)
+    for i, layer in enumerate(lm.view.layers):
+        lm.view.layers[i] = FullyShardedDataParallel(layer, device_id=torch.device("cpu"), use_orig_params=original)
+    with pytest.raises(InputError, match="is sharded by ZeRO-3, FSDP version 1"):
+        Only(neurons).start(lm)
 
 
 def test_zero_3_is_told_by_its_mark():
     lm = tiny_lm()
     lm.model.model.layers[0].self_attn.q_proj.weight.ds_id = 0
-    with pytest.raises(InputError, match="layers.0.self_attn.q_proj.weight is sharded"):
+    with pytest.raises(InputError, match="layers.0.self_attn.q_proj.weight is sharded by ZeRO-3"):
         Only(some(lm)).start(lm)

@@ -20,9 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from nt_utils.errors import InputError
-from nt_utils.models import LanguageModel
+from nt_utils.models import LanguageModel, is_sharded
 from nt_utils.neurons import _read_header, _sealed
 
 FORMAT = "nt_utils.delta.1"
@@ -43,8 +44,12 @@ class Part:
 
 
 def take(parameter: Tensor, axis: int, index: Tensor | None) -> Tensor:
-    """A copy of a parameter's rows (axis 0) or columns (axis 1); all of it without an index."""
+    """A copy of a parameter's rows (axis 0) or columns (axis 1); all of it without an index.
+
+    A sharded parameter is gathered for it: every process must ask at the same time.
+    """
     values = parameter.detach()
+    values = values.full_tensor() if isinstance(values, DTensor) else values
     return values.clone() if index is None else values.index_select(axis, index.to(values.device))
 
 
@@ -160,7 +165,9 @@ class Delta:
     # -- merging
 
     def check(self, lm: LanguageModel) -> None:
-        """Raise InputError unless `lm` is the base model, by architecture and by weights."""
+        """Raise InputError unless `lm` is the base model, by architecture and by weights, whole in this process."""
+        if is_sharded(lm.model):
+            raise InputError("delta: the model is sharded over processes; allowed: the same model loaded plainly")
         if lm.view.space.architecture != self.architecture:
             raise InputError(
                 f"delta: made for architecture {self.architecture}; the model at hand is {lm.view.space.architecture}"

@@ -20,9 +20,11 @@ clipping) can reach any other entry. The complement works the same way with the 
 The master is the weight's value, not its difference from the base: weight decay acts as in ordinary fine-tuning.
 
 Works with gradient checkpointing, autocast and DistributedDataParallel (tried with two processes on a CPU). A model spread
-over several devices (`device_map`) is provided for but untried; chosen weights that are offloaded are refused. So is weight
-sharding (FSDP, ZeRO-3), which gathers the stored entries anew for the backward pass: what the forward pass wrote would be
-lost. Checkpoints that a Trainer writes during
+over several devices (`device_map`) is provided for but untried; chosen weights that are offloaded are refused. A model that
+FSDP2 has sharded (`nt_utils.interventions.parallel.shard`) can train `Only`: a module's weight is whole while its block
+runs, and the masters are written over the gathered copy, again in the backward pass, for which it is gathered anew; the
+shards themselves never change. Masters lie whole in every process and their gradients are averaged over the processes as
+they come. Other sharding (FSDP1, ZeRO-3, tensor parallelism, FSDP2 after the start) is refused. Checkpoints that a Trainer writes during
 training hold the masters beside the model and are for resuming; a plain checkpoint is what `delta.merge(lm)` leaves.
 """
 
@@ -37,12 +39,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from nt_utils import hooks
 from nt_utils.errors import InputError
 from nt_utils.interventions.delta import Delta, Part, put, take
-from nt_utils.models import OWNED, DecoderView, LanguageModel, Projection
+from nt_utils.interventions.parallel import averaged
+from nt_utils.models import OWNED, DecoderView, LanguageModel, Projection, is_sharded
 from nt_utils.neurons import NeuronSet
 
 #: Which sides of a neuron are trained. q, k and v have input rows only (with their biases), o has output columns only,
@@ -57,10 +61,10 @@ class _Tap(torch.autograd.Function):
     """The output unchanged; in the backward pass the gradient of the masters, from the output's gradient and x."""
 
     @staticmethod
-    def forward(ctx, output, x, weight, bias, index, side, transposed):
+    def forward(ctx, output, x, weight, bias, index, side, transposed, rewrite):
         x = x.to(output.device)
         ctx.save_for_backward(x if side == "input" else x.index_select(-1, index), index)
-        ctx.side, ctx.transposed, ctx.with_bias = side, transposed, bias is not None
+        ctx.side, ctx.transposed, ctx.with_bias, ctx.rewrite = side, transposed, bias is not None, rewrite
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return output.view_as(output)
 
@@ -68,26 +72,35 @@ class _Tap(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, index = ctx.saved_tensors
+        if ctx.rewrite is not None:  # the weight was gathered anew; the module's own backward pass follows this one
+            ctx.rewrite()
         part = grad.flatten(0, -2)  # [batch * tokens, outputs]
         if ctx.side == "input":
             part = part.index_select(-1, index)
         x = x.flatten(0, -2).to(part.dtype)
         weight = (x.t() @ part if ctx.transposed else part.t() @ x).to(ctx.dtypes[0])
         bias = part.float().sum(0).to(ctx.dtypes[1]) if ctx.with_bias else None
-        return grad, None, weight, bias, None, None, None
+        return grad, None, weight, bias, None, None, None, None
 
 
 def _sharded(name: str) -> InputError:
     return InputError(
-        f"model: {name} is sharded (FSDP, ZeRO-3); neurons are trained on one device, over a device_map or with "
-        "DistributedDataParallel (accelerate's MULTI_GPU)"
+        f"model: {name} is sharded by ZeRO-3, FSDP version 1, tensor parallelism or after the training started; allowed: "
+        "one device, a device_map, DistributedDataParallel, or nt_utils.interventions.parallel.shard before the start"
     )
 
 
 def _check_whole(parameter: Tensor, name: str) -> None:
-    """Refuse a weight of which this process holds a part only."""
-    if isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") or hasattr(parameter, "_sharded_size"):
+    """Refuse ZeRO-3's weights; FSDP2's shards are whole again where they are used."""
+    if hasattr(parameter, "ds_id"):
         raise _sharded(name)
+
+
+def _check_unsharded(lm: LanguageModel, name: str) -> None:
+    if is_sharded(lm.model):
+        raise InputError(
+            f"scope: got {name!r} on a model that is sharded over processes; allowed: Only (SN-Tune, RSN-Tune)"
+        )
 
 
 def _axis(side: str, transposed: bool) -> int:
@@ -103,6 +116,7 @@ class _Slice:
         index: int64 [n], ascending: output channels for the input side, input channels for the output side.
         stored: "weight" and "bias" -> the base's entries, in the parameter's own layout and dtype.
         masters: the same in float32, trained; registered on the module as tuned_weight and tuned_bias.
+        sharded: FSDP2 holds the weight; it is whole only while the module's block runs.
     """
 
     def __init__(self, module: nn.Module, path: str, side: str, index: Tensor, transposed: bool):
@@ -112,6 +126,7 @@ class _Slice:
         self.stored = {leaf: take(getattr(module, leaf), self.axis(leaf), self.index) for leaf in leaves}
         self.parameters = {leaf: getattr(module, leaf) for leaf in leaves}
         self.masters = {leaf: nn.Parameter(values.to(torch.float32, copy=True)) for leaf, values in self.stored.items()}
+        self.sharded = isinstance(module.get_parameter("weight"), DTensor)
         self._written: tuple | None = None
 
     def axis(self, leaf: str) -> int:
@@ -132,22 +147,34 @@ class _Slice:
             if master.dtype != torch.float32:
                 raise InputError(f"model: {self.path}.tuned_{leaf} was cast to {master.dtype}; masters are float32")
             parameter = getattr(self.module, leaf)
-            if parameter is not self.parameters[leaf]:  # FSDP puts parameters of its own in their place
+            if self.sharded:
+                self._check_gathered(parameter, leaf)
+            elif parameter is not self.parameters[leaf]:  # FSDP puts parameters of its own in their place
                 raise _sharded(f"{self.path}.{leaf}")
             _check_whole(parameter, f"{self.path}.{leaf}")
             parameter = parameter.data
             values = master.data.to(parameter.device, parameter.dtype)
             parameter.index_copy_(self.axis(leaf), self.index.to(parameter.device), values)
 
+    def _check_gathered(self, parameter: Tensor, leaf: str) -> None:
+        if isinstance(parameter, DTensor):
+            raise _sharded(f"{self.path}.{leaf}")
+        if parameter.dtype != self.stored[leaf].dtype:
+            raise InputError(
+                f"model: FSDP gathers {self.path}.{leaf} as {parameter.dtype}, it is stored as {self.stored[leaf].dtype}; "
+                "allowed: no mixed precision (load the model in that dtype)"
+            )
+
     def before(self, module: nn.Module, args: tuple) -> None:
         """Pre-forward: bring the module's weight up to date.
 
         Always when gradients are on, since an optimiser's step may follow that torch does not count as a change;
-        without gradients (generation) only after that, or when a tensor changed.
+        without gradients (generation) only after that, or when a tensor changed. A weight that was gathered for this
+        call holds the base's entries.
         """
         tensors = [*self.masters.values(), *(getattr(module, leaf) for leaf in self.masters)]
         now = tuple((t.data_ptr(), t._version) for t in tensors)
-        if torch.is_grad_enabled() or now != self._written:
+        if torch.is_grad_enabled() or self.sharded or now != self._written:
             self.write()
             self._written = None if torch.is_grad_enabled() else now
 
@@ -156,7 +183,8 @@ class _Slice:
         if not torch.is_grad_enabled():
             return None
         masters = self.masters["weight"], self.masters.get("bias")
-        return _Tap.apply(output, args[0], *masters, self.index.to(output.device), self.side, self.transposed)
+        rewrite = self.write if self.sharded else None
+        return _Tap.apply(output, args[0], *masters, self.index.to(output.device), self.side, self.transposed, rewrite)
 
     def registrations(self) -> list[Callable]:
         """For :func:`nt_utils.hooks.registered`; the tap comes before every other hook on the output."""
@@ -202,6 +230,7 @@ class Training:
         for part in self._slices:
             part.register()
         self._hooks.enter_context(hooks.registered([add for part in self._slices for add in part.registrations()]))
+        self._hooks.enter_context(averaged([m for part in self._slices if part.sharded for m in part.masters.values()]))
         lm.weights_changed()
 
     @property
@@ -257,6 +286,8 @@ class Training:
         self._hooks.close()
         for part in self._slices:
             part.unregister()
+            if part.sharded:  # the masters were written over gathered copies only
+                continue
             for leaf, values in part.stored.items():
                 put(getattr(part.module, leaf), part.axis(leaf), part.index, values)
         for name, parameter in self._whole.items():
@@ -318,6 +349,9 @@ def _places(view: DecoderView, neurons: NeuronSet, sides: str) -> list[_Place]:
     if not len(neurons):
         raise InputError("neurons: the set is empty; nothing would be trained or frozen")
     paths = {module: name for name, module in view.model.named_modules()}
+    for module, name in paths.items():
+        if isinstance(module, FullyShardedDataParallel):
+            raise _sharded(name or "all of it")
     found: dict[tuple, _Place] = {}
     for (layer, kind), mask in neurons.masks.items():
         for role, side in OWNED[kind]:
@@ -356,8 +390,8 @@ class Only:
             A neuron without weights on that side stays untrained.
 
     Raises (on `start`):
-        InputError: empty set, another architecture, no neuron has that side, or its weights are offloaded or sharded.
-        Weights that are sharded after the start are refused at the next forward pass.
+        InputError: empty set, another architecture, no neuron has that side, or its weights are offloaded or sharded
+        other than by FSDP2. Weights that are sharded after the start are refused at the next forward pass.
     """
 
     neurons: NeuronSet
@@ -384,6 +418,7 @@ class AllBut:
     name: str = "all but"
 
     def start(self, lm: LanguageModel) -> Training:
+        _check_unsharded(lm, self.name)
         places = _places(lm.view, self.neurons, self.sides)
         frozen = set().union(*(place.frozen for place in places))
         slices = [place.slice(rest) for place in places if len(rest := place.complement())]
@@ -398,6 +433,7 @@ class Everything:
     name: str = "full"
 
     def start(self, lm: LanguageModel) -> Training:
+        _check_unsharded(lm, self.name)
         return Training(lm, (), [name for name, _ in lm.model.named_parameters()], {"trained": "full"}, self.name)
 
 
@@ -451,6 +487,7 @@ class LoRA:
         peft = _peft()
         if self.rank < 1:
             raise InputError(f"rank: got {self.rank}; allowed: 1 or more")
+        _check_unsharded(lm, self.name)
         return _LoRATraining(lm, self, peft)
 
 

@@ -6,7 +6,8 @@
     with tuned.delta.active(lm): ...         # the tuned model; lm itself is the base again
 
 The same pieces go into a Hugging Face `Trainer`: `examples` as its dataset, `collator` as its collator, and
-`Only(...).start(lm)` for what is trained (see `nt_utils.interventions.trainable`).
+`Only(...).start(lm)` for what is trained (see `nt_utils.interventions.trainable`). Several processes under accelerate, with
+whole or sharded models: `nt_utils.interventions.parallel`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,11 +25,13 @@ from torch import Tensor
 from nt_utils.data.records import Prompt
 from nt_utils.errors import DivergedError, InputError
 from nt_utils.interventions.delta import Delta
+from nt_utils.interventions.parallel import Processes, averaged
 from nt_utils.interventions.trainable import AllBut, Everything, LoRA, Only, Training
-from nt_utils.models import LanguageModel, pad
+from nt_utils.models import LanguageModel, is_sharded, pad
 
 if TYPE_CHECKING:
     import pandas
+    from accelerate import Accelerator
 
 __all__ = [
     "AllBut", "Delta", "Everything", "Example", "LoRA", "Only", "Training", "Tuned", "batches", "collate", "collator",
@@ -197,6 +200,7 @@ def tune(
     snapshots: bool = False,
     gradient_checkpointing: bool = False,
     progress: bool = True,
+    accelerator: Accelerator | None = None,
 ) -> Tuned:
     """Fine-tune with AdamW on the loss of the response tokens; afterwards `lm` is the base again, bit for bit.
 
@@ -223,10 +227,13 @@ def tune(
         snapshots: keep the delta of every evaluation.
         gradient_checkpointing: recompute activations in the backward pass (less memory, more time).
         progress: show a progress bar.
+        accelerator: of the processes that train together, each of which calls this with the same arguments and gets the
+            same result; `batch_size` pairs in all. None: this process alone.
 
     Raises:
         InputError: parameters out of range, no pairs, pairs without the response they should learn, an empty or foreign
-            neuron set.
+            neuron set; fewer pairs in a batch than processes, a callback with several of them (evaluate the snapshots
+            afterwards), settings of accelerate that cannot be honoured.
         DivergedError: a loss that is not finite.
     """
     _check(harmful, benign, benign_share, learning_rate, steps, batch_size, warmup, schedule, every)
@@ -235,17 +242,19 @@ def tune(
         for prompts, target in ((harmful, "refusal"), (benign, "helpful"))
     ]
     stream = batches(*learnt, size=batch_size, share=benign_share, seed=seed)
+    processes = Processes.of(lm, accelerator)
+    _check_processes(processes.count, batch_size, callback)
     total = lm.view.space.total_parameters
     stops = {steps, *(range(every, steps, every) if isinstance(every, int) else every or ())}
     with _seeded(seed), scope.start(lm) as training:
-        run = _Run(lm, training, callback, snapshots)
+        run = _Run(lm, training, callback, snapshots, processes)
         optimiser = torch.optim.AdamW(training.parameters, lr=learning_rate, weight_decay=weight_decay)
-        with _training_mode(lm, gradient_checkpointing):
+        with _training_mode(lm, gradient_checkpointing), run.averaged():
             run.evaluate(0)
-            for step in _bar(steps, f"tuning, {scope.name}", progress):
+            for step in _bar(steps, f"tuning, {scope.name}", progress and processes.index == 0):
                 for group in optimiser.param_groups:
                     group["lr"] = learning_rate * _rate(step, steps, warmup, schedule)
-                run.step(collate(next(stream), lm.pad_id), optimiser, clip)
+                run.step(next(stream), optimiser, clip)
                 if step + 1 in stops:
                     run.evaluate(step + 1)
         size, size_bytes = training.size, training.bytes
@@ -256,18 +265,34 @@ def tune(
 class _Run:
     """One training's steps and evaluations."""
 
-    def __init__(self, lm: LanguageModel, training: Training, callback: Callback | None, keep: bool):
-        self.lm, self.training, self.callback, self.keep = lm, training, callback, keep
+    def __init__(
+        self, lm: LanguageModel, training: Training, callback: Callback | None, keep: bool, processes: Processes
+    ):
+        self.lm, self.training, self.callback, self.keep, self.processes = lm, training, callback, keep, processes
         self.losses: list[float] = []
         self.history: list[dict[str, Any]] = []
         self.snapshots: dict[int, Delta] = {}
         self.seconds = 0.0
         self._reported = 0
 
-    def step(self, batch: Mapping[str, Tensor], optimiser: torch.optim.Optimizer, clip: float) -> None:
+    def averaged(self):
+        """Average gradients over the processes; a sharded training does so by itself."""
+        several = self.processes.count > 1 and not is_sharded(self.lm.model)
+        return averaged(self.training.parameters) if several else nullcontext()
+
+    def loss(self, batch: Sequence[Example]) -> Tensor:
+        """The loss of this process's share; its mean over the processes is the whole batch's mean per response token."""
+        part = self.processes.part(batch)
+        loss = response_loss(self.lm, collate(part, self.lm.pad_id))
+        if self.processes.count == 1:
+            return loss
+        tokens, all_tokens = (sum(len(e.ids) - e.start for e in examples) for examples in (part, batch))
+        return loss * (self.processes.count * tokens / all_tokens)
+
+    def step(self, batch: Sequence[Example], optimiser: torch.optim.Optimizer, clip: float) -> None:
         started = time.perf_counter()
-        loss = response_loss(self.lm, batch)
-        value = float(loss.detach())
+        loss = self.loss(batch)
+        value = self.processes.mean(loss)
         if value != value or value in (float("inf"), float("-inf")):
             raise DivergedError(f"learning_rate: the loss is {value} at step {len(self.losses)}; try a smaller one")
         optimiser.zero_grad(set_to_none=True)
@@ -293,6 +318,16 @@ class _Run:
         self.history.append(row)
         if self.keep:
             self.snapshots[step] = self.training.delta().cpu()
+
+
+def _check_processes(count: int, batch_size: int, callback: Callback | None) -> None:
+    if batch_size < count:
+        raise InputError(f"batch_size: got {batch_size} with {count} processes; allowed: {count} or more")
+    if callback is not None and count > 1:
+        raise InputError(
+            f"callback: not with {count} processes; allowed: snapshots=True, whose deltas are evaluated afterwards on the "
+            "model loaded plainly"
+        )
 
 
 def _rate(step: int, steps: int, warmup: int, schedule: str) -> float:
