@@ -8,12 +8,11 @@ process. Defaults are [SN]'s section 4: 50 pairs, one epoch, learning rate 1e-6,
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nt_utils.errors import InputError
+from nt_utils.errors import command
 
 if TYPE_CHECKING:
     from nt_utils.data.records import PromptSet
@@ -118,13 +117,10 @@ def _merge(options: argparse.Namespace, dtype) -> Path:
     return Path(options.merged)
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m nt_utils.tune`` and ``accelerate launch ... -m nt_utils.tune``."""
-    try:
-        run(read_options(arguments))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    run(read_options(arguments))
     return 0
 
 
