@@ -9,6 +9,9 @@ from typing import Any
 
 from nt_utils.errors import InputError
 
+#: How much to compute. "quick" shows that every step of every notebook works: the whole testbed study in under 90
+#: seconds on 2 cores, about half of them imports. Its values are the least that does so and support no finding; whoever
+#: adds a step to a notebook gives it a quick value as small. "default" is for a first look, "full" for what is published.
 PRESETS = ("quick", "default", "full")
 
 
@@ -94,9 +97,9 @@ PARAMETERS: dict[str, Parameter] = {
         str, "source of harmful prompts in a second language, '' to skip; 'testbed' goes with harmful='testbed'"
     ),
     "attacks": Parameter(str, "wrapper attacks for the harmful prompts, comma-separated; '' = none"),
-    "n_detect": Parameter(int, "prompts to find neurons with", low=4, presets=(48, 200, 200)),
-    "n_test": Parameter(int, "prompts of each kind to evaluate on", low=4, presets=(40, 120, 200)),
-    "n_dev": Parameter(int, "prompts of each kind to choose on (development split)", low=4, presets=(24, 32, 48)),
+    "n_detect": Parameter(int, "prompts to find neurons with", low=4, presets=(24, 200, 200)),
+    "n_test": Parameter(int, "prompts of each kind to evaluate on", low=4, presets=(8, 120, 200)),
+    "n_dev": Parameter(int, "prompts of each kind to choose on (development split)", low=4, presets=(6, 32, 48)),
     "top_share": Parameter(
         float, "share of a projection's neurons that count as important on one prompt", low=1e-4, high=1
     ),
@@ -106,12 +109,19 @@ PARAMETERS: dict[str, Parameter] = {
     "share": Parameter(
         float, "share of the pool (FFN neurons and o_proj inputs) that is deactivated", low=1e-6, high=0.5
     ),
-    "draws": Parameter(int, "random control sets of each kind", low=2, high=1000, presets=(5, 20, 40)),
-    "dose": Parameter(list, "shares of the pool, for the dose curve", items=float, low=1e-6, high=1),
-    "dose_draws": Parameter(int, "random sets at each dose", low=1, high=1000, presets=(2, 5, 10)),
+    "draws": Parameter(int, "random control sets of each kind", low=2, high=1000, presets=(2, 20, 40)),
+    "dose": Parameter(
+        list,
+        "shares of the pool, for the dose curve",
+        items=float,
+        low=1e-6,
+        high=1,
+        presets=([0.003, 0.1], [0.001, 0.003, 0.01, 0.03, 0.1], [0.001, 0.003, 0.01, 0.03, 0.1]),
+    ),
+    "dose_draws": Parameter(int, "random sets at each dose", low=1, high=1000, presets=(1, 5, 10)),
     "subset_sizes": Parameter(list, "numbers of prompts, for the stability study", items=int, low=2),
-    "subset_draws": Parameter(int, "random prompt subsets of each size", low=2, high=1000, presets=(4, 10, 30)),
-    "n_calibrate": Parameter(int, "prompts of each kind to score units with", low=16, presets=(64, 512, 512)),
+    "subset_draws": Parameter(int, "random prompt subsets of each size", low=2, high=1000, presets=(2, 10, 30)),
+    "n_calibrate": Parameter(int, "prompts of each kind to score units with", low=16, presets=(32, 512, 512)),
     "unit_shares": Parameter(
         list, "shares of the units that are SCU, UCU and RU; the rest is CU", items=float, low=1e-4, high=0.9
     ),
@@ -124,7 +134,14 @@ PARAMETERS: dict[str, Parameter] = {
         str, "what pruned units become: their mean on utility data, or zero", choices=("mean", "zero")
     ),
     "unit_draws": Parameter(int, "random sets of units for each category", low=2, high=1000, presets=(2, 6, 12)),
-    "growth": Parameter(list, "shares along which each group is grown", items=float, low=1e-4, high=0.9),
+    "growth": Parameter(
+        list,
+        "shares along which each group is grown",
+        items=float,
+        low=1e-4,
+        high=0.9,
+        presets=([0.01, 0.2], [0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3], [0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3]),
+    ),
     "growth_limits": Parameter(
         list,
         "rise of direct ASR that ends SCU, fall of utility that ends UCU, change that RU must not pass",
@@ -136,7 +153,11 @@ PARAMETERS: dict[str, Parameter] = {
         float, "share of the complex units that are frozen with SCU; the paper: 0.06", low=1e-4, high=1
     ),
     "harmful_share": Parameter(
-        float, "share of harmful rows in the mixed fine-tuning set; 0 to skip it", low=0, high=0.9
+        float,
+        "share of harmful rows in the mixed fine-tuning set; 0 to skip it",
+        low=0,
+        high=0.9,
+        presets=(0.0, 0.1, 0.1),
     ),
     "sweep_rates": Parameter(
         list,
@@ -151,7 +172,7 @@ PARAMETERS: dict[str, Parameter] = {
         "steps at which the attacked model is evaluated",
         items=int,
         low=1,
-        presets=([5], [10, 30], [5, 15, 30]),
+        presets=([2], [10, 30], [5, 15, 30]),
     ),
     "utility_floor": Parameter(float, "share of its utility that an attacked model must keep to count", low=0, high=1),
     "align_rates": Parameter(
@@ -162,10 +183,10 @@ PARAMETERS: dict[str, Parameter] = {
         high=1,
         presets=([1e-3], [1e-3], [1e-3, 3e-3]),
     ),
-    "align_steps": Parameter(int, "steps of alignment", low=1, presets=(8, 40, 40)),
+    "align_steps": Parameter(int, "steps of alignment", low=1, presets=(4, 40, 40)),
     "align_draws": Parameter(int, "random sets of units that are aligned with", low=1, high=100, presets=(1, 1, 2)),
     "n_tune": Parameter(
-        int, "harmful prompts that learn their refusal, and as many benign ones", low=2, presets=(24, 50, 50)
+        int, "harmful prompts that learn their refusal, and as many benign ones", low=2, presets=(12, 50, 50)
     ),
     "refusal": Parameter(str, "refusal learnt for harmful prompts that come without one"),
     "benign_share": Parameter(float, "share of benign pairs in every batch; 0 = refusals alone", low=0, high=0.95),
@@ -182,7 +203,7 @@ PARAMETERS: dict[str, Parameter] = {
         "steps at which tuning is evaluated; the last one ends it",
         items=int,
         low=1,
-        presets=([12], [4, 8, 16, 32], [4, 8, 16, 32]),
+        presets=([4], [4, 8, 16, 32], [4, 8, 16, 32]),
     ),
     "tune_batch": Parameter(int, "pairs a training step", low=1, high=4096),
     "rates": Parameter(
@@ -221,9 +242,9 @@ PARAMETERS: dict[str, Parameter] = {
         presets=(["contrast"], ["contrast", "SCU", "attribution", "activation change"], list(DEFINITIONS)),
     ),
     "n_compare": Parameter(
-        int, "prompts of each kind where many interventions are compared", low=4, presets=(12, 40, 150)
+        int, "prompts of each kind where many interventions are compared", low=4, presets=(6, 40, 150)
     ),
-    "halves": Parameter(int, "pairs of disjoint halves of the calibration prompts", low=2, presets=(4, 10, 30)),
+    "halves": Parameter(int, "pairs of disjoint halves of the calibration prompts", low=2, presets=(2, 10, 30)),
     "set_sizes": Parameter(
         list, "sizes of the sets whose agreement is measured, shares of the pool", items=float, low=1e-4, high=0.5
     ),
@@ -241,12 +262,12 @@ PARAMETERS: dict[str, Parameter] = {
         int, "prompts on which every neuron is zeroed alone; 0 = a first-order estimate", low=0, presets=(0, 0, 4)
     ),
     "effort_rate": Parameter(float, "learning rate of training only one definition's neurons", low=1e-9, high=1),
-    "effort_steps": Parameter(int, "steps of it", low=1, presets=(4, 30, 40)),
+    "effort_steps": Parameter(int, "steps of it", low=1, presets=(2, 30, 40)),
     "train_share": Parameter(float, "share of the pool that is trained alone", low=1e-4, high=0.5),
     "freeze_share": Parameter(float, "share of the pool that is frozen under attack", low=1e-4, high=0.5),
     "harmful_rows": Parameter(int, "of the attack's rows those that are harmful requests with their answers", low=0),
     "attack_rate": Parameter(float, "learning rate of the fine-tuning attack on frozen neurons", low=1e-9, high=1),
-    "attack_steps": Parameter(int, "steps of it", low=1, presets=(4, 10, 20)),
+    "attack_steps": Parameter(int, "steps of it", low=1, presets=(2, 10, 20)),
     "defended": Parameter(
         list,
         "defences that are compared",
@@ -280,7 +301,7 @@ PARAMETERS: dict[str, Parameter] = {
         presets=([3e-4], [3e-4], [1e-4, 3e-4, 1e-3]),
     ),
     "defence_steps": Parameter(
-        list, "steps of it, chosen from likewise", items=int, low=1, presets=([4], [20], [20, 40])
+        list, "steps of it, chosen from likewise", items=int, low=1, presets=([2], [20], [20, 40])
     ),
     "strengths": Parameter(
         list, "strengths of the refusal direction, chosen from likewise", items=float, low=0, high=10
@@ -301,7 +322,7 @@ PARAMETERS: dict[str, Parameter] = {
         presets=([3e-4], [3e-4], [3e-4, 1e-3]),
     ),
     "defence_attack_steps": Parameter(
-        list, "steps of it; the worst counts", items=int, low=1, presets=([4], [10], [10, 20, 40])
+        list, "steps of it; the worst counts", items=int, low=1, presets=([2], [10], [10, 20, 40])
     ),
     "new_task": Parameter(str, "source of the task of later fine-tuning; 'testbed' = subtraction; '' to skip"),
     "n_task": Parameter(int, "rows of the new task", low=4),
@@ -310,7 +331,7 @@ PARAMETERS: dict[str, Parameter] = {
         "steps at which later fine-tuning is evaluated",
         items=int,
         low=1,
-        presets=([10], [10, 30], [10, 20, 40]),
+        presets=([3], [10, 30], [10, 20, 40]),
     ),
     "task_rates": Parameter(
         list,
@@ -320,8 +341,8 @@ PARAMETERS: dict[str, Parameter] = {
         high=1,
         presets=([0.001], [0.001], [0.0003, 0.001]),
     ),
-    "n_learn": Parameter(int, "harmful prompts of each attack class to learn alpha from", low=8, presets=(24, 60, 60)),
-    "n_attacked": Parameter(int, "prompts inside attacks to evaluate on", low=8, presets=(60, 360, 480)),
+    "n_learn": Parameter(int, "harmful prompts of each attack class to learn alpha from", low=8, presets=(8, 60, 60)),
+    "n_attacked": Parameter(int, "prompts inside attacks to evaluate on", low=8, presets=(12, 360, 480)),
     "steering_strengths": Parameter(
         list, "multiples of the refusal direction", items=float, presets=([0.5], [0.25, 0.5], [0.25, 0.5, 1.0])
     ),
@@ -335,7 +356,7 @@ PARAMETERS: dict[str, Parameter] = {
     ),
     "n_attribution": Parameter(int, "requests to attribute, for each role", low=4, presets=(4, 12, 24)),
     "attribution_steps": Parameter(int, "points on each attribution path", low=1, presets=(1, 4, 8)),
-    "iterations": Parameter(int, "outer steps of learning alpha", low=1, presets=(2, 16, 20)),
+    "iterations": Parameter(int, "outer steps of learning alpha", low=1, presets=(1, 16, 20)),
     "inner_share": Parameter(float, "share by which the inner step should lower the support loss", low=0.01, high=0.9),
     "learnt_draws": Parameter(int, "random neuron sets that alpha is learnt for", low=1, presets=(1, 2, 3)),
     "unseen_classes": Parameter(int, "unseen attack classes to adapt to", low=1, presets=(1, 3, 8)),

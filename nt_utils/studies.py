@@ -34,6 +34,7 @@ from nt_utils.parameters import check_parameters
 
 TESTBED = "testbed"
 EMBEDDED = "testbed"  # as a prompt source: the corpus that the testbed was made with
+QUICK_TOKENS = 20  # of an answer to an embedded prompt in a quick run; most have ended by then
 #: Parameters that are prompt sources.
 LONG = 20  # rows of a shown table beyond which it scrolls
 SOURCES = ("harmful", "benign", "general", "harmful_test", "benign_test", "borderline", "second_language", "new_task")
@@ -132,7 +133,7 @@ def begin(notebook: str, values: Mapping[str, Any], history: list[str] | None = 
     run = Run(notebook, p, run_folder(p.runs, study_name(p.model, p.study, p.preset), p.seed))
     run.check_inputs()
     run.provenance()
-    if p.preset == "quick":
+    if run.is_quick:
         print(f"{run.label}, seed {p.seed}, PRESET QUICK: few prompts and steps, to try things out, not for results")
     return run
 
@@ -162,6 +163,16 @@ class Run:
     def is_testbed(self) -> bool:
         """Whether the model under study is the testbed."""
         return self.parameters.model == TESTBED
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether this run only shows that everything works: its figures and findings say so."""
+        return getattr(self.parameters, "preset", "") == "quick"
+
+    @property
+    def mark(self) -> str:
+        """What findings add to the model's name."""
+        return " (quick)" if self.is_quick else ""
 
     def check_inputs(self) -> None:
         """Output folder, prompt sources and model: everything that can be refused before a model is loaded."""
@@ -384,7 +395,8 @@ class Run:
             whole = suites.corpus_suite(split, seed=p.seed)
             sizes = {"wrapped": 4 * n}
             sets = [dataclasses.replace(s, prompts=s.prompts.take(sizes.get(s.name, n), p.seed)) for s in whole.sets]
-            return suites.Suite(tuple(sets), whole.name, p.max_new_tokens or whole.max_new_tokens)
+            limit = QUICK_TOKENS if self.is_quick else whole.max_new_tokens
+            return suites.Suite(tuple(sets), whole.name, p.max_new_tokens or limit)
         rows = self._test_rows() if split == "test" else self._dev_rows(n)
         built = suites.make_suite(
             **rows, attacks=_names(getattr(p, "attacks", "")), max_new_tokens=p.max_new_tokens or 256,
@@ -476,7 +488,10 @@ class Run:
         return path
 
     def figure(self, name: str, frame):
-        """Save a figure's table, draw it with ``plots.<name>`` from that table, save it (see ``plots.draw``), and show it."""
+        """Save a figure's table, draw it with ``plots.<name>`` from that table, save it (see ``plots.draw``), and show it.
+
+        The quick preset draws the PNG alone.
+        """
         from IPython.display import Image
 
         from nt_utils import plots
@@ -484,7 +499,7 @@ class Run:
         path = self.path("figures", f"{name}.csv")
         with atomic(path) as tmp:
             frame.to_csv(tmp, index=False, float_format="%.6g")
-        plots.draw(path)
+        plots.draw(path, pictures=(".png",) if self.is_quick else plots.PICTURES)
         return Image(filename=str(path.with_suffix(".png")), width=820)
 
     def show(self, frame, caption: str, formats: Mapping[str, str] | None = None):
@@ -542,7 +557,7 @@ class Run:
 
         value, low, high, n = interval
         row = ledger.finding(
-            claim=claim, paper=paper, section=section, model=self.label, statement=statement, value=value, low=low,
+            claim=claim, paper=paper, section=section, model=self.label + self.mark, statement=statement, value=value, low=low,
             high=high, n=n, seeds=str(self.parameters.seed), notebook=self.notebook, **verdict,
         )  # fmt: skip
         self.findings = [f for f in self.findings if f["claim"] != claim] + [row]

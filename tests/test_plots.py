@@ -187,6 +187,20 @@ def test_the_same_table_gives_the_same_files(tmp_path, name):
     assert files[0] == files[1]
 
 
+def test_figures_of_a_quick_run_are_marked(tmp_path):
+    """Whoever draws them; the folder's name decides."""
+    pictures = []
+    for study in ("testbed", "testbed-quick"):
+        table = tmp_path / study / "seed-0" / "figures" / "01_dose.csv"
+        table.parent.mkdir(parents=True)
+        TABLES["dose"].to_csv(table, index=False)
+        words = [text.get_text() for text in plots.draw(table, pictures=(".png",)).texts]
+        assert any("quick" in word for word in words) == study.endswith("-quick")
+        pictures.append(table.with_suffix(".png").read_bytes())
+        assert not table.with_suffix(".pdf").exists()
+    assert pictures[0] != pictures[1]
+
+
 def test_redraw_is_a_no_op_when_nothing_changed(tmp_path, monkeypatch):
     table = tmp_path / "01_stability.csv"
     TABLES["stability"].to_csv(table, index=False)

@@ -180,6 +180,18 @@ def test_a_shown_table_has_a_caption_no_index_and_a_box_when_it_is_long(tmp_path
     assert "<caption>Findings" in run.findings_table().to_html()
 
 
+def test_a_quick_run_says_so_in_its_findings_and_draws_png_alone(tmp_path):
+    table = pd.DataFrame(
+        {"set": ["direct"], "model": ["aligned"], "value": [0.1], "low": [0.0], "high": [0.2], "n": [8]}
+    )
+    for preset, mark, pictures in (("quick", " (quick)", {".png"}), ("default", "", {".png", ".pdf", ".svg"})):
+        run = make_run(tmp_path / preset / "seed-0", preset=preset)
+        assert run.claim("c", "s", (0.6, 0.55, 0.7, 10), "SN", "4", above=0.5)["model"] == f"testbed{mark}"
+        run.figure("behaviour", table.assign(metric="direct ASR"))
+        drawn = {file.suffix for file in (run.folder / "figures").iterdir()}
+        assert drawn == {".csv", ".md", ".tex", *pictures}
+
+
 def test_source_combinations_that_do_not_go_together_are_refused(tmp_path):
     for values, message in (
         ({"harmful": "a.csv:x", "benign": "testbed"}, "benign: got 'testbed' with harmful='a.csv:x'"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import operator
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -58,19 +59,21 @@ class Prompt:
     prefill: str = ""
 
     def __post_init__(self) -> None:
-        for field in PROMPT_FIELDS:
-            value = getattr(self, field)
-            if not isinstance(value, str):
-                raise InputError(f"prompt field {field} must be text, got {type(value).__name__}")
+        values = _values(self)
+        if set(map(type, values)) != {str}:  # corpora make prompts by the ten thousand: one look at all of them
+            for field, value in zip(PROMPT_FIELDS, values, strict=True):
+                if not isinstance(value, str):
+                    raise InputError(f"prompt field {field} must be text, got {type(value).__name__}")
         if self.kind not in PROMPT_KINDS:
             raise InputError(f"prompt kind {self.kind!r} is unknown: use one of {', '.join(PROMPT_KINDS)}")
 
     def replace(self, **changes: str) -> Prompt:
         """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
+        return Prompt(**dict(zip(PROMPT_FIELDS, _values(self), strict=True)) | changes)
 
 
 PROMPT_FIELDS = tuple(field.name for field in dataclasses.fields(Prompt))
+_values = operator.attrgetter(*PROMPT_FIELDS)
 
 
 class PromptSet(Sequence):

@@ -44,8 +44,8 @@ def figure_name(table: Path) -> str:
     return re.sub(r"^(\d+|bench)_", "", table.stem)
 
 
-def draw(table: Path, width: str = "text", folder: Path | None = None) -> Figure:
-    """Draw the figure of a saved table: PNG, PDF, SVG, and the table as Markdown and LaTeX, beside it or in ``folder``.
+def draw(table: Path, width: str = "text", folder: Path | None = None, pictures: Sequence[str] = PICTURES) -> Figure:
+    """Draw the figure of a saved table: ``pictures``, and the table as Markdown and LaTeX, beside it or in ``folder``.
 
     Raises InputError when no figure function has the table's name, or for an unknown width (a key of ``style.WIDTHS``).
     """
@@ -69,12 +69,22 @@ def draw(table: Path, width: str = "text", folder: Path | None = None) -> Figure
     with style.look(width):
         drawn = FIGURES[name](frame)
         style.fit(drawn)
+        if _is_quick(table):
+            style.watermark(drawn, "quick preset: no result")
         for suffix, extra in metadata.items():
+            if suffix not in pictures:
+                continue
             with atomic(target.with_suffix(suffix)) as tmp:
                 drawn.savefig(tmp, dpi=200, metadata=extra)
             drawn.set_layout_engine("none")  # the layout is found once
     plt.close(drawn)
     return drawn
+
+
+def _is_quick(table: Path) -> bool:
+    """Whether a table lies in the run folder of a quick study: <study>-quick/seed-N/figures/."""
+    folders = table.absolute().parent.parts[-3:]
+    return len(folders) == 3 and folders[0].endswith("-quick") and folders[1].startswith("seed-")
 
 
 def fingerprint(table: Path, width: str = "text") -> str:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 
 from nt_utils.plots.style import COLOURS, GREY, counts, figure, interval, ordered, panels, percent
 
@@ -34,6 +33,8 @@ def agreement(table: pd.DataFrame) -> Figure:
 
     Columns a, b, share, jaccard, chance, spearman, n, prompts. One set size; the diagonal is one definition on both halves.
     """
+    import seaborn as sns
+
     names = ordered(table["a"])
     drawn, axes = panels(1, 2, height=3.9, sharey=True)
     overlap, chance, ranks = (_square(table, names, c) for c in ("jaccard", "chance", "spearman"))
@@ -84,6 +85,8 @@ def agreement_sites(table: pd.DataFrame) -> Figure:
 
     Columns definition, layer, kind, share, spearman.
     """
+    import seaborn as sns
+
     names, layers = ordered(table["definition"]), table["layer"].nunique()
     drawn, axes = panels(2, 1, height=0.27 * 2 * len(names) + 1.6)
     places = table.assign(site=table["layer"].astype(str) + " " + table["kind"])

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 
 from nt_utils.plots.style import COLOURS, GREY, counts, figure, interval, ordered, panels, percent
 
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
 @figure
 def where(table: pd.DataFrame) -> Figure:
     """Notebook 01: share of each projection's neurons that a rule chooses. Columns: rule, layer, kind, share, count."""
+    import seaborn as sns
+
     rules = ordered(table["rule"])
     layers = table["layer"].nunique()
     drawn, axes = panels(1, len(rules), height=min(6.5, 1.7 + 0.24 * layers), sharey=True)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 
 from nt_utils.plots.style import COLOURS, GREY, counts, figure, interval, ordered, panels, percent
 
@@ -19,6 +18,8 @@ GROUPS = {"none": "#000000", "chosen": COLOURS[1], "control": COLOURS[0]}
 @figure
 def modulation_spread(table: pd.DataFrame) -> Figure:
     """Notebook 05: share of each projection's neurons that are modulated. Columns: role, layer, kind, count, share."""
+    import seaborn as sns
+
     roles, layers = ordered(table["role"]), table["layer"].nunique()
     drawn, axes = panels(1, len(roles), height=min(6.5, 1.5 + 0.26 * layers), sharey=True)
     top = max(100 * float(table["share"].max()), 1e-9)
@@ -107,6 +108,8 @@ def modulation_dial(table: pd.DataFrame) -> Figure:
     Columns: n_safety, n_utility, strength and one column a rate ("unseen ASR", "over-refusal", "utility", with
     "<rate> n"); the first row is the untouched model.
     """
+    import seaborn as sns
+
     names = [c.removesuffix(" n") for c in table.columns if c.endswith(" n")]
     base = table.iloc[0]
     full = table[table["strength"] == table["strength"].max()]

@@ -103,6 +103,11 @@ def fit(drawn: Figure) -> None:
         drawn.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)))
 
 
+def watermark(drawn: Figure, words: str) -> None:
+    """Words across a figure, behind which everything can still be read."""
+    drawn.text(0.5, 0.5, words, ha="center", va="center", rotation=20, fontsize=26, color=GREY, alpha=0.22, zorder=10)
+
+
 def percent(axis) -> None:
     """Ticks of shares as percent."""
     axis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))

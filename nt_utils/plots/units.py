@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 
 from nt_utils.plots.style import COLOURS, GREY, counts, figure, interval, ordered, panels, percent
 
@@ -20,6 +19,8 @@ CATEGORY_COLOURS = {"SCU": COLOURS[1], "UCU": COLOURS[0], "CU": COLOURS[3], "RU"
 @figure
 def units_where(table: pd.DataFrame) -> Figure:
     """Notebook 03: share of each layer's units in each category. Columns: layer, unit, category, count, units, share."""
+    import seaborn as sns
+
     kinds = ordered(table["unit"])
     layers = table["layer"].nunique()
     drawn, axes = panels(1, len(kinds), height=min(6.5, 1.6 + 0.26 * layers), sharey=True)
