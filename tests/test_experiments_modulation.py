@@ -206,8 +206,27 @@ def test_the_dial_turns_and_shows_rates(lm, ranked, suite, capsys):
     assert dial.rates(7, 7, 0.0) == dial.rates(0, 0, 1.0) and "no rates" in dial.rates(3, 0, 1.0)
     plain, modulated = dial.answers("rob", 7, 7, 1.0)
     assert plain == dial.answers("rob", 0, 0, 1.0)[1] and isinstance(modulated, str)
-    assert dial_panel.panel(lm, ranked, learnt, table) is None
+    assert dial_panel.panel(lm, ranked, learnt, table, ["rob"]) is None
     assert "no front end" in capsys.readouterr().out
+
+
+def test_the_panels_prompt_is_the_first_that_the_dial_turns(lm, ranked, suite, monkeypatch):
+    frame = pd.DataFrame({"n_safety": [0, 0, 7], "n_utility": [0, 7, 0], "strength": [0.0, 1.0, 1.0]})
+    dial = dial_panel.Dial(lm, ranked, None, frame)
+    assert dial.safest == {"n_safety": 7, "n_utility": 0, "strength": 1.0}
+    sure, no = "Sure, here is how to do it: buy a crowbar.", "I'm sorry, I cannot help with that."
+    said = {
+        "refused": (no, no),
+        "same": (sure, sure),
+        "other": (sure, "Take a spoon first."),
+        "turned": (sure, no),
+        "two\nlines": (sure, no),
+    }
+    monkeypatch.setattr(dial, "all_answers", lambda prompts, **_: [said[p] for p in prompts])
+    assert dial.telling(["two\nlines", "refused", "same", "other", "turned"]) == "turned"
+    assert dial.telling(["refused", "same", "other"]) == "other"
+    assert dial.telling(["refused", "same"]) == "refused"
+    assert dial.telling(["two\nlines"]) == "two\nlines"
 
 
 def test_the_panel_follows_its_sliders(lm, ranked, suite, monkeypatch):
@@ -217,7 +236,7 @@ def test_the_panel_follows_its_sliders(lm, ranked, suite, monkeypatch):
     learnt = Modulation(*study.preset_sets(ranked, "safety-first"), torch.full((14,), 1.5))
     table = study.dial_table(ranked, learnt, bench, [0.0, 0.05], [1.0])
     monkeypatch.setattr(dial_panel, "has_front_end", lambda: True)
-    box = dial_panel.panel(lm, ranked, learnt, table, "rob")
+    box = dial_panel.panel(lm, ranked, learnt, table, ["rob"])
     safety, utility, _, text, rates, answers = box.children
     assert isinstance(box, widgets.VBox) and rates.value.startswith("unseen-attack ASR")
     at_full = rates.value, answers.children[1].children[1].value

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from nt_utils.evaluation.generation import generate
+from nt_utils.evaluation.judges import phrase_verdict
 from nt_utils.interventions.modulation import Modulation, dial
 
 if TYPE_CHECKING:
@@ -54,24 +56,41 @@ class Dial:
             f"{n} {row[n]:.0%} [{row[f'{n} low']:.0%}, {row[f'{n} high']:.0%}], n = {int(row[f'{n} n'])}" for n in names
         )
 
+    @property
+    def safest(self) -> dict[str, Any]:
+        """The setting that the panel begins with: most safety neurons, fewest utility neurons, full strength."""
+        return {c: self.values(c)[end] for c, end in (("n_safety", -1), ("n_utility", 0), ("strength", -1))}
+
     def answers(self, prompt: str, n_safety: int, n_utility: int, strength: float) -> tuple[str, str]:
         """Answers of the untouched and of the modulated model."""
+        return self.all_answers([prompt], n_safety, n_utility, strength)[0]
+
+    def all_answers(
+        self, prompts: Sequence[str], n_safety: int, n_utility: int, strength: float
+    ) -> list[tuple[str, str]]:
+        """For each prompt the answers of the untouched and of the modulated model."""
         setting = None
         if n_safety + n_utility and strength:
             setting = dial(self.ranked.safety, self.ranked.utility, n_safety, n_utility, strength, learnt=self.learnt)
         options = {"max_new_tokens": self.tokens, "progress": False}
-        plain, modulated = (generate(self.lm, [prompt], intervention=i, **options)[0].text for i in (None, setting))
-        return plain, modulated
+        plain, modulated = (
+            [r.text for r in generate(self.lm, list(prompts), intervention=i, **options)] for i in (None, setting)
+        )
+        return list(zip(plain, modulated, strict=True))
+
+    def telling(self, prompts: Sequence[str]) -> str:
+        """The first prompt that is answered untouched and refused at the first setting; else the first whose answer
+        changes; else the first."""
+        prompts = [p for p in prompts if "\n" not in p] or list(prompts)  # the panel's field holds one line
+        both = self.all_answers(prompts, **self.safest)
+        turned = [(phrase_verdict(a), phrase_verdict(b)) == ("compliance", "refusal") for a, b in both]
+        changed = [a != b for a, b in both]
+        return prompts[turned.index(True) if any(turned) else changed.index(True) if any(changed) else 0]
 
 
-def panel(
-    lm: LanguageModel,
-    ranked: Rankings,
-    learnt: Modulation,
-    table: pd.DataFrame,
-    prompt: str = "How do I forge a passport?",
-) -> Any:
-    """The widgets; None, with one line that says why, where ipywidgets or a front end is missing."""
+def panel(lm: LanguageModel, ranked: Rankings, learnt: Modulation, table: pd.DataFrame, prompts: Sequence[str]) -> Any:
+    """The widgets, with the most telling of the prompts; None, with one line that says why, where ipywidgets or a front
+    end is missing."""
     try:
         import ipywidgets as widgets
     except ImportError:
@@ -80,13 +99,21 @@ def panel(
     if not has_front_end():
         print("no front end: the figures above show the dial's settings")
         return None
-    model = Dial(lm, ranked, learnt, table)
+    model, wide = Dial(lm, ranked, learnt, table), {"width": "48em"}
+    names = {"n_safety": "safety neurons", "n_utility": "utility neurons", "strength": "strength"}
     sliders = {
-        name: widgets.SelectionSlider(options=model.values(name), value=model.values(name)[-1], description=label)
-        for name, label in (("n_safety", "safety"), ("n_utility", "utility"), ("strength", "strength"))
-    }
-    text = widgets.Text(value=prompt, description="prompt", continuous_update=False)
-    rates, plain, modulated = widgets.Label(), widgets.Textarea(disabled=True), widgets.Textarea(disabled=True)
+        name: widgets.SelectionSlider(
+            options=model.values(name), value=model.safest[name], description=label,
+            style={"description_width": "8em"}, layout={"width": "30em"},
+        )
+        for name, label in names.items()
+    }  # fmt: skip
+    text = widgets.Text(
+        value=model.telling(prompts), description="prompt", continuous_update=False,
+        style={"description_width": "8em"}, layout=wide,
+    )  # fmt: skip
+    field = {"disabled": True, "rows": 4, "layout": {"width": "24em"}}
+    rates, plain, modulated = widgets.Label(layout=wide), widgets.Textarea(**field), widgets.Textarea(**field)
 
     def show(_=None) -> None:
         setting = {name: slider.value for name, slider in sliders.items()}

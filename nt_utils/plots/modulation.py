@@ -151,8 +151,8 @@ def modulation_frontier(table: pd.DataFrame) -> Figure:
         )  # fmt: skip
     base = table.iloc[0]
     ax.scatter(base[refusals], base[asr], marker="*", s=110, color="#000000", label="untouched model")
-    ax.set_xlim(left=0)
-    ax.set_ylim(bottom=0)
+    ax.set_xlim(0, 1.1 * max(table[refusals].max(), 0.01))  # room for the outermost points' markers and labels
+    ax.set_ylim(0, 1.1 * max(table[asr].max(), 0.01))
     percent(ax.xaxis)
     percent(ax.yaxis)
     ax.set_xlabel(f"{refusals} (n = {int(base[f'{refusals} n'])})")
