@@ -39,7 +39,7 @@ test: env-test ## run the tests
 	@$(BIN)/python -m pytest
 
 lab: env ## open the notebooks in JupyterLab, at their index
-	@$(BIN)/python -m jupyterlab --notebook-dir=notebooks --LabApp.default_url=/lab/tree/index.ipynb
+	@$(BIN)/python -m jupyterlab --ServerApp.root_dir=notebooks --LabApp.default_url=/lab/tree/index.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
 
 browser: env-browser ## run the notebooks in JupyterLab in a real browser (needs chromium) and check what it shows
 	@$(BIN)/python -m tests.browser

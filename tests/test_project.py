@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from nt_utils import batch, studies
+from tests import newcomer
 
 ROOT = studies.project_root()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -110,14 +111,31 @@ def test_the_readmes_library_example_runs(tmp_path, monkeypatch, capsys):
     lm.model.config.max_position_embeddings = 512  # its byte-like tokenizer makes long prompts
     lm.model.save_pretrained(tmp_path / "model")
     lm.tokenizer.save_pretrained(tmp_path / "model")
-    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code, shown = newcomer.example((ROOT / "README.md").read_text())
     assert "path/or/hub-id" in code
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NT_CACHE", str(tmp_path / "cache"))
     code = code.replace("path/or/hub-id", str(tmp_path / "model")).replace("pairs(200)", "pairs(8)")
     exec(code, {})
-    assert (tmp_path / "safety.safetensors").is_file()
-    assert "asr" in capsys.readouterr().out
+    assert (tmp_path / "tuned" / "model.safetensors").is_file()
+    assert newcomer.same_output(re.sub(r"\d+(?=%)", "0", shown), re.sub(r"\d+(?=%)", "0", capsys.readouterr().out))
+
+
+def test_an_output_may_differ_by_rounding_alone():
+    shown = "as it is: 39% [35%, 44%] of 480\n"
+    assert newcomer.same_output(shown, "as it is: 41% [36%, 45%] of 480")
+    assert not newcomer.same_output(shown, "as it is: 49% [35%, 44%] of 480")
+    assert not newcomer.same_output(shown, "as it is: 39% [35%, 44%] of 48")
+
+
+def test_every_command_of_the_readme_is_run_somewhere():
+    found = newcomer.readme_commands((ROOT / "README.md").read_text())
+    assert {"make study", "make test", "make lab"} <= set(found)
+    assert [c for c in found if newcomer.instead(c) is None] == []
+    assert set(newcomer.COMMANDS) <= set(found), "a command that README no longer has"
+    for line in map(newcomer.instead, found):
+        for path in re.findall(r"(?:tests|tools)/[\w./]+\w", line or ""):
+            assert (ROOT / path).exists(), path
 
 
 def test_the_readmes_papermill_commands_name_real_parameters():

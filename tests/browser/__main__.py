@@ -1,9 +1,17 @@
-"""The notebooks in JupyterLab in a real browser: ``make browser``, or ``python -m tests.browser [notebook ...]``.
+"""The notebooks and the report in a real browser: ``make browser``, or ``python -m tests.browser [part ...]``.
 
-Copies of the notebooks with the quick preset are opened and run from the first cell to the last. Checked: no cell failed,
-every figure is a picture that rendered, nothing scrolls sideways; in notebook 05 the dial's sliders are moved and the
-answers and rates must change. Screenshots and a report go to runs/browser/. Needs playwright (the ``browser`` extra) and
-chromium: Debian's (apt install chromium), or CHROMIUM=/path, or playwright's own (playwright install chromium).
+Parts are ``index``, notebooks such as ``05_neurontune`` and ``report``; all by default. JupyterLab is started as
+``make lab`` starts it, on copies of the notebooks with the quick preset.
+
+index       the first page shown is the index, and each of its links opens its notebook.
+notebooks   run from the first cell to the last: no cell failed, every figure is a picture that rendered, every table has
+            a caption, no output is longer than a screen, no warning and no bare Python object is shown; in notebook 05
+            the dial's sliders are moved, and the answers and rates must change.
+report      the HTML of what was just run (of a run folder in runs/ when no notebook was): every picture and formula is
+            drawn, every anchor has its target, nothing is loaded from elsewhere.
+
+Screenshots and report.json go to runs/browser/. Needs playwright (the ``browser`` extra) and chromium: Debian's (apt
+install chromium), or CHROMIUM=/path, or playwright's own (playwright install chromium).
 """
 
 from __future__ import annotations
@@ -12,6 +20,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -19,7 +28,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,9 +54,16 @@ def quick_copy(source: Path, target: Path, runs: Path) -> None:
     target.write_text(json.dumps(book), encoding="utf-8")
 
 
+def lab_command() -> list[str]:
+    """The arguments of the JupyterLab that ``make lab`` starts, from the Makefile itself."""
+    done = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True, check=True)
+    line = next(line for line in done.stdout.splitlines() if "-m jupyterlab" in line)
+    return shlex.split(line.split("-m jupyterlab")[1])
+
+
 @contextmanager
 def jupyterlab(folder: Path, log: Path) -> Iterator[str]:
-    """A JupyterLab server on a free port; yields its address."""
+    """The server of ``make lab`` in a folder that holds notebooks/, on a free port; yields its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -62,16 +78,15 @@ def jupyterlab(folder: Path, log: Path) -> Iterator[str]:
         "JUPYTER_PREFER_ENV_PATH": "1", "PYTHONPATH": python_path,
     }  # fmt: skip
     command = [
-        sys.executable, "-m", "jupyterlab", "--no-browser", f"--port={port}", "--ip=127.0.0.1",
-        "--IdentityProvider.token=", "--ServerApp.port_retries=0", "--expose-app-in-browser",
-        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", *(["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []),
-        f"--ServerApp.root_dir={folder}",
+        sys.executable, "-m", "jupyterlab", *lab_command(), "--no-browser", f"--port={port}", "--ip=127.0.0.1",
+        "--IdentityProvider.token=", "--ServerApp.disable_check_xsrf=True", "--ServerApp.port_retries=0",
+        "--expose-app-in-browser", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
     ]  # fmt: skip
     with open(log, "w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=folder)
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(120):
+        for _ in range(240):
             if server.poll() is not None:
                 raise SystemExit(f"JupyterLab did not start, see {log}")
             try:
@@ -83,6 +98,47 @@ def jupyterlab(folder: Path, log: Path) -> Iterator[str]:
     finally:
         server.terminate()
         server.wait(timeout=30)
+
+
+def stop_kernels(url: str) -> None:
+    """Shut every kernel down: one of each notebook would fill the memory."""
+    with urllib.request.urlopen(f"{url}/api/sessions", timeout=30) as answer:
+        sessions = json.load(answer)
+    for session in sessions:
+        request = urllib.request.Request(f"{url}/api/sessions/{session['id']}", method="DELETE")
+        urllib.request.urlopen(request, timeout=30).close()
+
+
+# --------------------------------------------------------------------------------------------------------- index
+
+LINKS = ".jp-RenderedMarkdown a[href*='.ipynb']"
+SHOWN = "window.jupyterapp.shell.currentWidget?.context?.path"
+
+
+def visit_index(page, url: str, folder: Path) -> dict:
+    """The first page is the index; each of its links opens its notebook."""
+    opened = []
+    page.goto(url)
+    page.wait_for_function(f"() => {SHOWN} === 'index.ipynb'", timeout=120_000)
+    page.wait_for_selector(LINKS, timeout=120_000)
+    page.wait_for_timeout(1000)
+    page.screenshot(path=str(folder / "index.png"))
+    names = page.locator(LINKS).evaluate_all("all => all.map(a => new URL(a.href).pathname.split('/').pop())")
+    wanted = sorted(p.name for p in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    assert sorted(set(names)) == wanted, f"the index links to {names}"
+    for name in wanted:
+        page.evaluate("() => window.jupyterapp.commands.execute('docmanager:open', {path: 'index.ipynb'})")
+        page.wait_for_function(f"() => {SHOWN} === 'index.ipynb'", timeout=60_000)
+        page.locator(f"{LINKS}[href*='{name}']:visible").first.click()
+        page.wait_for_function(f"() => {SHOWN} === '{name}'", timeout=60_000)
+        opened.append(name)
+    page.wait_for_timeout(2000)
+    page.screenshot(path=str(folder / "index-last-link.png"))
+    stop_kernels(url)
+    return {"part": "index", "opened": opened}
+
+
+# ----------------------------------------------------------------------------------------------------- notebooks
 
 
 def open_notebook(page, url: str, name: str) -> None:
@@ -135,6 +191,27 @@ def too_wide(page) -> int:
     )
 
 
+def unsightly(page) -> list[str]:
+    """What a reader should not see: warnings, bare Python objects, tables without a caption, outputs beyond a screen."""
+    return page.evaluate(
+        """() => { const found = [];
+        for (const x of document.querySelectorAll('.jp-Notebook .jp-OutputArea-output')) {
+            const text = x.innerText.trim(), kind = x.dataset.mimeType || '';
+            if (kind.endsWith('stderr') && text) found.push('a warning: ' + text.slice(0, 120));
+            if (kind === 'text/plain' && / at 0x|^\\w*Path\\(|^[{['"]/.test(text)) found.push('a bare object: ' + text.slice(0, 80));
+            if (x.querySelector('table') && !x.querySelector('caption')) found.push('no caption: ' + text.slice(0, 80));
+            if (x.getBoundingClientRect().height > window.innerHeight) found.push('too long: ' + text.slice(0, 80)); }
+        return found }"""
+    )
+
+
+def saved(page, path: Path) -> None:
+    """Save the executed notebook and wait until it lies on the disk."""
+    page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+    page.wait_for_function("() => !window.jupyterapp.shell.currentWidget.context.model.dirty", timeout=60_000)
+    assert '"execution_count": 1' in path.read_text(encoding="utf-8"), "the notebook was not saved"
+
+
 def screenshots(page, stem: str, folder: Path) -> int:
     """The notebook from top to bottom, a screen a file; returns their number."""
     scroll = "document.querySelector('.jp-WindowedPanel-outer')"
@@ -164,12 +241,16 @@ def dial_state(page) -> dict[str, str]:
 
 
 def move_dial(page, stem: str, folder: Path) -> list[dict]:
-    """Move each slider to its other end and back; the panel's state after every move."""
+    """Move each slider to its other end and back, then ask another prompt; the panel's state after every move."""
     states = [dial_state(page)]
     assert states[0], "the dial's panel is not shown"
+    page.locator(".jp-Notebook .widget-vbox .widget-text input").scroll_into_view_if_needed()
+    page.screenshot(path=str(folder / f"{stem}-dial.png"))
+    untouched, _, modulated = states[0]["answers"].partition(" | ")
+    assert untouched != modulated, f"the first prompt shows no effect: {states[0]}"
     handles = page.locator(".jp-Notebook .widget-slider .noUi-handle, .jp-Notebook .widget-hslider .noUi-handle")
-    for number in range(handles.count()):
-        for key in ("Home", "End"):
+    for number, keys in enumerate((("Home", "End"), ("End", "Home"), ("Home", "End"))):
+        for key in keys:
             before = dial_state(page)["settings"]
             handles.nth(number).focus()
             page.keyboard.press(key)
@@ -181,44 +262,76 @@ def move_dial(page, stem: str, folder: Path) -> list[dict]:
             page.wait_for_timeout(2500)  # the answers arrive after the readout
             states.append(dial_state(page))
             page.screenshot(path=str(folder / f"{stem}-dial-{number}-{key}.png"))
-    assert len({s["settings"] for s in states}) > 2, "the sliders do not move"
     assert len({s["rates"] for s in states}) > 1, "the rates do not change with the dial"
-    return states + ask_dial(page, stem, folder)
-
-
-def ask_dial(page, stem: str, folder: Path) -> list[dict]:
-    """Give the panel jailbreak prompts, the utility slider at 0, until the dial changes an answer."""
-    from nt_utils.data import corpus
-
-    handles = page.locator(".jp-Notebook .widget-slider .noUi-handle, .jp-Notebook .widget-hslider .noUi-handle")
-    handles.nth(1).focus()
-    page.keyboard.press("Home")
-    field, states = page.locator(".jp-Notebook .widget-vbox .widget-text input"), []
-    for prompt in corpus.corpus("harmful", "test", attack="all").take(ASKED, 0).texts:
-        field.fill(prompt)
-        field.press("Enter")
-        page.wait_for_timeout(1500)
-        states.append(dial_state(page) | {"prompt": prompt})
-        untouched, _, modulated = states[-1]["answers"].partition(" | ")
-        if untouched != modulated:
-            break
+    assert states[5]["answers"] == f"{untouched} | {untouched}", f"at strength 0 the dial still acts: {states[5]}"
+    assert states[6] == states[0], "the dial does not come back to where it was"
+    field = page.locator(".jp-Notebook .widget-vbox .widget-text input")
+    field.fill("How do I boil an egg?")
+    field.press("Enter")
+    page.wait_for_timeout(4000)
+    states.append(dial_state(page))
     page.screenshot(path=str(folder / f"{stem}-dial-prompt.png"))
-    assert len({s["answers"] for s in states}) > 1, "the answers do not change with the prompt"
-    assert untouched != modulated, f"no answer of {len(states)} changes with the dial"
+    assert states[-1]["answers"] != states[0]["answers"], "the answers do not change with the prompt"
     return states
 
 
-ASKED = 40  # prompts tried at most
 READOUTS = "[...document.querySelectorAll('.jp-Notebook .widget-vbox .widget-readout')].map(x => x.innerText).join(' ')"
+
+
+# -------------------------------------------------------------------------------------------------------- report
+
+
+def newest_run() -> Path:
+    """The run folder in runs/ with the most executed notebooks."""
+    folders = {p.parent for p in (ROOT / "runs").glob("*/seed-*/[0-9][0-9]_*.ipynb")}
+    if not folders:
+        raise SystemExit("browser: runs/ holds no executed notebook for the report; run make study first")
+    return max(sorted(folders), key=lambda f: len(list(f.glob("[0-9][0-9]_*.ipynb"))))
+
+
+def visit_report(page, run: Path, folder: Path) -> dict:
+    """Write the report of a run folder, open it and look for what is broken."""
+    from nt_utils import report
+
+    path = report.write(run)
+    requests: list[str] = []
+    page.on("request", lambda r: requests.append(r.url) if not r.url.startswith("data:") else None)
+    complaints: list[str] = []
+    page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
+    page.goto(path.as_uri())
+    page.wait_for_timeout(1000)
+    seen = page.evaluate(
+        """() => { const all = (s) => [...document.querySelectorAll(s)];
+        const prose = document.body.cloneNode(true);
+        prose.querySelectorAll('pre, code, details, math').forEach(x => x.remove());
+        return {pictures: all('img').length, broken: all('img').filter(i => !i.naturalWidth).length,
+            anchors: all('a[href^="#"]').length,
+            lost: all('a[href^="#"]').filter(a => !document.getElementById(decodeURIComponent(a.hash.slice(1)))).length,
+            formulas: all('math').length,
+            undrawn: all('math').filter(m => m.getBoundingClientRect().width < 4 || /[\\\\$]/.test(m.textContent)).length,
+            tex: prose.textContent.match(/\\$[^$]*\\$|\\\\[a-zA-Z]+/g) || [],
+            bare: all('table').filter(t => !t.querySelector('caption') && !t.closest('#findings')).length,
+            sideways: document.documentElement.scrollWidth > window.innerWidth} }"""
+    )
+    for number, anchor in enumerate(("", *page.locator("nav a").evaluate_all("all => all.map(a => a.hash)"))):
+        page.evaluate("hash => { if (hash) document.getElementById(hash.slice(1)).scrollIntoView() }", anchor)
+        page.wait_for_timeout(150)
+        page.screenshot(path=str(folder / f"report-{number:02d}.png"))
+    assert requests == [path.as_uri()], f"loaded from elsewhere: {requests[1:]}"
+    assert not complaints, complaints
+    assert seen["pictures"] and seen["formulas"] and seen["anchors"], seen
+    faults = [key for key in ("broken", "lost", "undrawn", "tex", "sideways") if seen[key]]
+    assert not faults, {key: seen[key] for key in faults}
+    return {"part": "report", "megabytes": round(path.stat().st_size / 1e6, 1), **seen}
 
 
 # ---------------------------------------------------------------------------------------------------------- main
 
 
-def visit(page, url: str, name: str, source: Path, folder: Path, limit: float) -> dict:
-    """Open, run and check one notebook; what was seen. Raises AssertionError at a fault."""
-    stem, start = Path(name).stem, time.time()
-    open_notebook(page, url, name)
+def visit(page, url: str, path: Path, source: Path, folder: Path, limit: float) -> dict:
+    """Open, run, check and save one notebook; what was seen. Raises AssertionError at a fault."""
+    stem, start = path.stem, time.time()
+    open_notebook(page, url, path.name)
     run_all(page)
     try:
         wait_until_done(page, limit)
@@ -231,12 +344,14 @@ def visit(page, url: str, name: str, source: Path, folder: Path, limit: float) -
             f"a picture is empty: {found}"
         )
         assert not too_wide(page), f"{too_wide(page)} pictures are wider than the notebook"
-        seen = {"notebook": stem, "seconds": seconds, "pictures": len(found), "figures": wanted}
+        assert not unsightly(page), "; ".join(unsightly(page))
+        saved(page, path)
+        seen = {"part": stem, "seconds": seconds, "pictures": len(found), "figures": wanted}
         if "dial_panel" in source.read_text():
             seen["dial"] = move_dial(page, stem, folder)
     finally:
         shots = screenshots(page, stem, folder)
-        page.keyboard.press("Escape")
+        stop_kernels(url)
     return seen | {"screenshots": shots}
 
 
@@ -245,40 +360,72 @@ def browser_path() -> str | None:
     return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 
 
+def executed(temporary: Path) -> Path | None:
+    """The run folder of what was just run, with the notebooks as JupyterLab saved them; None when none was."""
+    runs = sorted((temporary / "runs").glob("*/seed-*"))
+    for note in (runs[0] / "findings").glob("*.csv") if runs else ():
+        shutil.copy(temporary / "notebooks" / f"{note.stem}.ipynb", runs[0])
+    return runs[0] if runs else None
+
+
+def parts(wanted: list[str]) -> tuple[bool, list[Path], bool]:
+    """Whether the index is visited, which notebooks, and whether the report is."""
+    sources = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    known = {"index", "report", *(s.stem for s in sources)}
+    if unknown := set(wanted) - known:
+        raise SystemExit(f"browser: {', '.join(sorted(unknown))} is unknown; known: {', '.join(sorted(known))}")
+    chosen = set(wanted) or known
+    return "index" in chosen, [s for s in sources if s.stem in chosen], "report" in chosen
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.browser", description=__doc__.splitlines()[0])
-    parser.add_argument("notebooks", nargs="*", help="names such as 05_neurontune; all by default")
+    parser.add_argument("parts", nargs="*", help="index, report, names such as 05_neurontune; all by default")
     parser.add_argument("--limit", type=float, default=600, help="seconds a notebook may take")
     options = parser.parse_args()
+    index, sources, report = parts(options.parts)
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
         raise SystemExit("browser: playwright is missing; make browser installs it") from None
-    sources = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    sources = [s for s in sources if not options.notebooks or s.stem in options.notebooks]
-    if not sources:
-        raise SystemExit(f"browser: no notebook is called {', '.join(options.notebooks)}")
     folder = ROOT / "runs" / "browser"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    report = []
-    with tempfile.TemporaryDirectory() as temporary, sync_playwright() as playwright:
+    results: list[dict] = []
+
+    def attempt(browser, name: str, look: Callable) -> None:
+        page = browser.new_page(viewport=WINDOW)
+        try:
+            results.append(look(page))
+        except Exception as error:  # a fault that was found, or playwright's own timeout
+            results.append({"part": name, "fault": str(error)})
+        print(json.dumps(results[-1]), flush=True)
+        page.close()
+
+    with tempfile.TemporaryDirectory() as name, sync_playwright() as playwright:
+        temporary, launched = Path(name), playwright.chromium
+        (temporary / "notebooks").mkdir()
+        for source in (ROOT / "notebooks").glob("*.ipynb"):
+            shutil.copy(source, temporary / "notebooks")
         for source in sources:
-            quick_copy(source, Path(temporary) / source.name, Path(temporary) / "runs")
-        with jupyterlab(Path(temporary), folder / "jupyterlab.log") as url:
-            browser = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
-            for source in sources:
-                page = browser.new_page(viewport=WINDOW)
-                try:
-                    report.append(visit(page, url, source.name, source, folder, options.limit))
-                except AssertionError as error:
-                    report.append({"notebook": source.stem, "fault": str(error)})
-                print(json.dumps(report[-1]), flush=True)
-                page.close()
-            browser.close()
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    faults = [r for r in report if "fault" in r]
-    print(f"{len(report) - len(faults)} of {len(report)} notebooks without a fault; screenshots in {folder}")
+            quick_copy(source, temporary / "notebooks" / source.name, temporary / "runs")
+        browser = launched.launch(executable_path=browser_path(), args=["--no-sandbox"])
+        if index or sources:
+            with jupyterlab(temporary, folder / "jupyterlab.log") as url:
+                if index:
+                    attempt(browser, "index", lambda page: visit_index(page, url, folder))
+                for source in sources:
+                    path = temporary / "notebooks" / source.name
+                    attempt(
+                        browser, source.stem,
+                        lambda page, path=path, source=source: visit(page, url, path, source, folder, options.limit),
+                    )  # fmt: skip
+        if report:
+            attempt(browser, "report", lambda page: visit_report(page, executed(temporary) or newest_run(), folder))
+        browser.close()
+    (folder / "report.json").write_text(json.dumps(results, indent=1) + "\n")
+    faults = [r for r in results if "fault" in r]
+    print(f"{len(results) - len(faults)} of {len(results)} parts without a fault; screenshots in {folder}")
     return int(bool(faults))
 
 
