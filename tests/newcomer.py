@@ -71,6 +71,8 @@ def instead(command: str, model: str = "{model}") -> str | None:
         for name, local in OFFLINE.items():
             command = command.replace(f" {name}", f" {local.format(model=model)}")
         return f"{command} -p preset quick"
+    if command.startswith("accelerate launch "):
+        return "see tests/test_parallel.py, which runs it with two processes"
     return COMMANDS[command] or command if command in COMMANDS else None
 
 

@@ -1,6 +1,7 @@
 """A plan loads no weights, follows the config, says what is missing, and never shows a token."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -123,3 +124,21 @@ def test_the_command_loads_no_torch_and_shows_no_token():
     assert token not in done.stdout + done.stderr
     assert "a token is there" in done.stdout
     assert plan.main(["--studies", "nope"]) == 1
+
+
+def test_the_readmes_estimate_is_the_plans(offline, monkeypatch, tmp_path):
+    assumed = plan.rates(tmp_path, on_gpu=True)  # a folder where no bench has been
+    monkeypatch.setattr(plan, "rates", lambda *_, **__: assumed)
+    lines = str(plan.make_plan("llama-2-7b-chat", [0], "default", ROOT)).splitlines()
+    last = next(line for line in lines if "largest" in line)
+    peak, hours = re.search(r"largest (\d+ GiB).*about (.*?) a run", last).groups()
+    answers = sum(int(n) for n in re.findall(r"(\d+) answers", "\n".join(lines)))
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for part in (
+        f"{peak} free",
+        f"about {hours} a seed",
+        f"{round(answers, -3) // 1000} thousand answers",
+        "250 TFLOP/s",
+    ):
+        assert part in text, part
+    assert "beside 3 notebooks without an estimate" in last

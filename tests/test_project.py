@@ -118,6 +118,7 @@ def test_the_readmes_library_example_runs(tmp_path, monkeypatch, capsys):
     code = code.replace("path/or/hub-id", str(tmp_path / "model")).replace("pairs(200)", "pairs(8)")
     exec(code, {})
     assert (tmp_path / "tuned" / "model.safetensors").is_file()
+    assert (tmp_path / "safety.safetensors").is_file()
     assert newcomer.same_output(re.sub(r"\d+(?=%)", "0", shown), re.sub(r"\d+(?=%)", "0", capsys.readouterr().out))
 
 
