@@ -1,6 +1,7 @@
 """The project's own files: one list of dependencies, exact pins, one direction of flow."""
 
 import ast
+import json
 import re
 import sys
 import tomllib
@@ -154,6 +155,14 @@ def test_the_index_links_to_every_notebook_and_is_no_step_of_the_study():
     assert set(re.findall(r"\]\((\w+)\.ipynb\)", text)) == set(batch.notebooks(ROOT))
     assert "index" not in batch.notebooks(ROOT)
     assert "/lab/tree/index.ipynb" in (ROOT / "Makefile").read_text()
+
+
+def test_every_notebook_links_to_the_index_and_to_its_neighbours():
+    names = sorted(batch.notebooks(ROOT))
+    for before, name, after in zip(["", *names], names, [*names[1:], ""], strict=False):
+        first = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"][0]
+        links = re.findall(r"\]\((\w+)\.ipynb\)", "".join(first["source"]).splitlines()[-1])
+        assert links == [n for n in ("index", before, after) if n], name
 
 
 def test_one_version_everywhere():
