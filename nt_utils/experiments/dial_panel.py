@@ -113,7 +113,11 @@ def panel(lm: LanguageModel, ranked: Rankings, learnt: Modulation, table: pd.Dat
         style={"description_width": "8em"}, layout=wide,
     )  # fmt: skip
     field = {"disabled": True, "rows": 4, "layout": {"width": "24em"}}
-    rates, plain, modulated = widgets.Label(layout=wide), widgets.Textarea(**field), widgets.Textarea(**field)
+    rates, plain, modulated = (
+        widgets.Label(layout={"width": "60em"}),
+        widgets.Textarea(**field),
+        widgets.Textarea(**field),
+    )
 
     def show(_=None) -> None:
         setting = {name: slider.value for name, slider in sliders.items()}

@@ -144,11 +144,10 @@ def modulation_frontier(table: pd.DataFrame) -> Figure:
             face = "none" if hollow else COLOURS[i]
             label = f"strength {strength:g}{', dominated' if hollow else ''}"
             ax.scatter(part[refusals], part[asr], s=34, facecolor=face, edgecolor=COLOURS[i], label=label)
-    for row in table[~table["dominated"] & (table["strength"] > 0)].itertuples():
-        ax.annotate(
-            _label(row), (table.loc[row.Index, refusals], table.loc[row.Index, asr]), fontsize=7,
-            xytext=(4, 4), textcoords="offset points",
-        )  # fmt: skip
+    best = table[~table["dominated"] & (table["strength"] > 0)]
+    for place, rows in best.groupby([refusals, asr], sort=False):  # settings at one place share a label
+        names = ", ".join(dict.fromkeys(map(_label, rows.itertuples())))
+        ax.annotate(names, place, fontsize=7, xytext=(4, 4), textcoords="offset points")
     base = table.iloc[0]
     ax.scatter(base[refusals], base[asr], marker="*", s=110, color="#000000", label="untouched model")
     ax.set_xlim(0, 1.1 * max(table[refusals].max(), 0.01))  # room for the outermost points' markers and labels
