@@ -39,8 +39,9 @@ def model_of(wildcards):
 
 
 def others(wildcards):
-    """What a comparison compares: the other notebooks of its seed."""
-    if wildcards.notebook not in batch.LAST:
+    """What a comparison compares: the other notebooks of its seed. A quick one runs beside them, for time, and shows what
+    is there by then."""
+    if wildcards.notebook not in batch.LAST or PRESET == "quick":
         return []
     names = [n for n in RUNS[wildcards.folder].notebooks if n not in batch.LAST]
     return expand("runs/{folder}/seed-{seed}/{name}.ipynb", name=names, **wildcards)

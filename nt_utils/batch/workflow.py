@@ -32,6 +32,7 @@ def run_study(names: Sequence[str], seeds: Sequence[int], preset: str, cores: st
     command = [
         sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--directory", str(root),
         "--cores", str(cores), "--nolock", "--ignore-incomplete", "--keep-going", "--quiet", "all",
+        "--scheduler", "greedy",  # the notebook with the largest file first: about the longest first
         "--config", f"studies={','.join(names)}", f"seeds={','.join(map(str, seeds))}", f"preset={preset}",
     ]  # fmt: skip
     start = time.time()
