@@ -99,7 +99,7 @@ def findings_over_seeds(findings: pd.DataFrame) -> pd.DataFrame:
 def table_over_seeds(tables: Sequence[pd.DataFrame], keys: Sequence[str]) -> pd.DataFrame:
     """Rows with the same keys averaged over seeds: every number its mean; low, high the t interval of ``value``; n the seeds.
 
-    For one table its own rows. The order is the first table's.
+    For one table its own rows. The order is the first table's; a column ``interval`` says what the limits are.
     """
     if len(tables) == 1:
         return tables[0]
@@ -111,7 +111,7 @@ def table_over_seeds(tables: Sequence[pd.DataFrame], keys: Sequence[str]) -> pd.
         column = "value" if "value" in part else "jaccard"
         row[column], row["low"], row["high"], row["n"] = t_interval(part[column])
         rows.append(row | dict(zip(keys, key, strict=True)))
-    found = pd.DataFrame(rows, columns=list(tables[0].columns))
+    found = pd.DataFrame(rows, columns=list(tables[0].columns)).assign(interval="means with 95% t intervals over seeds")
     return found[found["low"].notna()] if "low" in found else found
 
 

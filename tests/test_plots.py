@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -174,6 +175,53 @@ def small_picture(name, table):
         drawn.savefig(file, dpi=40)
     plt.close(drawn)
     return file.getvalue()
+
+
+def test_labels_cover_neither_points_nor_each_other():
+    points = np.array([[0.5, 0.5], [0.56, 0.5], [0.5, 0.56], [0.44, 0.5], [0.9, 0.1]])
+    drawn, axes = plots.style.panels()
+    ax = axes[0, 0]
+    ax.scatter(*points.T)
+    ax.set_xlim(0, 1)
+    ax.set_ylim(0, 1)
+    plots.style.place_labels(ax, points, points[[0, 1, 4]], ["first", "second", "third"])
+    drawn.canvas.draw()
+    boxes = [text.get_window_extent() for text in ax.texts]
+    dots = ax.transData.transform(points)
+    plt.close(drawn)
+    assert [text.get_text() for text in ax.texts] == ["first", "second", "third"]
+    assert not any(box.contains(*dot) for box in boxes for dot in dots)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(ax.bbox.contains(*corner) for box in boxes for corner in (box.min, box.max))
+
+
+@pytest.mark.parametrize("width", plots.WIDTHS)
+def test_a_figure_says_what_its_bars_are(width):
+    """At the foot, or over the legend there; a table over seeds has other intervals."""
+    for name, words in (("effects", "95% Wilson"), ("defences", "dotted: the model without defence")):
+        for table, expected in (
+            (TABLES[name], words),
+            (TABLES[name].assign(interval="t over seeds"), "t over seeds"),
+        ):
+            with plots.style.look(width):
+                drawn = plots.FIGURES[name](table)
+                plots.style.fit(drawn)
+            found = drawn.legends[0].get_title().get_text() if drawn.legends else drawn.get_supxlabel()
+            plt.close(drawn)
+            assert expected in found.replace("\n", " ")
+
+
+def test_rows_of_panels_are_as_high_as_they_have_lines():
+    one = TABLES["effects"]
+    more = pd.concat([one.assign(definition=f"d{i}", intervention="amplified") for i in range(6)])
+    for width, rows in (("text", 2), ("column", 2)):
+        with plots.style.look(width):
+            drawn = plots.FIGURES["effects"](pd.concat([one, more], ignore_index=True))
+        drawn.canvas.draw()
+        heights = [ax.bbox.height for ax in drawn.axes if ax.get_visible()]
+        plt.close(drawn)
+        assert len(heights) == rows
+        assert heights[1] > 1.2 * heights[0]
 
 
 @pytest.mark.parametrize("name", ["dose", "where"])

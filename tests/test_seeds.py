@@ -46,6 +46,7 @@ def test_every_seed_is_shown_with_a_t_interval(tmp_path):
     assert table["defence"].tolist() == ["none", "SN-Tune"]
     assert table.loc[0, "value"] == pytest.approx(np.mean(values))
     assert table["n"].tolist() == [3, 3]
+    assert table["interval"].str.contains("t intervals over seeds").all()
     assert (target / "06_defences.png").is_file()
     before = (target / "findings.csv").read_bytes()
     seeds.aggregate(folders)

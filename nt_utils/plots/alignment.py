@@ -8,14 +8,17 @@ import numpy as np
 import pandas as pd
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Curve
-from matplotlib.ticker import LogLocator, NullFormatter
 
-from nt_utils.plots.style import COLOURS, GREY, counts, figure, interval, ordered, panels, percent
+from nt_utils.plots.style import COLOURS, GREY, counts, figure, interval, note, ordered, panels, percent, rate_rows
 from nt_utils.plots.units import CATEGORY_COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+#: Losses that an axis may name.
+LOSSES = [step * 10.0**power for power in range(-4, 2) for step in (1, 2, 3, 5)]
 
 
 def _colour(arm: str, i: int) -> str:
@@ -50,9 +53,10 @@ def attack_curves(table: pd.DataFrame) -> Figure:
                 ax.set_ylabel(f"{metric}\n({counts(rows)})")
         axes[-1, c].set_xscale("log")
         axes[-1, c].invert_xaxis()
-        axes[-1, c].xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        axes[-1, c].xaxis.set_major_formatter("{x:g}")
-        axes[-1, c].xaxis.set_minor_formatter(NullFormatter())
+        low, high = sorted(axes[-1, c].get_xlim())
+        ticks = [t for t in LOSSES if low <= t <= high]
+        axes[-1, c].set_xticks(ticks, [f"{t:g}" for t in ticks])
+        axes[-1, c].minorticks_off()
         axes[-1, c].set_xlabel("training loss, nats a token (falling)")
     drawn.legend(loc="outside lower center", ncols=3, title="dotted: before fine-tuning; one line a learning rate")
     return drawn
@@ -77,13 +81,10 @@ def attack_points(table: pd.DataFrame) -> Figure:
                 part = rows[rows["compared"] == how]
                 y = np.array([arms.index(a) for a in part["arm"]]) + 0.2 * (i - (len(compared) - 1) / 2)
                 interval(ax, y, part, COLOURS[i], horizontal=True, ms=4, label=how if (r, c) == (0, 0) else None)
-            ax.set_yticks(range(len(arms)), arms)
-            ax.set_ylim(len(arms) - 0.4, -0.6)
-            ax.set_xlim(-0.04, 1.04)
-            percent(ax.xaxis)
             size = f", {counts(rows)}" if len(rows) else ""
-            ax.set_title(f"{metric}\n({name}{size})")
+            rate_rows(ax, arms, f"{metric}\n({name}{size})")
     drawn.legend(loc="outside lower center", ncols=len(compared))
+    note(drawn, "95% Wilson intervals", table)
     return drawn
 
 
@@ -156,11 +157,8 @@ def align_budget(table: pd.DataFrame) -> Figure:
             colour = "#000000" if arm in ("unaligned", "full") else CATEGORY_COLOURS.get(arm, COLOURS[2])
             hollow = {"mfc": "white"} if arm == "unaligned" or "random" in arm else {}
             interval(ax, [i], rows[rows["arm"] == arm], colour, horizontal=True, **hollow)
-        ax.set_yticks(range(len(arms)), [f"{a} ({100 * trained[a]:.0f}% trained)" for a in arms])
-        ax.set_ylim(len(arms) - 0.4, -0.6)
-        ax.set_xlim(-0.04, 1.04)
-        percent(ax.xaxis)
-        ax.set_title(f"{metric}\n({counts(rows)})")
+        rate_rows(ax, [f"{a} ({100 * trained[a]:.0f}% trained)" for a in arms], f"{metric}\n({counts(rows)})")
+    note(drawn, "95% Wilson intervals", table)
     return drawn
 
 
@@ -179,6 +177,7 @@ def direction(table: pd.DataFrame) -> Figure:
         ax.set_title(f"{variant}\n({counts(table)})", fontsize=8)
     axes[0, 0].set_ylabel("cosine with refusal\nminus cosine with compliance")
     drawn.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(models))
+    note(drawn, "bands: 95% intervals over topics", table)
     return drawn
 
 
@@ -195,8 +194,9 @@ def probe(table: pd.DataFrame) -> Figure:
     percent(ax.yaxis)
     ax.set_ylim(top=1.02)
     ax.set_ylabel("probe accuracy")
-    ax.set_title(f"does the aligned model refuse? ({counts(table)}; dotted: the commoner answer)")
-    ax.legend(loc="lower right")
+    ax.set_title(f"does the aligned model refuse? ({counts(table)})")
+    drawn.legend(loc="outside lower center", ncols=2)
+    note(drawn, "95% Wilson intervals; dotted: the commoner answer", table)
     return drawn
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from nt_utils.plots.style import COLOURS, counts, figure, interval, ordered, panels, percent
+from nt_utils.plots.style import COLOURS, counts, figure, interval, ordered, panels, percent, rate_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,11 +28,8 @@ def behaviour(table: pd.DataFrame) -> Figure:
         rows = table[table["model"] == model]
         y = np.array([labels.index(v) for v in rows["label"]]) + 0.16 * (i - (len(models) - 1) / 2)
         interval(ax, y, rows, COLOURS[i], horizontal=True, label=model)
-    ax.set_yticks(range(len(labels)), [label.replace("\n", ": ") for label in labels])
-    ax.invert_yaxis()
-    ax.set_xlim(-0.02, 1.02)
-    percent(ax.xaxis)
-    ax.set_xlabel(f"share of prompts, 95% Wilson interval ({counts(table)})")
+    rate_rows(ax, [label.replace("\n", ": ") for label in labels])
+    ax.set_xlabel(f"share of prompts, 95% Wilson intervals ({counts(table)})")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(models))
     return drawn
 

@@ -8,12 +8,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from nt_utils.plots.style import COLOURS, GREY, counts, figure, interval, ordered, panels, percent
+from nt_utils.plots.style import (
+    COLOURS,
+    GREY,
+    counts,
+    figure,
+    interval,
+    note,
+    ordered,
+    panels,
+    percent,
+    rate_rows,
+)
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.figure import Figure
 
+DRAWS = "several random draws: mean, smallest and largest"
 CONTROLS = ("random", "foundation", "same importance")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
@@ -36,7 +48,7 @@ def agreement(table: pd.DataFrame) -> Figure:
     import seaborn as sns
 
     names = ordered(table["a"])
-    drawn, axes = panels(1, 2, height=3.9, sharey=True)
+    drawn, axes = panels(1, 2, height=4.1, sharey=True)
     overlap, chance, ranks = (_square(table, names, c) for c in ("jaccard", "chance", "spearman"))
     words = overlap.map(lambda v: "" if np.isnan(v) else f"{v:.2f}") + chance.map(
         lambda v: "" if np.isnan(v) else f"\n({v:.2f})"
@@ -47,8 +59,8 @@ def agreement(table: pd.DataFrame) -> Figure:
     share, n, prompts = (table[c].iloc[0] for c in ("share", "n", "prompts"))
     axes[0, 0].set_title(f"Jaccard of the top {100 * share:g}%\n(in brackets: layer-matched chance)")
     axes[0, 1].set_title("rank correlation (Spearman)\nof the scores over the pool")
-    drawn.suptitle(
-        f"means of {n} pairs of disjoint halves of {prompts} prompts; diagonal: a definition with itself", fontsize=8
+    note(
+        drawn, f"means of {n} pairs of disjoint halves of {prompts} prompts; diagonal: a definition with itself", table
     )
     for ax in axes[0]:
         ax.grid(False)
@@ -94,7 +106,7 @@ def agreement_sites(table: pd.DataFrame) -> Figure:
     small = layers <= 8
     for ax, column, title, more in (
         (axes[0, 0], "share", "share of the projection in the set, %", {"cmap": "cividis", "fmt": ".1f", "vmin": 0}),
-        (axes[1, 0], "spearman", "mean rank correlation with the other definitions inside the projection",
+        (axes[1, 0], "spearman", "mean rank correlation with the other definitions inside the projection (blank: constant scores)",
          {"cmap": "vlag", "fmt": ".2f", "vmin": -1, "vmax": 1}),
     ):  # fmt: skip
         grid = places.pivot_table(index="definition", columns="site", values=column, sort=False, dropna=False)
@@ -149,6 +161,7 @@ def effects(table: pd.DataFrame) -> Figure:
             found, labels = ax.get_legend_handles_labels()
             handles |= dict(zip(labels, found, strict=True))
     drawn.legend([handles[s] for s in sets], sets, loc="outside lower center", ncols=len(sets) + 1)
+    note(drawn, f"95% Wilson intervals; {DRAWS}; dotted: the model as it is", table)
     return drawn
 
 
@@ -195,6 +208,7 @@ def dose_definitions(table: pd.DataFrame) -> Figure:
         ax.set_title(f"{metric} ({counts(rows)})")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=4)
+    note(drawn, DRAWS, table)
     return drawn
 
 
@@ -213,8 +227,8 @@ def per_neuron(table: pd.DataFrame) -> Figure:
         ax.axvline(float(chance.iloc[0]) if len(chance) else 0.0, color="black", lw=0.9, ls=":")
         ax.set_title(f"{measure}\n({counts(rows)})", fontsize=8)
         percent(ax.xaxis)
-        ax.set_yticks(range(len(names)), names)
-        ax.set_ylim(len(names) - 0.4, -0.6)
+        rate_rows(ax, names, rates=False)
+    note(drawn, "95% intervals over topics and draws (left) and of the share (right); dotted: chance", table)
     return drawn
 
 
@@ -238,6 +252,7 @@ def defences(table: pd.DataFrame) -> Figure:
             ax.set_xticks([0, 0.5, 1], ["0", "50", "100%"], fontsize=7)
     for ax in list(axes.flat)[len(metrics) :]:
         ax.set_visible(False)
+    note(drawn, "95% intervals; dotted: the model without defence", table)
     return drawn
 
 
@@ -273,8 +288,9 @@ def frontier(table: pd.DataFrame) -> Figure:
         percent(ax.xaxis)
         percent(ax.yaxis)
         ax.set_xlabel(rows["x_label"].iloc[0])
-        ax.set_ylabel(textwrap.fill(rows["y_label"].iloc[0], 44))
+        ax.set_ylabel(textwrap.fill(rows["y_label"].iloc[0], 34))
         ax.set_title(counts(rows))
     handles, labels = axes[0, 0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=3)
+    note(drawn, "95% intervals; pale: the model has lost its usefulness", table)
     return drawn

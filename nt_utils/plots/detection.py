@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from nt_utils.plots.style import COLOURS, GREY, counts, figure, interval, ordered, panels, percent
+from nt_utils.plots.style import (
+    COLOURS,
+    GREY,
+    counts,
+    figure,
+    interval,
+    layer_maps,
+    note,
+    ordered,
+    panels,
+    percent,
+    rate_rows,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,22 +28,9 @@ if TYPE_CHECKING:
 @figure
 def where(table: pd.DataFrame) -> Figure:
     """Notebook 01: share of each projection's neurons that a rule chooses. Columns: rule, layer, kind, share, count."""
-    import seaborn as sns
-
-    rules = ordered(table["rule"])
-    layers = table["layer"].nunique()
-    drawn, axes = panels(1, len(rules), height=min(6.5, 1.7 + 0.24 * layers), sharey=True)
-    top = max(float(table["share"].max()), 1e-9)
-    for ax, rule in zip(axes[0], rules, strict=True):
-        grid = table[table["rule"] == rule].pivot_table(index="layer", columns="kind", values="share", sort=False)
-        sns.heatmap(
-            100 * grid, ax=ax, cmap="cividis", vmin=0, vmax=100 * top, annot=layers <= 12, fmt=".1f",
-            annot_kws={"size": 7}, cbar=rule == rules[-1], cbar_kws={"label": "chosen, % of the projection"},
-        )  # fmt: skip
-        ax.set_title(rule)
+    drawn, axes = layer_maps(table, "rule", "kind", "chosen, % of the projection", lambda rule, _: rule)
+    for ax in axes[0]:
         ax.set_xlabel("projection")
-        ax.set_ylabel("layer" if rule == rules[0] else "")
-        ax.tick_params(axis="y", rotation=0)
     return drawn
 
 
@@ -50,11 +49,8 @@ def deactivation(table: pd.DataFrame) -> Figure:
         for group, part in rows.groupby("group", sort=False):
             y = [conditions.index(c) for c in part["condition"]]
             interval(ax, y, part, colours.get(str(group), GREY), horizontal=True)
-        ax.set_yticks(range(len(conditions)), conditions)
-        ax.set_ylim(len(conditions) - 0.4, -0.6)
-        ax.set_xlim(-0.04, 1.04)
-        percent(ax.xaxis)
-        ax.set_title(f"{metric}\n({counts(rows)})")
+        rate_rows(ax, conditions, f"{metric}\n({counts(rows)})")
+    note(drawn, "95% Wilson intervals; of a mean of draws: 95% t interval over the draws", table)
     return drawn
 
 
@@ -82,6 +78,7 @@ def dose(table: pd.DataFrame) -> Figure:
         ax.set_title(f"{metric}\n({counts(rows)})")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=len(rules))
+    note(drawn, "bands: 95% Wilson intervals; random: mean, smallest and largest draw", table)
     return drawn
 
 
@@ -103,7 +100,7 @@ def languages(table: pd.DataFrame) -> Figure:
     ax.set_xlim(-0.5, len(evaluated) - 0.5)
     ax.set_ylim(-0.03, 1.03)
     percent(ax.yaxis)
-    ax.set_ylabel("direct ASR")
+    ax.set_ylabel("direct ASR\n(95% Wilson intervals)")
     first = table.iloc[0]
     ax.set_title(
         f"overlap of the two sets: Jaccard {first['jaccard']:.2f}, by chance {first['chance']:.2f}; {counts(table)}"
@@ -119,11 +116,12 @@ def stability(table: pd.DataFrame) -> Figure:
     Columns: rule, prompts, value (mean Jaccard over pairs), low, high (middle 95%), n (pairs), chance.
     """
     drawn, axes = panels(height=2.8)
-    ax = axes[0, 0]
+    ax, rules = axes[0, 0], table["rule"].nunique()
     for i, rule in enumerate(ordered(table["rule"])):
         rows = table[table["rule"] == rule].sort_values("prompts")
-        interval(ax, rows["prompts"], rows, COLOURS[i], fmt="o-", label=rule)
-        ax.plot(rows["prompts"], rows["chance"], ":", color=COLOURS[i], lw=1.2)
+        x = rows["prompts"] * 1.03 ** (i - (rules - 1) / 2)
+        interval(ax, x, rows, COLOURS[i], fmt="o-", label=rule)
+        ax.plot(x, rows["chance"], ":", color=COLOURS[i], lw=1.2)
     ax.set_xscale("log")
     ticks = sorted(table["prompts"].unique())
     ax.set_xticks(ticks, [str(t) for t in ticks])

@@ -7,7 +7,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from nt_utils.plots.style import COLOURS, GREY, counts, figure, interval, ordered, panels, percent
+from nt_utils.plots.style import (
+    COLOURS,
+    GREY,
+    counts,
+    figure,
+    interval,
+    layer_maps,
+    note,
+    ordered,
+    panels,
+    percent,
+    place_labels,
+    rate_rows,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,22 +31,12 @@ GROUPS = {"none": "#000000", "chosen": COLOURS[1], "control": COLOURS[0]}
 @figure
 def modulation_spread(table: pd.DataFrame) -> Figure:
     """Notebook 05: share of each projection's neurons that are modulated. Columns: role, layer, kind, count, share."""
-    import seaborn as sns
-
-    roles, layers = ordered(table["role"]), table["layer"].nunique()
-    drawn, axes = panels(1, len(roles), height=min(6.5, 1.5 + 0.26 * layers), sharey=True)
-    top = max(100 * float(table["share"].max()), 1e-9)
-    for ax, role in zip(axes[0], roles, strict=True):
-        rows = table[table["role"] == role]
-        grid = rows.pivot_table(index="layer", columns="kind", values="share", sort=False)
-        sns.heatmap(
-            100 * grid, ax=ax, cmap="cividis", vmin=0, vmax=top, annot=layers <= 12, fmt=".1f", annot_kws={"size": 8},
-            cbar=role == roles[-1], cbar_kws={"label": "modulated, % of the projection"},
-        )  # fmt: skip
-        ax.set_title(f"{role} neurons ({int(rows['count'].sum())})")
+    drawn, axes = layer_maps(
+        table, "role", "kind", "modulated, % of the projection",
+        lambda role, rows: f"{role} neurons ({int(rows['count'].sum())})",
+    )  # fmt: skip
+    for ax in axes[0]:
         ax.set_xlabel("projection")
-        ax.set_ylabel("layer" if role == roles[0] else "")
-        ax.tick_params(axis="y", rotation=0)
     return drawn
 
 
@@ -73,12 +76,9 @@ def _conditions(table: pd.DataFrame, columns: int) -> Figure:
         for group, some in part.groupby("group", sort=False):
             y = [arms.index(a) for a in some["arm"]]
             interval(ax, y, some, GROUPS.get(str(group), GREY), horizontal=True, ms=3.5, capsize=1.8)
-        ax.set_yticks(range(len(arms)), arms)
-        ax.set_ylim(len(arms) - 0.4, -0.6)
-        if metric != "perplexity":
-            ax.set_xlim(-0.04, 1.04)
-            percent(ax.xaxis)
-        ax.set_title(f"{metric}\n({counts(part)})")
+        rate_rows(ax, arms, f"{metric}\n({counts(part)})", metric != "perplexity")
+    draws = "; of a mean of draws: the smallest and the largest" if any(", mean of" in arm for arm in arms) else ""
+    note(drawn, f"95% intervals{draws}; dotted: the untouched model", table)
     return drawn
 
 
@@ -144,20 +144,24 @@ def modulation_frontier(table: pd.DataFrame) -> Figure:
             face = "none" if hollow else COLOURS[i]
             label = f"strength {strength:g}{', dominated' if hollow else ''}"
             ax.scatter(part[refusals], part[asr], s=34, facecolor=face, edgecolor=COLOURS[i], label=label)
-    best = table[~table["dominated"] & (table["strength"] > 0)]
-    for place, rows in best.groupby([refusals, asr], sort=False):  # settings at one place share a label
-        names = ", ".join(dict.fromkeys(map(_label, rows.itertuples())))
-        ax.annotate(names, place, fontsize=7, xytext=(4, 4), textcoords="offset points")
     base = table.iloc[0]
-    ax.scatter(base[refusals], base[asr], marker="*", s=110, color="#000000", label="untouched model")
-    ax.set_xlim(0, 1.1 * max(table[refusals].max(), 0.01))  # room for the outermost points' markers and labels
-    ax.set_ylim(0, 1.1 * max(table[asr].max(), 0.01))
+    ax.scatter(base[refusals], base[asr], marker="*", s=110, color="#000000", label="untouched model", zorder=3)
+    ax.margins(x=0.12, y=0.1)
+    ax.set_ylim(bottom=0)
     percent(ax.xaxis)
     percent(ax.yaxis)
     ax.set_xlabel(f"{refusals} (n = {int(base[f'{refusals} n'])})")
     ax.set_ylabel(f"{asr} (n = {int(base[f'{asr} n'])})")
     ax.set_title("safety + utility neurons of the settings that no other dominates")
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    widths = [100 * (table[f"{rate} high"] - table[f"{rate} low"]).max() for rate in (refusals, asr)]
+    note(drawn, "95% Wilson intervals: at most {:.0f} points wide across, {:.0f} upwards".format(*widths), table)
+    best = table[~table["dominated"] & (table["strength"] > 0)]
+    labels = {  # settings at one place share a label
+        place: ", ".join(dict.fromkeys(map(_label, rows.itertuples())))
+        for place, rows in best.groupby([refusals, asr], sort=False)
+    }
+    place_labels(ax, table[[refusals, asr]].to_numpy(float), np.array(list(labels)), list(labels.values()))
     return drawn
 
 
@@ -179,11 +183,8 @@ def modulation_adaptation(table: pd.DataFrame) -> Figure:
                 interval(
                     ax, y, rows, COLOURS[i], horizontal=True, ms=4, capsize=1.5, mfc=face, label=f"{method}, {stage}"
                 )
-        ax.set_yticks(range(len(names)), names)
-        ax.set_ylim(len(names) - 0.45, -0.55)
-        ax.set_xlim(-0.04, 1.04)
-        percent(ax.xaxis)
-        ax.set_title(f"{metric}\n({counts(table[table['metric'] == metric])})")
+        rate_rows(ax, names, f"{metric}\n({counts(table[table['metric'] == metric])})")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=len(methods))
+    note(drawn, "95% Wilson intervals", table)
     return drawn

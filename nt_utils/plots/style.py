@@ -38,6 +38,14 @@ STYLE: dict[RcKeyType, Any] = {
 }
 #: Width presets in inches with their font sizes: a report's text, one of its two columns, a slide.
 WIDTHS = {"text": (6.8, 9.0), "column": (3.35, 7.0), "slide": (10.0, 13.0)}
+#: Where a label may stand: points right of and above its place, and how it is aligned there.
+SPOTS = (
+    (7, 0, "left", "center"), (-7, 0, "right", "center"), (0, 7, "center", "bottom"), (0, -7, "center", "top"),
+    (6, 6, "left", "bottom"), (6, -6, "left", "top"), (-6, 6, "right", "bottom"), (-6, -6, "right", "top"),
+    (14, 0, "left", "center"), (-14, 0, "right", "center"),
+)  # fmt: skip
+#: Size of the line at a figure's foot, of the font's.
+NOTE = 0.85
 _width = "text"
 
 
@@ -99,8 +107,10 @@ def fit(drawn: Figure) -> None:
         text.set_text("\n".join(textwrap.fill(line, 38) for line in text.get_text().split("\n")))
     for legend in drawn.legends:
         handles, labels = legend.legend_handles, [t.get_text() for t in legend.get_texts()]
+        title = "\n".join(textwrap.fill(line, 50) for line in legend.get_title().get_text().split("\n"))
         legend.remove()
-        drawn.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)))
+        more = {"title": title, "title_fontsize": NOTE * WIDTHS["column"][1]} if title else {}
+        drawn.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)), **more)
 
 
 def watermark(drawn: Figure, words: str) -> None:
@@ -122,6 +132,94 @@ def interval(ax: Axes, x, rows: pd.DataFrame, colour, horizontal: bool = False, 
         ax.errorbar(value, x, xerr=error, **style)
     else:
         ax.errorbar(x, value, yerr=error, **style)
+
+
+def note(drawn: Figure, text: str, table: pd.DataFrame) -> None:
+    """A small line at the foot of a figure that says what its bars and bands are.
+
+    Of a table over seeds (column ``interval``) they are what that column says.
+    """
+    if "interval" in table:
+        text = str(table["interval"].iloc[0])
+    size = NOTE * WIDTHS[_width][1]
+    if drawn.legends:
+        drawn.legends[0].set_title(text, {"size": size})
+    else:
+        drawn.supxlabel(text, fontsize=size)
+
+
+def rate_rows(ax: Axes, labels: Sequence[str], title: str = "", rates: bool = True) -> None:
+    """Axes with one line a label, from the top down; ``rates``: 0 to 100% across."""
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set_ylim(len(labels) - 0.4, -0.6)
+    if rates:
+        ax.set_xlim(-0.04, 1.04)
+        percent(ax.xaxis)
+    if title:
+        ax.set_title(title)
+
+
+def place_labels(ax: Axes, points: np.ndarray, places: np.ndarray, labels: Sequence[str], size: float = 7) -> None:
+    """Write a label beside each place [n, 2], where it covers no point [m, 2] and no earlier label if there is such room.
+
+    Of the spots around a place the first free one is taken, else the one that covers least. Limits must be set before.
+    """
+    drawn = ax.figure.get_figure(root=True)
+    drawn.draw_without_rendering()  # the layout decides where points lie on the page
+    dots = ax.transData.transform(points)
+    pixel, taken = drawn.dpi / 72, list[Any]()
+    for place, label in zip(places, labels, strict=True):
+        found = []
+        for dx, dy, across, up in SPOTS:
+            text = ax.annotate(
+                label,
+                place,
+                (dx, dy),
+                textcoords="offset points",
+                fontsize=size,
+                ha=across,
+                va=up,
+                annotation_clip=False,
+            )
+            box = text.get_window_extent().padded(pixel)
+            near = box.padded(3 * pixel)  # a point has a size
+            covered = sum(box.overlaps(other) for other in taken) + sum(near.contains(*dot) for dot in dots)
+            outside = not (ax.bbox.contains(box.x0, box.y0) and ax.bbox.contains(box.x1, box.y1))
+            found.append((covered + 2 * outside, text, box))
+        best = min(found, key=lambda f: f[0])
+        taken.append(best[2])
+        for _, text, _ in found:
+            if text is not best[1]:
+                text.remove()
+
+
+def layer_maps(
+    table: pd.DataFrame, panel: str, columns: str, label: str, title: Callable[[str, pd.DataFrame], str],
+    fmt: str = ".1f", top: float | None = None,
+) -> tuple[Figure, np.ndarray]:  # fmt: skip
+    """A heat map for each value of the column ``panel``: shares (0 to 1, drawn in percent) by layer and ``columns``.
+
+    Args:
+        label: of the colour bar; title: of a panel, from its name and its rows; top: percent at the end of the colours
+            (None: the largest share).
+    """
+    import seaborn as sns
+
+    names, layers = ordered(table[panel]), table["layer"].nunique()
+    drawn, axes = panels(1, len(names), height=min(6.5, 1.6 + 0.26 * layers), sharey=True)
+    top = max(100 * float(table["share"].max()), 1e-7) if top is None else top
+    for ax, name in zip(axes[0], names, strict=True):
+        rows = table[table[panel] == name]
+        grid = rows.pivot_table(index="layer", columns=columns, values="share", sort=False)
+        sns.heatmap(
+            100 * grid, ax=ax, cmap="cividis", vmin=0, vmax=top, annot=layers <= 12, fmt=fmt, annot_kws={"size": 7.5},
+            cbar=name == names[-1], cbar_kws={"label": label},
+        )  # fmt: skip
+        ax.set_title(title(name, rows))
+        ax.set_xlabel("")
+        ax.set_ylabel("layer" if name == names[0] else "")
+        ax.tick_params(axis="y", rotation=0)
+    return drawn, axes
 
 
 def counts(rows: pd.DataFrame) -> str:

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from nt_utils.plots.style import COLOURS, GREY, counts, figure, interval, ordered, panels, percent
+from nt_utils.plots.style import COLOURS, GREY, counts, figure, interval, note, ordered, panels, percent, rate_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+BANDS = "bands: 95% intervals, of several draws the smallest and the largest"
 
 
 def _look(arms: list[str]) -> dict[str, dict]:
@@ -64,6 +67,7 @@ def sn_steps(table: pd.DataFrame) -> Figure:
         ax.set_xlabel("training steps")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=3)
+    note(drawn, f"marker: the step chosen on the development split; {BANDS}", table)
     return drawn
 
 
@@ -91,6 +95,8 @@ def sn_tradeoff(table: pd.DataFrame) -> Figure:
     axes[0, 0].set_ylabel(harm)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=3)
+    seen = counts(table[table["metric"] != "perplexity"])
+    note(drawn, f"large: the step chosen on the development split; dotted: the harmful score to reach ({seen})", table)
     return drawn
 
 
@@ -109,12 +115,9 @@ def sn_equal(table: pd.DataFrame) -> Figure:
         for arm, part in rows.groupby("arm", sort=False):
             look = looks[arm]
             interval(ax, [arms.index(arm)], part, look["color"], horizontal=True, fmt=look["marker"])
-        ax.set_yticks(range(len(arms)), [f"{arm} (step {steps[arm]:.0f})" for arm in arms])
-        ax.set_ylim(len(arms) - 0.4, -0.6)
-        ax.set_xlim(-0.02, 1.02)
-        percent(ax.xaxis)
-        ax.set_title(f"{metric}\n({counts(rows)})")
-    drawn.supxlabel(f"rate where the harmful score comes down to {table['target'].iloc[0]:.0%}", fontsize=9)
+        rate_rows(ax, [f"{arm} (step {steps[arm]:.0f})" for arm in arms], f"{metric}\n({counts(rows)})")
+    level = f"{table['target'].iloc[0]:.0%}"
+    note(drawn, f"rate where the harmful score comes down to {level}; 95% intervals over topics", table)
     return drawn
 
 
@@ -139,6 +142,7 @@ def sn_sides(table: pd.DataFrame) -> Figure:
         ax.set_xlabel("training steps")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=len(arms))
+    note(drawn, BANDS, table)
     return drawn
 
 
@@ -155,11 +159,9 @@ def sn_wrappers(table: pd.DataFrame) -> Figure:
         colour = looks[state]["color"] if state in looks else "#000000"
         interval(ax, y, rows, colour, horizontal=True, label=state)
     few = table[table["attack"] == attacks[0]]["n"].max()
-    ax.set_yticks(range(len(attacks)), attacks)
-    ax.set_ylim(len(attacks) - 0.4, -0.6)
-    ax.set_xlim(-0.02, 1.02)
-    percent(ax.xaxis)
-    ax.set_xlabel(f"ASR inside wrappers, 95% Wilson interval ({attacks[0]}: n = {few}; {counts(table)})")
+    rate_rows(ax, attacks)
+    classes = counts(table[table["attack"] != attacks[0]]) if len(attacks) > 1 else counts(table)
+    ax.set_xlabel(f"ASR inside wrappers, 95% Wilson intervals ({attacks[0]}: n = {few}; a class: {classes})")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(states))
     return drawn
 
@@ -185,4 +187,5 @@ def rsn_finetuning(table: pd.DataFrame) -> Figure:
         ax.set_xlabel("later fine-tuning steps")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     drawn.legend([h[0] for h in handles], labels, loc="outside lower center", ncols=min(3, len(arms)))
+    note(drawn, "95% Wilson intervals", table)
     return drawn

@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from nt_utils.plots.style import COLOURS, GREY, counts, figure, interval, ordered, panels, percent
+from nt_utils.plots.style import (
+    COLOURS,
+    GREY,
+    counts,
+    figure,
+    interval,
+    layer_maps,
+    note,
+    ordered,
+    panels,
+    percent,
+    rate_rows,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,23 +31,10 @@ CATEGORY_COLOURS = {"SCU": COLOURS[1], "UCU": COLOURS[0], "CU": COLOURS[3], "RU"
 @figure
 def units_where(table: pd.DataFrame) -> Figure:
     """Notebook 03: share of each layer's units in each category. Columns: layer, unit, category, count, units, share."""
-    import seaborn as sns
-
-    kinds = ordered(table["unit"])
-    layers = table["layer"].nunique()
-    drawn, axes = panels(1, len(kinds), height=min(6.5, 1.6 + 0.26 * layers), sharey=True)
-    for ax, kind in zip(axes[0], kinds, strict=True):
-        rows = table[table["unit"] == kind]
-        grid = rows.pivot_table(index="layer", columns="category", values="share", sort=False)
-        sns.heatmap(
-            100 * grid, ax=ax, cmap="cividis", vmin=0, vmax=100, annot=layers <= 12, fmt=".0f", annot_kws={"size": 8},
-            cbar=kind == kinds[-1], cbar_kws={"label": "% of the layer's units"},
-        )  # fmt: skip
-        ax.set_title(f"{str(kind).replace('ffn', 'FFN')}s ({int(rows['units'].max())} a layer)")
-        ax.set_xlabel("")
-        ax.set_ylabel("layer" if kind == kinds[0] else "")
-        ax.tick_params(axis="y", rotation=0)
-    return drawn
+    return layer_maps(
+        table, "unit", "category", "% of the layer's units",
+        lambda kind, rows: f"{kind.replace('ffn', 'FFN')}s ({int(rows['units'].max())} a layer)", fmt=".0f", top=100,
+    )[0]  # fmt: skip
 
 
 @figure
@@ -55,11 +54,8 @@ def units_pruning(table: pd.DataFrame) -> Figure:
             hollow = {"mfc": "white"} if part["group"].iloc[0] == "control" else {}
             interval(ax, [conditions.index(condition)], part, colour, horizontal=True, **hollow)
         labels = [f"{c} ({100 * shares[c]:.3g}%)" if c in CATEGORY_COLOURS else c for c in conditions]
-        ax.set_yticks(range(len(conditions)), labels)
-        ax.set_ylim(len(conditions) - 0.4, -0.6)
-        ax.set_xlim(-0.04, 1.04)
-        percent(ax.xaxis)
-        ax.set_title(f"{metric}\n({counts(rows)})")
+        rate_rows(ax, labels, f"{metric}\n({counts(rows)})")
+    note(drawn, "95% Wilson intervals; of a mean of draws: 95% t interval over the draws", table)
     return drawn
 
 
@@ -77,7 +73,8 @@ def units_growth(table: pd.DataFrame) -> Figure:
         ax.axhline(0, color="black", lw=0.6)
         ax.set_xscale("log")
         ax.set_xlabel("share of the units pruned")
-        ax.xaxis.set_major_formatter(lambda v, _: f"{100 * v:g}%")
+        ticks = sorted(table["share"].unique())
+        ax.set_xticks(ticks, [f"{100 * t:g}%" for t in ticks])
         ax.minorticks_off()
         percent(ax.yaxis)
         ax.set_title(f"{cost} (development split)")
