@@ -106,7 +106,7 @@ def agreement_sites(table: pd.DataFrame) -> Figure:
     small = layers <= 8
     for ax, column, title, more in (
         (axes[0, 0], "share", "share of the projection in the set, %", {"cmap": "cividis", "fmt": ".1f", "vmin": 0}),
-        (axes[1, 0], "spearman", "mean rank correlation with the other definitions inside the projection (blank: constant scores)",
+        (axes[1, 0], "spearman", "mean rank correlation with the other definitions there (blank: constant scores)",
          {"cmap": "vlag", "fmt": ".2f", "vmin": -1, "vmax": 1}),
     ):  # fmt: skip
         grid = places.pivot_table(index="definition", columns="site", values=column, sort=False, dropna=False)
