@@ -137,7 +137,7 @@ def aggregate(folders: Sequence[Path]) -> Path:
         path = target / f"{name}.csv"
         with studies.atomic(path) as tmp:
             table_over_seeds([pd.read_csv(file) for file in files], keys).to_csv(tmp, index=False, float_format="%.6g")
-        plots.draw(path)
+        plots.draw(path, pictures=(".png",) if plots.is_quick(path) else plots.PICTURES)
     return target
 
 

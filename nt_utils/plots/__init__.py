@@ -69,7 +69,7 @@ def draw(table: Path, width: str = "text", folder: Path | None = None, pictures:
     with style.look(width):
         drawn = FIGURES[name](frame)
         style.fit(drawn)
-        if _is_quick(table):
+        if is_quick(table):
             style.watermark(drawn, "quick preset: no result")
         for suffix, extra in metadata.items():
             if suffix not in pictures:
@@ -81,10 +81,9 @@ def draw(table: Path, width: str = "text", folder: Path | None = None, pictures:
     return drawn
 
 
-def _is_quick(table: Path) -> bool:
-    """Whether a table lies in the run folder of a quick study: <study>-quick/seed-N/figures/."""
-    folders = table.absolute().parent.parts[-3:]
-    return len(folders) == 3 and folders[0].endswith("-quick") and folders[1].startswith("seed-")
+def is_quick(table: Path) -> bool:
+    """Whether a table belongs to a quick study: <study>-quick/seed-N/figures/ or <study>-quick/comparison/."""
+    return any(folder.endswith("-quick") for folder in table.absolute().parent.parts[-3:])
 
 
 def fingerprint(table: Path, width: str = "text") -> str:
