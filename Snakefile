@@ -60,7 +60,7 @@ def cores(wildcards):
 
 def needs(wildcards):
     """What a cluster is asked for: worked out from the model's size."""
-    return plan.resources(FILES[RUNS[wildcards.folder].study])
+    return plan.resources(FILES[RUNS[wildcards.folder].study], wildcards.notebook)
 
 
 rule testbed:

@@ -22,6 +22,7 @@ from typing import Any
 from nt_utils import batch, parameters, studies
 from nt_utils.batch.access import cached_file, has_token, is_local
 from nt_utils.batch.step import clock, expected_seconds
+from nt_utils.data.attacks import ATTACKS, FULL_LENGTH
 from nt_utils.errors import InputError, command, gate_message
 
 GIB = 2**30
@@ -29,6 +30,10 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 #: Assumed of one data-centre GPU where runs/bench_gpu.json is missing: half-precision operations a second that a forward
 #: pass reaches, bytes a second of reading weights while generating, and exact scoring over the plain forward pass.
 ASSUMED = {"operations": 2.5e14, "bandwidth": 1.2e12, "scoring": 3.0}
+#: Forward passes that a row takes: of full training (the backward pass has twice the forward's operations), and of a
+#: gradient with frozen weights (half of that backward pass). Training neurons alone is measured against full training
+#: (bench/tuning.py; 0.38 on a CPU, one row of 64 tokens, 200 million parameters), and taken from runs/bench.json if it is there.
+FULL_STEP, GRADIENT, NEURON_STEP = 3.0, 2.0, 0.38
 #: Shape (b) of the bench: tokens of a batch, weights (see bench/setup.py), for the CPU's measured rate.
 SHAPE_B = (4 * 64, 2 * (1024 * (2 * 1024 + 2 * 256) + 3 * 1024 * 2816))
 #: Published numbers of rows, where a set is small enough to matter.
@@ -46,12 +51,18 @@ GENERATED_AT_ONCE = 32  # assumed rows of a generation batch
 
 @dataclass(frozen=True)
 class Model:
-    """What a config says of a model: parameters (about), layers, bytes of its key-value cache a token; where it was read."""
+    """What a config says of a model.
+
+    count  parameters (about); cache: values of its key-value cache a token; layers; pool: FFN neurons and o_proj inputs
+    where  it was read
+    """
 
     name: str
     count: float
     cache: float
     widest: int
+    layers: int
+    pool: int
     where: str
 
     def weights(self, dtype: str) -> float:
@@ -107,7 +118,8 @@ def sizes(name: str, config: Mapping[str, Any], where: str) -> Model:
     matrices = 2 if config.get("model_type") in ("gpt2", "gpt_neox") else 3
     layer = hidden * (2 * heads * head + 2 * keys * head) + matrices * hidden * inner
     tables = (1 if config.get("tie_word_embeddings") else 2) * vocabulary * hidden
-    return Model(name, layers * layer + tables, 2 * layers * keys * head, max(vocabulary, inner), where)
+    pool = layers * (inner + heads * head)
+    return Model(name, layers * layer + tables, 2 * layers * keys * head, max(vocabulary, inner), layers, pool, where)
 
 
 # ------------------------------------------------------------------------------------------------------- the work
@@ -115,55 +127,161 @@ def sizes(name: str, config: Mapping[str, Any], where: str) -> Model:
 
 @dataclass(frozen=True)
 class Work:
-    """What a notebook does with the model: prompts scored, answers generated, training examples; models held at once."""
+    """What a notebook does with the model.
+
+    scored     prompts scored exactly; forwards: prompts that only pass through
+    answers    generated
+    trained    rows that neurons or adapters learn from; tuned: rows that all weights (or all but some) learn from
+    gradients  rows with a gradient while the weights are frozen: attribution, learning alpha
+    models     held at once
+    """
 
     scored: float = 0
+    forwards: float = 0
     answers: float = 0
     trained: float = 0
+    tuned: float = 0
+    gradients: float = 0
     models: int = 1
-    full_tuning: bool = False
+
+    @property
+    def full_tuning(self) -> bool:
+        """Whether optimiser state of all weights has to be held."""
+        return self.tuned > 0
 
 
 def _suite_size(p: SimpleNamespace) -> int:
-    attacks = len([a for a in getattr(p, "attacks", "").split(",") if a.strip()])
+    attacks = len(_names(getattr(p, "attacks", "")))
     others = sum(bool(getattr(p, name, "")) for name in ("borderline", "second_language"))
     return p.n_test * (2 + attacks + others)
 
 
-def _work_00(p: SimpleNamespace) -> Work:
+def _names(text: str) -> list[str]:
+    return [name for name in (part.strip() for part in text.split(",")) if name]
+
+
+def _work_00(p: SimpleNamespace, model: Model) -> Work:
     models = 1 + bool(p.base_model)
     return Work(answers=models * _suite_size(p), models=models)
 
 
-def _work_01(p: SimpleNamespace) -> Work:
+def _work_01(p: SimpleNamespace, model: Model) -> Work:
     sets = 3 + 2 + 3 * p.draws + len(p.dose) * (2 + p.dose_draws)
     return Work(scored=6 * p.n_detect, answers=2 * p.n_test * sets + 4 * p.n_test)
 
 
-def _work_02(p: SimpleNamespace) -> Work:
+def _work_02(p: SimpleNamespace, model: Model) -> Work:
     """About: seven ways of tuning at every rate and step, of which the best are evaluated; later fine-tuning of three."""
-    ways = 5 + 2 * p.tune_draws + len([b for b in p.baselines.split(",") if b.strip()])
-    runs, checks = ways * len(p.rates), len(p.tune_steps)
-    answers = 3 * (runs * checks * p.n_dev + ways * checks * p.n_test)
-    trained = runs * max(p.tune_steps) * p.tune_batch + 3 * len(p.task_rates) * max(p.task_steps) * p.tune_batch
     full = "full" in p.baselines
-    return Work(
-        scored=5 * p.n_detect, answers=answers, trained=trained, models=1 + bool(p.base_model), full_tuning=full
-    )
+    ways = 5 + 2 * p.tune_draws + len(_names(p.baselines))
+    checks, rows = len(p.tune_steps), max(p.tune_steps) * p.tune_batch
+    tuned = len(p.full_rates) * rows if full else 0
+    trained = (ways - full) * len(p.rates) * rows + 3 * len(p.task_rates) * max(p.task_steps) * p.tune_batch
+    answers = 3 * (ways * len(p.rates) * checks * p.n_dev + ways * checks * p.n_test)
+    return Work(5 * p.n_detect, answers=answers, trained=trained, tuned=tuned, models=1 + bool(p.base_model))
 
 
-def _work_03(p: SimpleNamespace) -> Work:
+def _work_03(p: SimpleNamespace, model: Model) -> Work:
     """About: three groups and their random draws pruned, and each group grown on the development split."""
     answers = 2 * p.n_test * (4 + 3 * p.unit_draws) + 2 * p.n_dev * 3 * len(p.growth)
     return Work(scored=8 * p.n_calibrate, answers=answers)
 
 
-#: Notebook -> its work, from its parameters. A notebook that is not here gets no estimate.
+def _work_04(p: SimpleNamespace, model: Model) -> Work:
+    """Six arms fine-tuned on each set at each rate; four ways of aligning and their draws; three models' statistics."""
+    sets, base = 1 + bool(p.harmful_share), bool(p.base_model)
+    arms, test, dev = 6, 2 * p.n_test, 2 * p.n_dev
+    runs = sets * len(p.sweep_rates)
+    answers = test * (1 + sets + arms * runs * len(p.sweep_steps))
+    attacked = runs * max(p.sweep_steps) * p.tune_batch
+    aligned = base * len(p.align_rates) * p.align_steps * 2 * p.tune_batch
+    answers += base * ((3 + p.align_draws) * (len(p.align_rates) * dev + test) + test)
+    return Work(
+        forwards=(2 + base) * 2 * p.n_detect + (1 + base) * 7 * p.n_test,  # statistics; directions and the probe
+        answers=answers,
+        trained=attacked + (2 + p.align_draws) * aligned,  # the adapter; units
+        tuned=(arms - 1) * attacked + aligned,
+        models=1 + base,
+    )
+
+
+def _learning(p: SimpleNamespace, learnt: float) -> tuple[float, float]:
+    """Gradient rows and passed prompts of learning alpha so many times: in each iteration of each attack class three rows
+    of support and of query, harmful and benign; validation rows every fifth iteration."""
+    rows = learnt * p.iterations * _classes() * 12
+    return rows, learnt * (p.iterations // 5 + 1) * _development(p)
+
+
+def _classes() -> int:
+    """Attack classes that alpha is learnt from on own prompts, requests without attack among them."""
+    return len({ATTACKS[name].attack_class for name in FULL_LENGTH if ATTACKS[name].seen}) + 1
+
+
+def _development(p: SimpleNamespace) -> int:
+    """Validation prompts: every fifth detection prompt, in every class, and as many benign ones."""
+    return (_classes() + 1) * (p.n_detect // 5)
+
+
+def _places(model: Model) -> int:
+    """Layers at which the refusal direction is tried: the first 80%."""
+    return max(1, int(0.8 * model.layers))
+
+
+def _work_05(p: SimpleNamespace, model: Model) -> Work:
+    """Eleven arms and the ablations on the whole suite or its three main sets, the dial's grid, choices on validation rows."""
+    names = [ATTACKS[name] for name in _names(p.attacks) if name in ATTACKS]
+    unseen, over = [a for a in names if not a.seen], bool(p.borderline)
+    three = p.n_test * (len(unseen) + 1 + over)
+    adapted = min(p.unseen_classes, len({a.attack_class for a in unseen}))
+    tried = len(p.layer_factors) + _places(model) * len(p.steering_strengths)
+    answers = (7 + p.learnt_draws) * _suite_size(p) + tried * _development(p)
+    answers += three * (len(p.dial_shares) ** 2 * len(p.dial_strengths) + 4)
+    answers += 3 * p.n_test * (adapted * (2 + over) + over)
+    rows, passed = _learning(p, 8.59 + p.learnt_draws)  # second-order MAML counts 1.59 (make bench)
+    wrappers = sum(ATTACKS[name].seen for name in FULL_LENGTH)
+    rows += p.n_attribution * p.attribution_steps * (wrappers + 2)
+    return Work(forwards=passed + 2 * p.n_detect, answers=answers + p.n_detect, gradients=rows)
+
+
+def _work_06(p: SimpleNamespace, model: Model) -> Work:
+    """Definitions scored, zeroed, amplified, trained and frozen beside random sets; defences learnt, judged and attacked."""
+    base, task = bool(p.base_model), bool(p.new_task)
+    zeroed, further, two = len(p.compared), len(p.compared_further), 2 * p.n_compare
+    whole, over = p.n_compare * (4 + bool(p.borderline)), p.n_compare * bool(p.borderline)
+    answers = 2 * len(p.utility_shares) * p.n_dev + (zeroed + _places(model)) * 2 * p.n_dev + p.n_detect * base
+    answers += (zeroed * (3 + p.control_draws) + 2) * two + (zeroed + 2) * over
+    answers += (further * (1 + p.tune_draws) + 1) * (whole - p.n_compare)
+    answers += len(p.dose) * (zeroed + p.control_draws) * p.n_compare
+    effort = further * (1 + p.tune_draws) * 16
+    trained, tuned = base * effort * p.effort_steps, task * (effort + 16) * p.attack_steps
+    answers += (base + task) * (further * (1 + p.tune_draws) + 1) * two
+    wanted, dev = list(p.defended), _development(p)
+    neurons = sum(name in ("SN-Tune", "RSN-Tune", "RU budget", "LoRA") for name in wanted) * len(p.defence_rates)
+    full = ("full tuning" in wanted) * len(p.defence_full_rates)
+    trained += neurons * max(p.defence_steps) * 12
+    tuned += full * max(p.defence_steps) * 12
+    answers += dev * (neurons + full) * len(p.defence_steps)
+    answers += dev * ("refusal direction" in wanted) * _places(model) * len(p.strengths)
+    attacks = task * len(p.defence_attacks) * len(p.defence_attack_rates) * (1 + len(wanted))
+    answers += (1 + len(wanted)) * whole + attacks * len(p.defence_attack_steps) * two
+    tuned += attacks * max(p.defence_attack_steps) * 16
+    rows, passed = _learning(p, sum(name.startswith("NeuronTune") for name in wanted))
+    rows += 4 * p.n_detect + 24 * 2 * _classes()  # saliency of two kinds; attribution by patching
+    passed += (
+        4 * p.n_detect + p.exact_prompts * model.pool
+    )  # fluctuations, activation change; every neuron zeroed alone
+    return Work(5 * p.n_detect, passed, answers, trained, tuned, rows, 1 + base)
+
+
+#: Notebook -> its work, from its parameters and the model's sizes. A notebook that is not here gets no estimate.
 WORK = {
     "00_model_under_study": _work_00,
     "01_safety_neurons": _work_01,
     "02_sn_tune": _work_02,
     "03_ssah_units": _work_03,
+    "04_ssah_alignment": _work_04,
+    "05_neurontune": _work_05,
+    "06_comparison": _work_06,
 }
 
 
@@ -183,11 +301,14 @@ class Rates:
     byte: float
     scoring: float
     source: str
+    neurons: float = NEURON_STEP  # a training step of neurons alone over a full one
 
 
 def rates(root: Path, on_gpu: bool) -> Rates:
     """Measured rates where the bench left them, else assumed ones."""
     gpu, cpu = root / "runs" / "bench_gpu.json", root / "runs" / "bench.json"
+    found = json.loads(cpu.read_text(encoding="utf-8")) if cpu.is_file() else {}
+    neurons = found.get("sn_step_over_full_step", NEURON_STEP)
     if on_gpu:
         read = f"generation assumed to read {ASSUMED['bandwidth'] / 1e12:g} TB/s of weights"
         if gpu.is_file():
@@ -196,29 +317,31 @@ def rates(root: Path, on_gpu: bool) -> Rates:
             forward = row["tokens_per_second"] * row["exact_over_forward"]
             measured = f"scoring measured on {row['device']} ({row['date']}, runs/bench_gpu.json)"
             return Rates(
-                1 / (2 * weights * forward), 1 / ASSUMED["bandwidth"], row["exact_over_forward"], f"{measured}; {read}"
-            )
+                1 / (2 * weights * forward), 1 / ASSUMED["bandwidth"], row["exact_over_forward"], f"{measured}; {read}",
+                neurons,
+            )  # fmt: skip
         assumed = (
             f"assumed: {ASSUMED['operations'] / 1e12:g} TFLOP/s, scoring {ASSUMED['scoring']:g} times the forward pass"
         )
-        return Rates(1 / ASSUMED["operations"], 1 / ASSUMED["bandwidth"], ASSUMED["scoring"], f"{assumed}; {read}")
-    if cpu.is_file():
-        found = json.loads(cpu.read_text(encoding="utf-8"))
+        bandwidth = 1 / ASSUMED["bandwidth"]
+        return Rates(1 / ASSUMED["operations"], bandwidth, ASSUMED["scoring"], f"{assumed}; {read}", neurons)
+    if "milliseconds" in found:
         times = sorted(found["milliseconds"]["b"]["forward"])
         tokens, weights = SHAPE_B
         seconds = times[len(times) // 2] / 1e3 / (2 * weights * tokens)
         source = (
             f"measured on this CPU (runs/bench.json, {found['machine']['date']}); generation assumed to read 10 GB/s"
         )
-        return Rates(seconds, 1e-10, found["exact_over_forward"]["b"], source)
+        return Rates(seconds, 1e-10, found["exact_over_forward"]["b"], source, neurons)
     return Rates(1 / 1e11, 1e-10, ASSUMED["scoring"], "assumed: 100 GFLOP/s and 10 GB/s of a CPU (make bench measures)")
 
 
 def seconds_of(work: Work, model: Model, new_tokens: int, dtype: str, rate: Rates) -> float:
     """Expected seconds: scoring and training by operations, generation by reading the weights once a step and batch."""
     token = 2 * model.count * rate.operation
-    scoring = work.scored * PROMPT_TOKENS * token * rate.scoring
-    training = 3 * work.trained * 2 * PROMPT_TOKENS * token
+    scoring = (work.forwards + work.scored * rate.scoring) * PROMPT_TOKENS * token
+    passes = FULL_STEP * (work.tuned + rate.neurons * work.trained) + GRADIENT * work.gradients
+    training = passes * 2 * PROMPT_TOKENS * token
     reading = work.answers / GENERATED_AT_ONCE * new_tokens * model.weights(dtype) * rate.byte
     return scoring + training + reading + work.answers * (PROMPT_TOKENS + new_tokens) * token
 
@@ -301,7 +424,7 @@ def _model_lines(plan: Plan, file, run, steps: Sequence, seeds: Sequence[int], p
     _disk(plan, [n for n in (name, base) if n and n != "auto"], stored)
     device = _device()
     rate = rates(root, on_gpu=True)
-    plan.lines += [f"steps (one GPU; {rate.source})"]
+    plan.lines += [f"steps (one GPU; {rate.source})", *_assumptions(rate)]
     peak = total = 0.0
     for notebook in run.notebooks:
         bytes_, seconds, text = _step(notebook, run, model, dtype, rate, preset, root)
@@ -326,18 +449,31 @@ def _step(
     p = filled(notebook, run, preset, root)
     if notebook not in WORK:
         return 0.0, 0.0, "no estimate for this notebook"
-    work = WORK[notebook](p)
+    work = WORK[notebook](p, model)
     new_tokens = getattr(p, "max_new_tokens", 0) or 256
     bytes_ = memory_of(work, model, new_tokens, dtype, getattr(p, "batch_size", 8))
     seconds = seconds_of(work, model, new_tokens, dtype, rate)
     parts = [
         f"{work.scored:.0f} prompts scored" if work.scored else "",
+        f"{work.forwards:.0f} prompts passed" if work.forwards else "",
         f"{work.answers:.0f} answers of up to {new_tokens} tokens" if work.answers else "",
-        f"{work.trained:.0f} training examples" if work.trained else "",
+        f"{work.gradients:.0f} gradients" if work.gradients else "",
+        f"{work.trained:.0f} rows for neurons or adapters" if work.trained else "",
+        f"{work.tuned:.0f} rows for all weights" if work.tuned else "",
         f"{work.models} models at once" if work.models > 1 else "",
-        "full fine-tuning" if work.full_tuning else "",
     ]
     return bytes_, seconds, f"{', '.join(filter(None, parts))}: {bytes_ / GIB:.0f} GiB, {clock(seconds)}"
+
+
+def _assumptions(rate: Rates) -> list[str]:
+    """What every number of seconds and bytes below rests on."""
+    return [
+        f"  assumed: prompts of {PROMPT_TOKENS} tokens and rows of {2 * PROMPT_TOKENS}; every answer as long as it may be, "
+        f"{GENERATED_AT_ONCE} at a time",
+        f"  assumed: a row of full training takes {FULL_STEP:g} forward passes of it, of neurons or adapters "
+        f"{FULL_STEP * rate.neurons:.2g} (make bench on a CPU), a gradient with frozen weights {GRADIENT:g}",
+        "  assumed: 16 bytes a parameter where all weights are trained; loading, judging and drawing take no time",
+    ]
 
 
 def filled(notebook: str, run, preset: str, root: Path) -> SimpleNamespace:
@@ -452,17 +588,21 @@ def _device() -> tuple[str, float] | None:
 # ------------------------------------------------------------------------------------------------ cluster resources
 
 
-def resources(file) -> dict[str, int]:
+#: Notebooks that train all weights, whatever their parameters: 16 bytes a parameter beside the weights.
+TRAINS_ALL = ("04_ssah_alignment", "06_comparison")
+
+
+def resources(file, notebook: str = "") -> dict[str, int]:
     """What a cluster is asked for a notebook of this study: gpu, mem_mb (of the host), runtime (minutes).
 
     From the parameter file alone: a GPU with 80 GB holds a model of up to 18 billion half-precision parameters beside its
-    unaligned counterpart; a study without facts is taken as one of 8 billion.
+    unaligned counterpart, or one of 3.6 billion that is trained whole; a study without facts is taken as one of 8 billion.
     """
     if file.is_small:
         return {"gpu": 0, "mem_mb": 4000, "runtime": 60}
     config = file.facts.get("config")
     billions = sizes(file.name, config, "facts").count / 1e9 if config else 8.0
-    gpus = math.ceil(4 * billions / 72)
+    gpus = math.ceil((20 if notebook in TRAINS_ALL else 4) * billions / 72)
     return {"gpu": gpus, "mem_mb": int(16000 + 3000 * billions), "runtime": int(60 * (4 + billions))}
 
 

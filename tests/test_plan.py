@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -95,9 +96,11 @@ def test_a_larger_model_needs_more_of_everything():
     work = plan.Work(scored=200, answers=400, trained=50)
     assert plan.seconds_of(work, small, 256, "float16", rate) < plan.seconds_of(work, large, 256, "float16", rate)
     assert plan.memory_of(work, small, 256, "float16", 8) < plan.memory_of(work, large, 256, "float16", 8)
-    tuned = plan.Work(trained=50, full_tuning=True)
+    tuned = plan.Work(tuned=50)
     extra = plan.memory_of(tuned, small, 256, "float16", 8) - plan.memory_of(work, small, 256, "float16", 8)
     assert extra == pytest.approx(16 * small.count, rel=0.01)
+    whole = [plan.resources(batch.read(n, ROOT), "04_ssah_alignment")["gpu"] for n in ("testbed", "llama-2-7b")]
+    assert whole == [0, 2]
     needs = [plan.resources(batch.read(n, ROOT)) for n in ("testbed", "llama-2-7b", "qwen2.5-14b-instruct")]
     assert [n["gpu"] for n in needs] == [0, 1, 1]
     assert needs[0]["mem_mb"] < needs[1]["mem_mb"] < needs[2]["mem_mb"]
@@ -132,13 +135,75 @@ def test_the_readmes_estimate_is_the_plans(offline, monkeypatch, tmp_path):
     lines = str(plan.make_plan("llama-2-7b-chat", [0], "default", ROOT)).splitlines()
     last = next(line for line in lines if "largest" in line)
     peak, hours = re.search(r"largest (\d+ GiB).*about (.*?) a run", last).groups()
+    rest = max(int(re.search(r": (\d+) GiB", line)[1]) for line in lines if re.match(r"  0[01235]_", line))
     answers = sum(int(n) for n in re.findall(r"(\d+) answers", "\n".join(lines)))
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     for part in (
-        f"{peak} free",
+        f"take {peak}",
+        f"{rest} GiB free",
         f"about {hours} a seed",
         f"{round(answers, -3) // 1000} thousand answers",
         "250 TFLOP/s",
     ):
         assert part in text, part
-    assert "beside 3 notebooks without an estimate" in last
+    assert "without an estimate" not in last
+
+
+def test_the_work_of_the_last_notebooks_counted_by_hand():
+    """Small numbers, so that every term can be told."""
+    model = plan.Model("m", 1e9, 0, 0, layers=10, pool=500, where="")
+    fine = SimpleNamespace(
+        harmful_share=0.1, base_model="b", n_test=10, n_dev=4, sweep_rates=[1, 2], sweep_steps=[5, 10], tune_batch=8,
+        align_rates=[1], align_steps=3, align_draws=1, n_detect=20,
+    )  # fmt: skip
+    work = plan.WORK["04_ssah_alignment"](fine, model)
+    # 2 sets x 6 arms x 2 rates x 2 steps, each set's and the model's start; 4 ways of aligning on both splits, and its start
+    assert work.answers == 20 * (48 + 2 + 1) + 4 * (8 + 20) + 20
+    assert work.tuned == 5 * 4 * 10 * 8 + 3 * 16  # five arms train weights on 2 sets at 2 rates; one way of aligning
+    assert work.trained == 4 * 10 * 8 + 3 * 3 * 16
+    assert work.full_tuning
+    alpha = SimpleNamespace(
+        attacks="role-play,persona,prefill", borderline="x", n_test=10, n_detect=20, unseen_classes=1, layer_factors=[1],
+        steering_strengths=[1, 2], learnt_draws=1, dial_shares=[0, 1], dial_strengths=[1], iterations=10,
+        n_attribution=2, attribution_steps=3,
+    )  # fmt: skip
+    work = plan.WORK["05_neurontune"](alpha, model)
+    dev = 6 * 4  # direct, four seen classes and benign prompts, every fifth of 20
+    # 8 arms on 60 prompts, 17 choices, 8 rounds of unseen attacks, over-refusal and utility, adaptation, own answers
+    assert work.answers == 8 * 60 + 17 * dev + 8 * 40 + 3 * 10 * 4 + 20
+    assert work.gradients == pytest.approx(9.59 * 10 * 5 * 12 + 2 * 3 * 6)
+    assert not work.full_tuning
+
+
+def test_the_last_notebook_needs_more_with_every_choice():
+    model = plan.sizes("m", batch.read("llama-2-7b", ROOT).facts["config"], "")
+    [run] = batch.variants("llama-2-7b-chat", [0], "default", ROOT)
+    p = vars(plan.filled("06_comparison", run, "default", ROOT))
+    rate = plan.Rates(1e-15, 1e-12, 3.0, "")
+
+    def seconds(**changes):
+        return plan.seconds_of(
+            plan.WORK["06_comparison"](SimpleNamespace(**p | changes), model), model, 64, "float16", rate
+        )
+
+    for changes in (
+        {"compared": p["compared"][:1]}, {"compared_further": p["compared_further"][:1]}, {"defended": p["defended"][:2]},
+        {"control_draws": 1}, {"effort_steps": 1}, {"new_task": ""}, {"base_model": ""}, {"iterations": 1},
+        {"n_compare": 8}, {"n_detect": 16}, {"borderline": ""}, {"dose": [0.01]}, {"strengths": [1.0]},
+    ):  # fmt: skip
+        assert seconds(**changes) < seconds(), changes
+    assert seconds(exact_prompts=1) > 1.1 * seconds()
+
+
+def test_training_costs_what_the_bench_measured(tmp_path):
+    model = plan.sizes("m", batch.read("llama-2-7b", ROOT).facts["config"], "")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "bench.json").write_text(json.dumps({"sn_step_over_full_step": 0.5}))
+    rate = plan.rates(tmp_path, on_gpu=True)
+    full, neurons, gradient = (
+        plan.seconds_of(plan.Work(**{what: 100}), model, 64, "float16", rate)
+        for what in ("tuned", "trained", "gradients")
+    )
+    forward = plan.seconds_of(plan.Work(forwards=200), model, 64, "float16", rate)  # a row has a prompt and a response
+    assert [full / forward, neurons / full, gradient / forward] == pytest.approx([3, 0.5, 2])
+    assert plan.rates(tmp_path / "none", on_gpu=True).neurons == plan.NEURON_STEP
