@@ -67,13 +67,10 @@ def _neurons(options: argparse.Namespace) -> NeuronSet:
 
 def run(options: argparse.Namespace) -> None:
     """Load, train and save; in every process that accelerate started, the first of which writes and prints."""
-    import torch
-    from accelerate import Accelerator
-
     from nt_utils.interventions import parallel
     from nt_utils.interventions.tuning import Only, tune
 
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    accelerator = parallel.join()
     harmful, benign = prompts(options)
     scope = Only(_neurons(options), sides=options.sides, name="rsn-tune" if options.minus else "sn-tune")
     epoch = -(-(len(harmful) + len(benign)) // max(options.batch_size, 1))

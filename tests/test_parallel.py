@@ -37,6 +37,7 @@ gloo = pytest.mark.skipif(
 HARMFUL = [Prompt(f"how to {w}", refusal=r) for w, r in zip("abc", ("no", "never again", "I will not"), strict=True)]
 BENIGN = [Prompt(f"tell {w}", helpful=h) for w, h in zip("def", ("yes", "of course", "ok then, do"), strict=True)]
 HOW = {"learning_rate": 0.01, "steps": 3, "batch_size": 3, "benign_share": 0.34, "clip": 0.5, "progress": False}
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 CASES = ("llama", "llama checkpointed", "llama-multi-head-tied", "gpt2", "qwen2", "llama bfloat16")
 
@@ -70,8 +71,9 @@ def started(rank, folder, environment):
     from accelerate import Accelerator
 
     torch.set_num_threads(1)
+    torch.cuda.is_available = lambda: False  # a forked process cannot use CUDA
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"})
-    os.environ.update({"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **environment})
+    os.environ.update({"OMP_NUM_THREADS": "1", **LOOPBACK, **environment})
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
@@ -317,6 +319,19 @@ def test_one_process_has_nothing_to_shard():
 # ------------------------------------------------------------------------------------------------------ the command
 
 
+def test_processes_that_accelerate_does_not_join_are_refused(monkeypatch):
+    import accelerate
+
+    monkeypatch.setattr(
+        accelerate, "Accelerator", lambda cpu: SimpleNamespace(num_processes=1, device=torch.device("mps"))
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        InputError, match="num_processes: got 2; allowed: 1, since accelerate joins none on mps devices"
+    ):
+        parallel.join()
+
+
 @gloo
 def test_the_readmes_command(tmp_path):
     """`accelerate launch` with the profile, as the README has it, on a machine without a GPU: two processes, gloo."""
@@ -335,7 +350,7 @@ def test_the_readmes_command(tmp_path):
     words = [str(given.get(before, word)) for before, word in zip(["", *words], words, strict=False)]
     words = [str(tmp_path / word) if word.endswith(".safetensors") else word for word in words]
     options = ["--learning-rate", "0.01", "--steps", "3", "--pairs", "6", "--batch-size", "4", "--merged"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **LOOPBACK, "HF_HUB_OFFLINE": "1"}
     environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *words[2:], *options, str(tmp_path / "merged")],

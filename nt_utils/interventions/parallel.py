@@ -1,6 +1,6 @@
 """Training in several processes under accelerate: whole models side by side, or one model sharded over them (FSDP2).
 
-    accelerator = Accelerator()                                  # in every process that `accelerate launch` started
+    accelerator = parallel.join()                                # in every process that `accelerate launch` started
     lm = parallel.load("org/model", accelerator)                 # sharded where accelerate was told to use FSDP
     tuned = tune(lm, Only(safety), ..., accelerator=accelerator) # the same result in every process
     if accelerator.is_main_process:
@@ -23,6 +23,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -41,6 +42,23 @@ _KNOWN = ("NO", "FSDP", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MUL
 
 
 # ------------------------------------------------------------------------------------------------------ settings
+
+
+def join() -> Accelerator:
+    """The Accelerator of this process among those that `accelerate launch` started: on GPUs, else on the CPU.
+
+    Raises:
+        InputError: accelerate does not join the processes on this machine's devices, so each would train by itself.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise InputError(
+            f"num_processes: got {launched}; allowed: 1, since accelerate joins none on {accelerator.device.type} devices"
+        )
+    return accelerator
 
 
 def check(accelerator: Accelerator) -> bool:
