@@ -75,7 +75,7 @@ def started(rank, folder, environment):
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"})
     os.environ.update({"OMP_NUM_THREADS": "1", **LOOPBACK, **environment})
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(minutes=5)
     )
     return Accelerator(cpu=True)
 
@@ -354,7 +354,7 @@ def test_the_readmes_command(tmp_path):
     environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *words[2:], *options, str(tmp_path / "merged")],
-        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "weights in this process, one of 2: 50." in done.stdout
