@@ -522,7 +522,9 @@ class Run:
             ]
         title = [("caption-side", "top"), ("white-space", "normal"), ("font-style", "italic"), ("padding", "4px 0")]
         styler = styler.set_table_styles([{"selector": "caption", "props": [*left, *title]}, *box])
-        columns = {c: [{"selector": "", "props": left}] for c in words}
+        short = {c for c in words if frame[c].astype(str).str.len().max() <= 20}  # a verdict stays on its line
+        line = [("white-space", "nowrap")]
+        columns = {c: [{"selector": "", "props": left + line * (c in short)}] for c in words}
         return styler.set_table_styles(columns, overwrite=False)
 
     @contextlib.contextmanager

@@ -127,13 +127,13 @@ def visit_index(page, url: str, folder: Path) -> dict:
     wanted = sorted(p.name for p in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     assert sorted(set(names)) == wanted, f"the index links to {names}"
     for name in wanted:
-        page.evaluate("() => window.jupyterapp.commands.execute('docmanager:open', {path: 'index.ipynb'})")
         page.wait_for_function(f"() => {SHOWN} === 'index.ipynb'", timeout=60_000)
         page.locator(f"{LINKS}[href*='{name}']:visible").first.click()
-        page.wait_for_function(f"() => {SHOWN} === '{name}'", timeout=60_000)
+        page.wait_for_function(f"() => {SHOWN} === '{name}'", timeout=120_000)
+        page.wait_for_selector(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-CodeCell", timeout=120_000)
         opened.append(name)
-    page.wait_for_timeout(2000)
-    page.screenshot(path=str(folder / "index-last-link.png"))
+        page.evaluate("() => window.jupyterapp.shell.currentWidget.dispose()")
+        page.evaluate("() => window.jupyterapp.commands.execute('docmanager:open', {path: 'index.ipynb'})")
     stop_kernels(url)
     return {"part": "index", "opened": opened}
 
@@ -409,7 +409,7 @@ def main() -> int:
             shutil.copy(source, temporary / "notebooks")
         for source in sources:
             quick_copy(source, temporary / "notebooks" / source.name, temporary / "runs")
-        browser = launched.launch(executable_path=browser_path(), args=["--no-sandbox"])
+        browser = launched.launch(executable_path=browser_path(), args=["--no-sandbox", "--disable-gpu"])
         if index or sources:
             with jupyterlab(temporary, folder / "jupyterlab.log") as url:
                 if index:
