@@ -460,6 +460,12 @@ class LanguageModel:
     system_prompt: str | None = None
     _marker: str = field(default="\u2063text\u2063", repr=False)
 
+    @property
+    def label(self) -> str:
+        """What tables call it: its hub id, or its folder's name; where the folder lies differs between machines."""
+        path = Path(self.name).expanduser()
+        return path.resolve().name if path.is_dir() else self.name
+
     @cached_property
     def view(self) -> DecoderView:
         """The uniform handle on its projections."""

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from contextlib import contextmanager
 
@@ -186,6 +187,20 @@ def test_every_set_is_cached_by_itself(lm, tmp_path, monkeypatch):
     again = evaluate(lm, SMALL, improbable=None, cache=tmp_path, progress=False)
     assert calls == [3, 3, 2] and again.rate("utility", "helpful") == first.rate("utility", "helpful")
     assert both.rate("direct", "asr") == again.rate("direct", "asr")
+
+
+def test_tables_do_not_say_where_the_model_lies(lm, tmp_path):
+    """The same model in two folders gives the same bytes."""
+    tables = []
+    for place in ("here", "there"):
+        (tmp_path / place / "model").mkdir(parents=True)
+        moved = dataclasses.replace(lm, name=str(tmp_path / place / "model"))
+        found = evaluate(moved, SMALL, improbable=None, cache=False, progress=False)
+        assert found.model == "model"
+        tables.append(found.rows.to_csv())
+    assert "model" in tables[0]
+    assert tables[0] == tables[1]
+    assert dataclasses.replace(lm, name="org/model").label == "org/model"
 
 
 def test_saved_tables_are_byte_identical(lm, tmp_path):

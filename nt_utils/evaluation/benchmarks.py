@@ -65,7 +65,7 @@ def run_benchmarks(
             )  # fmt: skip
     name = "none" if intervention is None else intervention.name
     lines = [line for task, values in found["results"].items() for line in _lines(task, values, found)]
-    table = pandas.DataFrame([(*line, name, lm.name) for line in lines], columns=list(COLUMNS))
+    table = pandas.DataFrame([(*line, name, lm.label) for line in lines], columns=list(COLUMNS))
     return table.sort_values(["task", "metric"], ignore_index=True)
 
 

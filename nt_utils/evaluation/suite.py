@@ -343,12 +343,12 @@ def evaluate(
     name = "none" if intervention is None else intervention.name
     rows = pandas.concat(frames, ignore_index=True) if frames else pandas.DataFrame({"set": []})
     rows.insert(0, "intervention", name)
-    rows.insert(0, "model", lm.name)
+    rows.insert(0, "model", lm.label)
     return Evaluation(
         rows=rows,
         table=pandas.concat(tables, ignore_index=True),
         agreement=_agreement(rows),
-        model=lm.name,
+        model=lm.label,
         intervention=name,
         seconds=time.perf_counter() - start,
     )
