@@ -51,13 +51,14 @@ def bench(lm):
 
 
 def test_groups_put_together_equal_one_pass(lm, calibration):
-    made, means = study_units.build(lm, HARM, GOOD, SHARES, evaluated=["other"])
+    scores, means = study_units.scored(lm, HARM, GOOD, evaluated=["other"])
+    made = scores.map(SHARES, lm.weights_fingerprint)
     assert made == calibration.scores().map(SHARES)
     assert made.weights == lm.weights_fingerprint
     assert torch.allclose(means.mean(1, "ffn"), calibration.merged()[1].mean(1, "ffn"))
     few = calibration.scores([0, 3]).map(SHARES)
     pick = [0, 1, 6, 7]
-    assert few == study_units.build(lm, HARM[pick], GOOD[pick], SHARES)[0] != made
+    assert few == study_units.scored(lm, HARM[pick], GOOD[pick])[0].map(SHARES) != made
     with_responses, without = calibration, Calibration.of(lm, HARM, GOOD, size=2, targets=("", ""))
     assert with_responses.merged()[0].tokens > without.merged()[0].tokens
     no_answers = prompts("bake", kind="benign")
@@ -65,7 +66,7 @@ def test_groups_put_together_equal_one_pass(lm, calibration):
 
 
 def test_prompts_that_are_evaluated_on_are_refused(lm):
-    for call in (Calibration.of, study_units.build):
+    for call in (Calibration.of, study_units.scored):
         with pytest.raises(InputError, match="1 of 32 prompts are also evaluated on"):
             call(lm, HARM, GOOD, evaluated=[GOOD[3].text])
     with pytest.raises(InputError, match="at least 40"):

@@ -115,33 +115,17 @@ class Calibration:
 def scored(
     lm: LanguageModel, safety: Sequence[Prompt], utility: Sequence[Prompt], *, evaluated: Sequence[str] = (), **options
 ) -> tuple[UnitScores, Fluctuation]:
-    """Scores of a model's units, and the utility statistics that pruning takes its means from; arguments as of
-    :func:`build`."""
+    """Scores of a model's units, and the utility statistics that pruning takes its means from.
+
+    Args:
+        safety: harmful prompts (with their refusals); utility: benign prompts (with their helpful responses).
+        evaluated: texts of the evaluation; sharing one with the calibration is refused.
+        options: of :func:`nt_utils.selection.unit_scores` (score, contrast, heads).
+    """
     shared_prompts([p.text for p in [*safety, *utility]], evaluated)
     targets = responses_known(safety, utility)
     on_safety, on_utility = (statistics(lm, p, t) for p, t in zip((safety, utility), targets, strict=True))
     return unit_scores(on_safety, on_utility, **options), on_utility
-
-
-def build(
-    lm: LanguageModel,
-    safety: Sequence[Prompt],
-    utility: Sequence[Prompt],
-    proportions: Mapping[str, float] | None = None,
-    *,
-    evaluated: Sequence[str] = (),
-    **options,
-) -> tuple[UnitMap, Fluctuation]:
-    """The unit map of a model and the utility statistics that pruning takes its means from.
-
-    Args:
-        safety: harmful prompts (with their refusals); utility: benign prompts (with their helpful responses).
-        proportions: shares of SCU, UCU and RU; None: :data:`nt_utils.selection.PROPORTIONS`.
-        evaluated: texts of the evaluation; sharing one with the calibration is refused.
-        options: of :func:`nt_utils.selection.unit_scores` (score, contrast, heads).
-    """
-    scores, on_utility = scored(lm, safety, utility, evaluated=evaluated, **options)
-    return scores.map(proportions, lm.weights_fingerprint), on_utility
 
 
 # ------------------------------------------------------------------------------------------------------- where
