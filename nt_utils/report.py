@@ -27,7 +27,9 @@ img { max-width: 100%; height: auto }
 pre { background: #f5f5f5; padding: .6rem; overflow-x: auto; font-size: .8rem }
 details > summary { color: #555; cursor: pointer; font-size: .85rem }
 table { border-collapse: collapse; font-size: .82rem; display: block; overflow-x: auto; margin: .6rem 0 }
+caption { caption-side: top; text-align: left; font-style: italic; padding: .2rem 0 }
 th, td { border-bottom: 1px solid #ddd; padding: .15rem .5rem; text-align: left; vertical-align: top }
+math[display=block] { margin: .6rem 0 }
 section { border-top: 3px solid #0072B2; margin-top: 2rem }
 """
 
@@ -84,15 +86,19 @@ def _renderer() -> Callable[[str], str]:
     from latex2mathml.converter import convert
     from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
+    def formula(body: str, display: str) -> str:
+        # The converter's sign for \setminus is an identifier that few fonts have.
+        return convert(body, display=display).replace("<mi>&#x029F5;</mi>", "<mo>&#x02216;</mo>")
+
     class Renderer(IPythonRenderer):
         def inline_math(self, body: str) -> str:
-            return convert(body)
+            return formula(body, "inline")
 
         def block_math(self, body: str) -> str:
-            return convert(body, display="block")
+            return formula(body, "block")
 
         def latex_environment(self, name: str, body: str) -> str:
-            return convert(rf"\begin{{{name}}}{body}\end{{{name}}}", display="block")
+            return formula(rf"\begin{{{name}}}{body}\end{{{name}}}", "block")
 
     return MarkdownWithMath(renderer=Renderer(escape=False)).render
 

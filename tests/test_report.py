@@ -88,6 +88,7 @@ def test_every_formula_of_the_notebooks_is_understood(path):
     cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "markdown"]
     text = "".join(report.markdown(cell.source) for cell in cells)
     assert "$" not in text
+    assert "029F5" not in text
     assert not re.search(r"\\[a-zA-Z]", re.sub(r"<code>.*?</code>", "", text))  # a command that was not known
 
 
