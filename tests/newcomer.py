@@ -45,6 +45,7 @@ COMMANDS = {
     "pip install -e .[cluster]": "see tests/cluster/run.sh",
     "snakemake --profile profiles/slurm --config studies=llama-3.1-8b-instruct seeds=0,1,2": "see tests/cluster/run.sh",
     "tests/cluster/run.sh": "see CONTRIBUTING.md; it needs root and Slurm",
+    "tests/cluster/faults.py": "see CONTRIBUTING.md; it takes three quick studies",
     "python -m nt_utils.evaluation.judges IN.csv OUT.csv --column completion": (
         ".venv/bin/python -m nt_utils.evaluation.judges IN.csv OUT.csv --column completion"
     ),

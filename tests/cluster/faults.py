@@ -125,7 +125,9 @@ def disturbed(folder: Path, log: Path) -> list[dict]:
 
 
 def tables(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted((folder / RUN / "tables").glob("*.csv"))}
+    """Every table of the run: results, those behind the figures, and the ledger."""
+    files = [p for kind in ("tables", "figures", "findings") for p in (folder / RUN / kind).glob("*.csv")]
+    return {p.relative_to(folder / RUN).as_posix(): p.read_bytes() for p in sorted(files)}
 
 
 def compare(name: str, first: dict[str, bytes], second: dict[str, bytes]) -> bool:
