@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from nt_utils import studies
 from nt_utils import tune as command
@@ -167,6 +168,21 @@ def test_two_processes_with_whole_models_learn_what_one_does(tmp_path):
 IDS = torch.tensor([[1, 20, 31, 47, 52, 69], [1, 25, 36, 41, 58, 63]])
 
 
+def whole_blocks(lm):
+    """The decoder blocks whose weights are whole in this process at the moment."""
+    return [i for i in range(lm.view.num_layers) if not isinstance(lm.view.projection(i, "o").module.weight, DTensor)]
+
+
+def watch(lm, training):
+    """(block, blocks that are whole) in every block's forward and backward pass, as they come."""
+    seen = []
+    for i in range(lm.view.num_layers):
+        module = lm.view.projection(i, "o").module
+        module.register_forward_hook(lambda *_, i=i: seen.append((i, whole_blocks(lm))))
+        module.tuned_weight.register_post_accumulate_grad_hook(lambda _, i=i: seen.append((i, whole_blocks(lm))))
+    return seen
+
+
 def use_sharded(accelerator, save):
     """A loop of one's own, forward passes without gradients, and everything that is refused."""
     lm = model("llama")
@@ -187,10 +203,13 @@ def use_sharded(accelerator, save):
     refuse("whole", lambda: learn(model("llama"), accelerator=accelerator))
 
     training = Only(some(lm)).start(lm)
+    seen = watch(lm, training)
     optimiser = torch.optim.SGD(training.parameters, lr=0.1)
     mine = IDS[accelerator.process_index :][:1]
     for ids in (mine, mine.flip(1)):  # accumulated
         lm.model(input_ids=ids, labels=ids).loss.backward()
+    assert seen == 2 * [(0, [0]), (1, [1]), (1, [1]), (0, [0])], "one block at a time is whole"
+    assert whole_blocks(lm) == []
     gradients = [p.grad.clone() for p in training.parameters]
     optimiser.step()
     with torch.no_grad():

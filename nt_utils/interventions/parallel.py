@@ -171,10 +171,17 @@ def shard(lm: LanguageModel, accelerator: Accelerator) -> None:
     assert lm.view.space.total_parameters, "the view reads whole weights: it is made before they are sharded"
     lm.model.requires_grad_(False)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for block in lm.view.layers:
-        fully_shard(block, mesh=mesh)
-    fully_shard(lm.model, mesh=mesh)
+    for unit in _units(lm):
+        fully_shard(unit, mesh=mesh)
+    fully_shard(lm.model, mesh=mesh)  # what is left: the last norm, the head, an embedding that is tied to it
     lm.weights_changed()
+
+
+def _units(lm: LanguageModel) -> list[nn.Module]:
+    """What is gathered and let go apart: each block, and the embedding, which can be as large as several of them."""
+    embedding, head = lm.model.get_input_embeddings(), lm.model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    return [*lm.view.layers, *([] if tied else [embedding])]
 
 
 def held(model: nn.Module) -> tuple[int, int]:
