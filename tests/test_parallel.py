@@ -40,7 +40,7 @@ BENIGN = [Prompt(f"tell {w}", helpful=h) for w, h in zip("def", ("yes", "of cour
 HOW = {"learning_rate": 0.01, "steps": 3, "batch_size": 3, "benign_share": 0.34, "clip": 0.5, "progress": False}
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-CASES = ("llama", "llama checkpointed", "llama-multi-head-tied", "gpt2", "qwen2", "llama bfloat16")
+CASES = ("llama", "llama checkpointed", "gpt2", "qwen2", "llama bfloat16")
 
 
 def model(case):
