@@ -41,7 +41,7 @@ test: env-test ## run the tests
 lab: env ## open the notebooks in JupyterLab, at their index
 	@$(BIN)/python -m jupyterlab --ServerApp.root_dir=notebooks --LabApp.default_url=/lab/tree/index.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
 
-browser: env-browser ## run the notebooks in JupyterLab in a real browser (needs chromium) and check what it shows
+browser: env-browser ## run the notebooks in JupyterLab in a real browser (needs chromium), open the report, and check what they show
 	@$(BIN)/python -m tests.browser
 
 figures: env ## redraw every figure in figures/ from its table

@@ -113,6 +113,7 @@ def test_notebooks_are_thin_and_without_outputs(path):
     assert not [cell for cell in code if cell["outputs"] or cell["execution_count"] is not None]
     for cell in code[1:]:  # the parameters are declarations, one a line
         assert len("".join(cell["source"]).splitlines()) <= 30
+        assert ".style." not in "".join(cell["source"]), "a table is shown by run.show, with a caption"
 
 
 # --------------------------------------------------------------------------------------------------- folders

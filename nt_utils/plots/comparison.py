@@ -167,7 +167,7 @@ def effects(table: pd.DataFrame) -> Figure:
 
 def _places(part: pd.DataFrame, names: list[str], sets: list[str]) -> dict[tuple[str, str], float]:
     """(definition, set) -> height: the sets that a definition has lie around its line."""
-    found = {}
+    found: dict[tuple[str, str], float] = {}
     for i, name in enumerate(names):
         own = part[part["definition"] == name]["set"].unique()
         own = [s for s in sets if s in own]
