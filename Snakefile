@@ -66,12 +66,14 @@ def needs(wildcards):
 rule testbed:
     output:
         touch("runs/{folder}/seed-{seed}/.testbed"),
+    params:
+        model=lambda w: FILES[RUNS[w.folder].study].model,
     threads: 2
     resources:
         mem_mb=4000,
         runtime=60,
     shell:
-        "{sys.executable} -m nt_utils.batch testbed --seed {wildcards.seed}"
+        "{sys.executable} -m nt_utils.batch testbed --seed {wildcards.seed} --model {params.model}"
 
 
 rule notebook:

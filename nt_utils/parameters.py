@@ -73,7 +73,7 @@ DEFENCES = (
 
 #: Every parameter. A notebook's first cell names those it takes; None means the preset's value.
 PARAMETERS: dict[str, Parameter] = {
-    "model": Parameter(str, "'testbed', a hub id or a local folder"),
+    "model": Parameter(str, "'testbed', 'testbed-large', a hub id or a local folder"),
     "base_model": Parameter(
         str, "the unaligned counterpart: a hub id, a folder, 'auto' (the testbed's own) or '' to skip"
     ),

@@ -42,6 +42,11 @@ ROWS = {
     "maliciousinstruct": 100, "xstest": 250, "xstest-unsafe": 200, "oktest": 300, "multijail": 315,
     "circuit-breakers": 4994, "alpaca": 52002, "dolly": 15011, "gsm8k": 1319, "wikitext": 4358,
 }  # fmt: skip
+#: What a plan says of the models that the project trains itself.
+TESTBEDS = {
+    "testbed": "0.92 million parameters, training takes about 150 s on 2 cores",
+    "testbed-large": "2.63 million parameters, training takes about 10 min on one core (from ten steps)",
+}
 PROMPT_TOKENS = 64  # assumed length of a rendered prompt
 GENERATED_AT_ONCE = 32  # assumed rows of a generation batch
 
@@ -383,9 +388,7 @@ def make_plan(study: str, seeds: Sequence[int], preset: str, root: Path) -> Plan
     ]
     plan.lines += [f"  runs/{run.folder}/seed-{{{','.join(map(str, run.seeds))}}}" for run in runs]
     if file.is_testbed:
-        plan.lines.append(
-            "model testbed: 0.92 million parameters, trained once a seed (about 150 s on 2 cores) and cached; CPU"
-        )
+        plan.lines.append(f"model {file.model}: {TESTBEDS[file.model]}, trained once a seed and cached; CPU")
         _testbed_times(plan, runs, steps, root)
     else:
         _model_lines(plan, file, runs[0], steps, seeds, preset, root)

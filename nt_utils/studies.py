@@ -33,6 +33,8 @@ from nt_utils.errors import InputError
 from nt_utils.parameters import check_parameters
 
 TESTBED = "testbed"
+#: Models that the project trains itself: id -> size (see nt_utils.testbed.RECIPES).
+TESTBEDS = {TESTBED: "default", f"{TESTBED}-large": "large"}
 EMBEDDED = "testbed"  # as a prompt source: the corpus that the testbed was made with
 QUICK_TOKENS = 20  # of an answer to an embedded prompt in a quick run; most have ended by then
 #: Parameters that are prompt sources.
@@ -161,8 +163,8 @@ class Run:
 
     @property
     def is_testbed(self) -> bool:
-        """Whether the model under study is the testbed."""
-        return self.parameters.model == TESTBED
+        """Whether the model under study is a testbed."""
+        return self.parameters.model in TESTBEDS
 
     @property
     def is_quick(self) -> bool:
@@ -194,10 +196,10 @@ class Run:
                 except InputError as error:
                     raise InputError(f"{name}: {error}") from error
         if not self.parameters.model.strip():
-            raise InputError("model: got ''; allowed: 'testbed', a hub id or a local folder")
+            raise InputError("model: got ''; allowed: 'testbed', 'testbed-large', a hub id or a local folder")
         for name in ("model", "base_model"):
             source = self._model_source(name)
-            if source and source != TESTBED:
+            if source and source not in TESTBEDS:
                 from nt_utils import models
 
                 models.check_source(source)
@@ -239,15 +241,18 @@ class Run:
     @cached_property
     def testbed(self):
         """The testbed of this seed, trained if it is not in the cache. The quick preset trains the same model."""
+        return self._testbed(self.parameters.model)
+
+    def _testbed(self, model: str):
         from nt_utils import testbed
 
         with self.timed("testbed"):
-            return testbed.build(seed=self.parameters.seed)
+            return testbed.build(seed=self.parameters.seed, size=TESTBEDS[model])
 
     def _model_source(self, which: str) -> str:
         source = getattr(self.parameters, which, "")
         if source == "auto":
-            return TESTBED if self.is_testbed else ""
+            return self.parameters.model if self.is_testbed else ""
         return source
 
     def load(self, which: str = "model"):
@@ -258,9 +263,10 @@ class Run:
         source = self._model_source(which)
         if not source:
             return None
-        quiet = testbed.without_bar() if source == TESTBED else contextlib.nullcontext()
-        if source == TESTBED:
-            source = str(self.testbed.aligned if which == "model" else self.testbed.unaligned)
+        quiet = testbed.without_bar() if source in TESTBEDS else contextlib.nullcontext()
+        if source in TESTBEDS:
+            made = self.testbed if source == p.model else self._testbed(source)
+            source = str(made.aligned if which == "model" else made.unaligned)
         with self.timed(f"load {which}"), quiet:
             lm = models.load(source, dtype=p.dtype, device_map=p.device_map, system_prompt=p.system_prompt or None)
         self.record(f"{which} weights", lm.weights_fingerprint)

@@ -34,6 +34,7 @@ COMMANDS = {
     "make study TORCH_INDEX=https://download.pytorch.org/whl/cpu": "see tools/setup.sh; it needs a network",
     "make plan STUDY=llama-2-7b-chat": "",
     "make plan STUDY=llama-3.1-8b-instruct": "",
+    "make study STUDY=testbed-large": "make plan STUDY=testbed-large",
     "make study STUDY=qwen2.5-14b-instruct": "make plan STUDY=qwen2.5-14b-instruct",
     'make study STUDY="testbed my-model" SEEDS="0 1 2"': 'make plan STUDY="testbed my-model" SEEDS="0 1 2"',
     "make figures": "",

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from nt_utils import batch, plan, studies
+from nt_utils import batch, plan, studies, testbed
 from nt_utils.batch import access
 from nt_utils.errors import InputError
 from tests.tiny import CONFIGS, tiny_lm
@@ -36,7 +36,7 @@ def offline(monkeypatch, tmp_path):
 def test_every_model_of_the_papers_has_its_published_size():
     found = {name: plan.sizes(name, batch.read(name, ROOT).facts["config"], "").count / 1e9 for name in PUBLISHED}
     assert found == pytest.approx(PUBLISHED, rel=0.005)
-    studies_with_facts = {p.stem for p in (ROOT / "notebooks" / "params").glob("*.yaml")} - {"testbed"}
+    studies_with_facts = {p.stem for p in (ROOT / "notebooks" / "params").glob("*.yaml")} - set(studies.TESTBEDS)
     assert studies_with_facts == set(PUBLISHED)
 
 
@@ -48,6 +48,16 @@ def test_the_size_follows_the_config(family):
     if family == "gpt2":  # its learned positions are a table of their own
         linear -= model.transformer.wpe.weight.numel()
     assert plan.sizes(family, config, "").count == linear
+
+
+def test_the_plan_of_the_models_that_are_trained_here(offline):
+    assert plan.TESTBEDS.keys() == studies.TESTBEDS.keys()
+    for name, words in plan.TESTBEDS.items():
+        recipe = testbed.RECIPES[studies.TESTBEDS[name]]
+        model = testbed.new_model(recipe, testbed.make_tokenizer(recipe), 0)
+        assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million" in words
+        assert f"model {name}: {words}" in str(plan.make_plan(name, [0], "quick", ROOT))
+        assert plan.resources(batch.read(name, ROOT))["gpu"] == 0
 
 
 def test_the_plan_of_a_gated_model_offline(offline, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 
 from nt_utils import parameters, studies
 from nt_utils.errors import InputError
+from tests.tiny import tiny_lm
 
 ROOT = studies.project_root()
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -255,3 +256,27 @@ def test_importing_the_package_stays_cheap():
     code = "import sys, nt_utils, nt_utils.studies, nt_utils.batch; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_testbed_comes_in_its_size(tmp_path, monkeypatch):
+    from nt_utils import models, testbed
+
+    asked, loaded = [], []
+
+    def build(seed, size):
+        asked.append((seed, size))
+        return SimpleNamespace(aligned=f"{size}-aligned", unaligned=f"{size}-unaligned", gate={"passed": False})
+
+    monkeypatch.setattr(testbed, "build", build)
+    monkeypatch.setattr(models, "load", lambda source, **_: loaded.append(source) or tiny_lm())
+    for name, size in studies.TESTBEDS.items():
+        p = {"base_model": "auto", "dtype": "auto", "device_map": "auto", "system_prompt": "", "harmful": "testbed"}
+        run = studies.Run("00_model_under_study", SimpleNamespace(model=name, seed=1, **p), tmp_path / name)
+        run.load("model")
+        run.load("base_model")
+        assert run.is_testbed
+        assert not run.is_enforced, "a gate that is missed enforces nothing"
+        assert loaded[-2:] == [f"{size}-aligned", f"{size}-unaligned"]
+        assert set(asked) == {(1, size)}
+        assert size in testbed.RECIPES
+        asked.clear()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nt_utils import studies
 from nt_utils.batch.files import StudyFile
 from nt_utils.errors import InputError, gate_message
 
@@ -34,6 +33,6 @@ def has_token() -> bool:
 
 def check_access(file: StudyFile) -> None:
     """Refuse a study of a gated model when it is not cached and no token is there; nothing has started by then."""
-    model = file.shared.get("model", studies.TESTBED)
+    model = file.model
     if file.facts.get("gated") and not is_local(model) and not has_token() and cached_file(model) is None:
         raise InputError(f"model: {gate_message(model)}")

@@ -61,14 +61,19 @@ class StudyFile:
         return {k: v for k, v in self.shared.items() if k in known} | dict(self.own.get(notebook) or {})
 
     @property
+    def model(self) -> str:
+        """The model under study."""
+        return self.shared.get("model", studies.TESTBED)
+
+    @property
     def is_testbed(self) -> bool:
-        """Whether the testbed has to be trained before its notebooks start."""
+        """Whether a testbed has to be trained before its notebooks start."""
         return self.has_model and self.is_small
 
     @property
     def is_small(self) -> bool:
-        """Whether a notebook is served best by one thread: the testbed, or no model at all."""
-        return self.shared.get("model", studies.TESTBED) == studies.TESTBED
+        """Whether a notebook is served best by one thread: a testbed, or no model at all."""
+        return self.model in studies.TESTBEDS
 
 
 def read(study: str, root: Path) -> StudyFile:

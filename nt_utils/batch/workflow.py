@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--set", action="append", default=[], metavar="PARAMETER=JSON", help="a point of a sweep")
     model = commands.add_parser("testbed", help="train the testbed of one seed, if it is not in the cache")
     model.add_argument("--seed", required=True)
+    model.add_argument("--model", default=studies.TESTBED, choices=studies.TESTBEDS)
     return parser
 
 
@@ -120,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from nt_utils import testbed
 
             step.die_with_the_study()
-            print(testbed.build(seed=files.parse_seeds(options.seed)[0]).folder)
+            print(testbed.build(seed=files.parse_seeds(options.seed)[0], size=studies.TESTBEDS[options.model]).folder)
             return 0
         parameters.PARAMETERS["preset"].check("preset", options.preset)
         if options.command == "run":
