@@ -154,8 +154,8 @@ RECIPES: dict[str, Recipe] = {
         threads=1,
         gate=False,
     ),
-    # About three times the parameters: wider and deeper, the same rows, a lower rate for the width. Never trained to the
-    # end: whether it passes the gate is not known.
+    # About three times the parameters: wider and deeper, the same rows, a lower rate for the width. Its gate has not
+    # been measured.
     "large": replace(
         _DEFAULT,
         unaligned=replace(_DEFAULT.unaligned, rate=2e-3),
