@@ -233,7 +233,7 @@ PARAMETERS: dict[str, Parameter] = {
         "definitions whose neurons are zeroed",
         items=str,
         choices=DEFINITIONS,
-        presets=(["contrast", "activation change"], list(DEFINITIONS), list(DEFINITIONS)),
+        presets=(["contrast"], list(DEFINITIONS), list(DEFINITIONS)),
     ),
     "compared_further": Parameter(
         list,

@@ -36,9 +36,9 @@ TESTBED = "testbed"
 #: Models that the project trains itself: id -> size (see nt_utils.testbed.RECIPES).
 TESTBEDS = {TESTBED: "default", f"{TESTBED}-large": "large"}
 EMBEDDED = "testbed"  # as a prompt source: the corpus that the testbed was made with
-QUICK_TOKENS = 20  # of an answer to an embedded prompt in a quick run; most have ended by then
-#: Parameters that are prompt sources.
+QUICK_TOKENS = 36  # of an answer to an embedded prompt in a quick run; the longest in the corpus has 35
 LONG = 20  # rows of a shown table beyond which it scrolls
+#: Parameters that are prompt sources.
 SOURCES = ("harmful", "benign", "general", "harmful_test", "benign_test", "borderline", "second_language", "new_task")
 
 
