@@ -1,6 +1,7 @@
 """The project's own files: one list of dependencies, exact pins, one direction of flow."""
 
 import ast
+import importlib.metadata
 import json
 import re
 import sys
@@ -8,6 +9,7 @@ import tomllib
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 
 from nt_utils import batch, studies
 from tests import newcomer
@@ -36,6 +38,16 @@ def test_every_dependency_is_pinned_exactly():
     assert {requirement_name(w) for w in wanted} <= pinned
     assert PINS["torch"] == "2.13.0"
     assert not [v for v in PINS.values() if "+" in v], "a local version like +cpu exists on one index only"
+
+
+def test_every_pin_installs_on_the_oldest_python():
+    """Debian's 3.11.2 was refused by a pin that asked for 3.11.5."""
+    oldest = PROJECT["project"]["requires-python"].split(",")[0].removeprefix(">=") + ".0"
+    pins = {requirement_name(name): version for name, version in PINS.items()}
+    for found in importlib.metadata.distributions():
+        wanted = found.metadata["Requires-Python"]
+        if wanted and pins.get(requirement_name(found.name)) == found.version:
+            assert SpecifierSet(wanted).contains(oldest), f"{found.name} {found.version} wants Python {wanted}"
 
 
 #: Import names that differ from their package's, and packages that come with a dependency.
