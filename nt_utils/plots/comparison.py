@@ -124,8 +124,8 @@ def agreement_sites(table: pd.DataFrame) -> Figure:
 def effects(table: pd.DataFrame) -> Figure:
     """Notebook 06: what is done to each definition's neurons, and to its controls, at equal counts.
 
-    Columns intervention, definition, set, metric, value, low, high, n. One row of panels an intervention; dotted: the model
-    as it is.
+    Columns intervention, definition, set, metric, value, low, high, n. One row of panels an intervention; dotted: no
+    neurons chosen (for freezing: attacked with nothing frozen).
     """
     kinds = ordered(table["intervention"])
     width = max(table[table["intervention"] == k]["metric"].nunique() for k in kinds)
@@ -161,7 +161,7 @@ def effects(table: pd.DataFrame) -> Figure:
             found, labels = ax.get_legend_handles_labels()
             handles |= dict(zip(labels, found, strict=True))
     drawn.legend([handles[s] for s in sets], sets, loc="outside lower center", ncols=len(sets) + 1)
-    note(drawn, f"95% Wilson intervals; {DRAWS}; dotted: the model as it is", table)
+    note(drawn, f"95% Wilson intervals; {DRAWS}; dotted: no neurons chosen", table)
     return drawn
 
 
