@@ -30,10 +30,10 @@ READY := $(PREFIX)/.nt-utils-$(LISTS)
 .PHONY: study plan test lab browser figures publish report bench bench-gpu lint clean help env env-test env-dev env-browser
 
 study: env ## run the study: executed notebooks, tables and figures in runs/<study>/seed-<seed>/
-	@$(BIN)/python -m nt_utils.batch study --studies "$(STUDY)" --seeds "$(SEEDS)" --preset "$(PRESET)" --cores "$(CORES)"
+	@$(BIN)/python -m nt_utils.study.batch study --studies "$(STUDY)" --seeds "$(SEEDS)" --preset "$(PRESET)" --cores "$(CORES)"
 
 plan: env ## what the study will do, need and take, and what is missing; loads no weights
-	@$(BIN)/python -m nt_utils.plan --studies "$(STUDY)" --seeds "$(SEEDS)" --preset "$(PRESET)"
+	@$(BIN)/python -m nt_utils.study.plan --studies "$(STUDY)" --seeds "$(SEEDS)" --preset "$(PRESET)"
 
 test: env-test ## run the tests
 	@$(BIN)/python -m pytest
@@ -49,16 +49,16 @@ figures: env ## redraw every figure in figures/ from its table
 
 publish: PRESET = full
 publish: env ## collect the runs' findings into figures/ and README.md
-	@$(BIN)/python -m nt_utils.ledger publish --studies "$(STUDY)" --seeds "$(SEEDS)" --preset "$(PRESET)"
+	@$(BIN)/python -m nt_utils.study.ledger publish --studies "$(STUDY)" --seeds "$(SEEDS)" --preset "$(PRESET)"
 
 report: env ## one self-contained HTML of an executed study: runs/<study>/seed-<seed>/report.html
-	@$(BIN)/python -m nt_utils.report --studies "$(STUDY)" --seeds "$(SEEDS)" --preset "$(PRESET)"
+	@$(BIN)/python -m nt_utils.study.report --studies "$(STUDY)" --seeds "$(SEEDS)" --preset "$(PRESET)"
 
 bench: env ## measure speed and memory against the plain forward pass
-	@$(BIN)/python -m bench
+	@$(BIN)/python -m nt_utils.bench
 
 bench-gpu: env ## the same on a GPU, at the shapes of 7B and 14B models
-	@$(BIN)/python -m bench --gpu
+	@$(BIN)/python -m nt_utils.bench --gpu
 
 lint: env-dev ## check format, lint, types and stripped notebooks
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/nbstripout --verify notebooks/*.ipynb
@@ -77,13 +77,13 @@ env-dev: $(READY)-dev
 env-browser: $(READY)-browser
 
 $(READY):
-	@bash tools/setup.sh "$(ENV)" "$(PREFIX)" "$(PYTHON)" "$(TORCH_INDEX)" "" && touch $@
+	@bash .ci/setup.sh "$(ENV)" "$(PREFIX)" "$(PYTHON)" "$(TORCH_INDEX)" "" && touch $@
 
 $(READY)-test: $(READY)
-	@bash tools/setup.sh "$(ENV)" "$(PREFIX)" "$(PYTHON)" "$(TORCH_INDEX)" "[test]" && touch $@
+	@bash .ci/setup.sh "$(ENV)" "$(PREFIX)" "$(PYTHON)" "$(TORCH_INDEX)" "[test]" && touch $@
 
 $(READY)-dev: $(READY)
-	@bash tools/setup.sh "$(ENV)" "$(PREFIX)" "$(PYTHON)" "$(TORCH_INDEX)" "[dev]" && touch $@
+	@bash .ci/setup.sh "$(ENV)" "$(PREFIX)" "$(PYTHON)" "$(TORCH_INDEX)" "[dev]" && touch $@
 
 $(READY)-browser: $(READY)
-	@bash tools/setup.sh "$(ENV)" "$(PREFIX)" "$(PYTHON)" "$(TORCH_INDEX)" "[browser]" && touch $@
+	@bash .ci/setup.sh "$(ENV)" "$(PREFIX)" "$(PYTHON)" "$(TORCH_INDEX)" "[browser]" && touch $@

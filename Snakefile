@@ -5,7 +5,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from nt_utils import batch, plan, studies
+from nt_utils.study import batch, plan
+from nt_utils.files import study_name
 
 ROOT = Path(workflow.basedir)
 STUDIES = str(config.get("studies", "testbed")).replace(",", " ").split()
@@ -13,7 +14,7 @@ SEEDS = batch.parse_seeds(str(config.get("seeds", "0")))
 PRESET = config.get("preset", "default")
 FILES = {study: batch.read(study, ROOT) for study in STUDIES}
 RUNS = {v.folder: v for study in STUDIES for v in batch.variants(study, SEEDS, PRESET, ROOT)}
-SWEPT = {studies.study_name(study, study, PRESET): study for study in STUDIES if FILES[study].sweep}
+SWEPT = {study_name(study, study, PRESET): study for study in STUDIES if FILES[study].sweep}
 COMPARED = [folder for folder, run in RUNS.items() if set(batch.LAST) & set(run.notebooks)]
 COMPARED = [f for f in COMPARED if FILES[RUNS[f].study].has_model]  # notebooks without a model leave no findings
 for run in RUNS.values():
@@ -73,7 +74,7 @@ rule testbed:
         mem_mb=4000,
         runtime=60,
     shell:
-        "{sys.executable} -m nt_utils.batch testbed --seed {wildcards.seed} --model {params.model}"
+        "{sys.executable} -m nt_utils.study.batch testbed --seed {wildcards.seed} --model {params.model}"
 
 
 rule notebook:
@@ -92,7 +93,7 @@ rule notebook:
         mem_mb=lambda w: needs(w)["mem_mb"],
         runtime=lambda w: needs(w)["runtime"],
     shell:
-        "OMP_NUM_THREADS={threads} {sys.executable} -m nt_utils.batch run {wildcards.notebook} {params.point}"
+        "OMP_NUM_THREADS={threads} {sys.executable} -m nt_utils.study.batch run {wildcards.notebook} {params.point}"
         " --seed {wildcards.seed} --preset {PRESET} --output {output}"
 
 
@@ -104,7 +105,7 @@ rule seeds:
     params:
         seeds=",".join(map(str, SEEDS)),
     shell:
-        "{sys.executable} -m nt_utils.seeds --folder {wildcards.folder} --seeds {params.seeds}"
+        "{sys.executable} -m nt_utils.study.seeds --folder {wildcards.folder} --seeds {params.seeds}"
 
 
 rule sweep:
@@ -119,4 +120,4 @@ rule sweep:
         mem_mb=2000,
         runtime=10,
     shell:
-        "{sys.executable} -m nt_utils.batch collect --study {params.study} --seeds {params.seeds} --preset {PRESET}"
+        "{sys.executable} -m nt_utils.study.batch collect --study {params.study} --seeds {params.seeds} --preset {PRESET}"

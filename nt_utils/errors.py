@@ -43,3 +43,8 @@ def gate_message(model: str) -> str:
         f"{model} is gated: accept its licence at https://huggingface.co/{model}, then set the variable HF_TOKEN "
         "to a token of that account (or run `hf auth login`)"
     )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

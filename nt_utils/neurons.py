@@ -13,10 +13,10 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nt_utils.errors import InputError
+from nt_utils.errors import InputError, first_line
+from nt_utils.files import digest_of_file, read_header, sealed
 
 KINDS = ("q", "k", "v", "o", "ffn")
 #: The channels that write to the residual stream: the pool of every ranking across kinds. A value row and its
@@ -131,7 +132,7 @@ class ScoreWriter:
         self._tmp = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         offset, places = 0, {}
         header: dict[str, Any] = {}
-        header["__metadata__"] = _sealed(
+        header["__metadata__"] = sealed(
             {
                 "format": "nt_utils.scores.2",
                 "space": space.to_json(),
@@ -183,8 +184,8 @@ class ScoreWriter:
         if not self._written.all():
             self.discard()
             raise InputError(f"scores: {int((~self._written).any(1).sum())} of {self.n_prompts} prompts have no score")
-        digest = _digest_of_values(self._file)
-        self._header["__metadata__"] = _sealed(self._header["__metadata__"] | {"digest": digest})
+        digest = digest_of_file(self._file)
+        self._header["__metadata__"] = sealed(self._header["__metadata__"] | {"digest": digest})
         self._write_header()
         self._file.close()
         self._tmp.replace(self.path)
@@ -220,7 +221,7 @@ class NeuronScores:
     def load(cls, path, space: NeuronSpace | None = None) -> NeuronScores:
         """Open a score file. Raises InputError when it is damaged or, given ``space``, of another architecture."""
         path = Path(path)
-        meta = _read_header(path, "nt_utils.scores.")
+        meta = read_header(path, "nt_utils.scores.")
         found = NeuronSpace.from_json(meta["space"])
         _check_architecture(path, found, space)
         kinds = tuple(json.loads(meta["kinds"]))
@@ -230,9 +231,9 @@ class NeuronScores:
         except (SafetensorError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"{path}: damaged score file ({_first_line(error)})") from error
+            raise InputError(f"{path}: damaged score file ({first_line(error)})") from error
         with open(path, "rb") as file:
-            digest = _digest_of_values(file)
+            digest = digest_of_file(file)
         if digest != meta.get("digest"):
             raise InputError(f"{path}: damaged score file: its scores do not match its digest")
         return cls(path, found, kinds, json.loads(meta["meta"]), tuple(range(n)))
@@ -404,7 +405,7 @@ class NeuronSet:
         path.parent.mkdir(parents=True, exist_ok=True)
         tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         tensors = {f"{layer}.{kind}": m.to(torch.uint8) for (layer, kind), m in self.masks.items()}
-        header = _sealed(
+        header = sealed(
             {
                 "format": "nt_utils.neurons.1",
                 "space": self.space.to_json(),
@@ -421,7 +422,7 @@ class NeuronSet:
     def load(cls, path, space: NeuronSpace | None = None) -> NeuronSet:
         """Read a set; raises InputError when the file is damaged or, given ``space``, of another architecture."""
         path = Path(path)
-        header = _read_header(path, "nt_utils.neurons.")
+        header = read_header(path, "nt_utils.neurons.")
         try:
             found = NeuronSpace.from_json(header["space"])
             _check_architecture(path, found, space)
@@ -437,56 +438,10 @@ class NeuronSet:
         except (KeyError, ValueError, TypeError, SafetensorError) as error:
             if isinstance(error, InputError) and str(error).startswith(str(path)):
                 raise
-            raise InputError(f"{path}: damaged neuron file ({_first_line(error)})") from error
+            raise InputError(f"{path}: damaged neuron file ({first_line(error)})") from error
         if loaded.fingerprint != header.get("fingerprint"):
             raise InputError(f"{path}: damaged neuron file: its masks do not match its fingerprint")
         return loaded
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _read_header(path: Path, wanted: str) -> dict:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        with safe_open(path, "pt") as file:
-            meta = file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: damaged or not a safetensors file ({_first_line(error)})") from error
-    if not meta.get("format", "").startswith(wanted):
-        raise InputError(f"{path}: not a {wanted.rstrip('.')} file (its format is {meta.get('format', 'unnamed')!r})")
-    if _sealed(meta) != meta:
-        raise InputError(f"{path}: damaged file: its header does not match its checksum")
-    return meta
-
-
-def _sealed(header: Mapping[str, str]) -> dict[str, str]:
-    """The header with a checksum over its entries: a flipped byte must not pass for another set's description."""
-    entries = {k: v for k, v in header.items() if k != "checksum"}
-    return entries | {"checksum": hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()}
-
-
-def _digest_of_values(file: BinaryIO) -> str:
-    """SHA-256 of an open safetensors file without its metadata, read in pieces: memory stays flat."""
-    file.seek(0)
-    (length,) = struct.unpack("<Q", file.read(8))
-    header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    while piece := file.read(1 << 16):
-        digest.update(piece)
-    return digest.hexdigest()
-
-
-def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, precisions, shapes and values, whatever the order."""
-    parts = []
-    for name, tensor in tensors:
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(flat.data).hexdigest()}")
-    return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()
 
 
 def _check_architecture(path: Path, found: NeuronSpace, wanted: NeuronSpace | None) -> None:

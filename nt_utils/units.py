@@ -18,17 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nt_utils.errors import InputError
-from nt_utils.neurons import (
-    POOL,
-    NeuronSet,
-    NeuronSpace,
-    Site,
-    _check_architecture,
-    _first_line,
-    _read_header,
-    _sealed,
-)
+from nt_utils.errors import InputError, first_line
+from nt_utils.files import read_header, sealed
+from nt_utils.neurons import POOL, NeuronSet, NeuronSpace, Site, _check_architecture
 
 CATEGORIES = ("SCU", "UCU", "CU", "RU")
 OLDER_NAMES = {"ESU": "SCU", "EUU": "UCU"}
@@ -152,7 +144,7 @@ class UnitMap:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        header = _sealed(
+        header = sealed(
             {
                 "format": FORMAT,
                 "space": self.space.to_json(),
@@ -174,7 +166,7 @@ class UnitMap:
         Raises InputError when the file is damaged or, given ``space``, of another architecture.
         """
         path = Path(path)
-        header = _read_header(path, "nt_utils.units.")
+        header = read_header(path, "nt_utils.units.")
         try:
             found = NeuronSpace.from_json(header["space"])
             _check_architecture(path, found, space)
@@ -186,7 +178,7 @@ class UnitMap:
         except (KeyError, IndexError, ValueError, TypeError, SafetensorError) as error:
             if isinstance(error, InputError) and "made for another" in str(error):
                 raise
-            raise InputError(f"{path}: damaged unit file ({_first_line(error)})") from error
+            raise InputError(f"{path}: damaged unit file ({first_line(error)})") from error
         if loaded.fingerprint != header["fingerprint"]:
             raise InputError(f"{path}: damaged unit file: its labels do not match its fingerprint")
         return loaded
@@ -207,12 +199,15 @@ def flow(before: UnitMap, after: UnitMap) -> list[dict]:
     sizes = table.sum(1).tolist()
     return [
         {
-            "before": CATEGORIES[i], "after": CATEGORIES[j], "count": int(table[i, j]),
-            "share": int(table[i, j]) / len(a), "share_of_before": int(table[i, j]) / max(sizes[i], 1),
+            "before": CATEGORIES[i],
+            "after": CATEGORIES[j],
+            "count": int(table[i, j]),
+            "share": int(table[i, j]) / len(a),
+            "share_of_before": int(table[i, j]) / max(sizes[i], 1),
         }
         for i in range(len(CATEGORIES))
         for j in range(len(CATEGORIES))
-    ]  # fmt: skip
+    ]
 
 
 def with_inputs(neurons: NeuronSet, head_dim: int) -> NeuronSet:

@@ -26,37 +26,39 @@ PROGRAMS = ("make ", "python ", ".venv/bin/", "pip ", "snakemake ", "conda ", "p
 COMMANDS = {
     "make study": "make study PRESET=quick",
     "make test": "see .ci/run",
-    'make study SEEDS="0 1 2" PRESET=quick': "see tests/test_batch.py, which runs seeds and a sweep of a toy study",
+    'make study SEEDS="0 1 2" PRESET=quick': "see tests/study/test_batch.py, which runs seeds and a sweep of a toy study",
     "make lab": "see python -m tests.browser index",
     "make help": "",
     "make report": "make report PRESET=quick",
     "conda env create -f environment.yml": "see tests/test_project.py, which compares the file with pyproject.toml",
-    "make study TORCH_INDEX=https://download.pytorch.org/whl/cpu": "see tools/setup.sh; it needs a network",
+    "make study TORCH_INDEX=https://download.pytorch.org/whl/cpu": "see .ci/setup.sh; it needs a network",
     "make plan STUDY=llama-2-7b-chat": "",
     "make plan STUDY=llama-3.1-8b-instruct": "",
     "make study STUDY=testbed-large": "make plan STUDY=testbed-large",
     "make study STUDY=qwen2.5-14b-instruct": "make plan STUDY=qwen2.5-14b-instruct",
     'make study STUDY="testbed my-model" SEEDS="0 1 2"': 'make plan STUDY="testbed my-model" SEEDS="0 1 2"',
     "make figures": "",
-    "make publish": "see tests/test_ledger.py",
-    "make bench": "see tests/test_bench.py",
-    "make bench-gpu": "see tests/test_bench.py",
+    "make publish": "see tests/study/test_ledger.py",
+    "make bench": "see tests/bench/test_bench.py",
+    "make bench-gpu": "see tests/bench/test_bench.py",
     "make browser": "see CONTRIBUTING.md; it is a check of its own",
     "make lint": "see CONTRIBUTING.md",
     "pip install -e .[cluster]": "see tests/cluster/run.sh",
-    "snakemake --profile profiles/slurm --config studies=llama-3.1-8b-instruct seeds=0,1,2": "see tests/cluster/run.sh",
+    "snakemake --profile nt_utils/study/batch/profiles/slurm --config studies=llama-3.1-8b-instruct seeds=0,1,2": "see tests/cluster/run.sh",
     "tests/cluster/run.sh": "see CONTRIBUTING.md; it needs root and Slurm",
     "tests/cluster/faults.py": "see CONTRIBUTING.md; it takes three quick studies",
     "python -m nt_utils.evaluation.judges IN.csv OUT.csv --column completion": (
         ".venv/bin/python -m nt_utils.evaluation.judges IN.csv OUT.csv --column completion"
     ),
     "pre-commit install": ".venv/bin/pre-commit install",
-}  # fmt: skip
+}
 #: In the papermill commands: the hub's names, and what stands for them where there is no hub.
 OFFLINE = {
-    "Qwen/Qwen2.5-0.5B-Instruct": "{model}", "advbench": "harmful.csv:prompt", "alpaca": "benign.csv:prompt",
+    "Qwen/Qwen2.5-0.5B-Instruct": "{model}",
+    "advbench": "harmful.csv:prompt",
+    "alpaca": "benign.csv:prompt",
     "wikitext": "general.csv:prompt",
-}  # fmt: skip
+}
 
 
 def readme_commands(text: str) -> list[str]:
@@ -75,7 +77,7 @@ def instead(command: str, model: str = "{model}") -> str | None:
             command = command.replace(f" {name}", f" {local.format(model=model)}")
         return f"{command} -p preset quick"
     if command.startswith("accelerate launch "):
-        return "see tests/test_parallel.py, which runs it with two processes"
+        return "see tests/interventions/test_parallel.py, which runs it with two processes"
     return COMMANDS[command] or command if command in COMMANDS else None
 
 

@@ -11,20 +11,37 @@ import pytest
 import yaml
 from packaging.specifiers import SpecifierSet
 
-from nt_utils import batch, studies
+from nt_utils.files import project_root
+from nt_utils.study import batch
+from nt_utils.study.parameters import notebook_parameters
 from tests import newcomer
 
-ROOT = studies.project_root()
+ROOT = project_root()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PINS = dict(
     line.strip().split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"
 )
 
-#: A file may import what stands before it in this list (and its own room), never what stands after.
-FLOW = [
-    ("errors",), ("neurons",), ("units",), ("data",), ("models",), ("hooks",), ("scoring",), ("selection",), ("interventions",),
-    ("evaluation",), ("testbed",), ("experiments",), ("parameters", "plots", "studies", "ledger", "batch", "plan", "seeds", "report", "tune"),
-]  # fmt: skip
+#: The rooms in the order in which data flows: a file may import from rooms above its own in this list, never from one below.
+ROOMS = (
+    "errors",
+    "files",
+    "neurons",
+    "units",
+    "data",
+    "plots",
+    "models",
+    "hooks",
+    "evaluation",
+    "scoring",
+    "selection",
+    "interventions",
+    "definitions",
+    "testbed",
+    "experiments",
+    "study",
+    "bench",
+)
 
 
 def requirement_name(text):
@@ -104,17 +121,12 @@ def test_imports_flow_one_way(path):
     room = path.relative_to(ROOT / "nt_utils").parts[0].removesuffix(".py")
     if room == "__init__":
         return
-    level = next(i for i, rooms in enumerate(FLOW) if room in rooms)
-    typing_only = {
-        name
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-        if isinstance(inner, ast.ImportFrom) and inner.module
-        for name in [inner.module.split(".")[1] if "." in inner.module else ""]
-    }
-    allowed = {r for rooms in FLOW[: level + 1] for r in rooms} | typing_only
-    assert imported(path) <= allowed
+    assert imported(path) <= set(ROOMS[: ROOMS.index(room) + 1])
+
+
+def test_every_room_is_listed():
+    found = {p.name.removesuffix(".py") for p in (ROOT / "nt_utils").iterdir() if p.suffix == ".py" or p.is_dir()}
+    assert found - {"__init__", "__pycache__"} == set(ROOMS)
 
 
 def test_the_readmes_library_example_runs(tmp_path, monkeypatch, capsys):
@@ -159,7 +171,7 @@ def test_the_readmes_papermill_commands_name_real_parameters():
     for notebook, arguments in commands:
         given = re.findall(r"-p (\w+)", arguments)
         assert given
-        assert set(given) <= set(studies.notebook_parameters(ROOT / notebook))
+        assert set(given) <= set(notebook_parameters(ROOT / notebook))
 
 
 def test_the_index_links_to_every_notebook_and_is_no_step_of_the_study():

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from nt_utils import selection, units
 from nt_utils.errors import InputError
-from nt_utils.neurons import POOL, NeuronSet, _sealed
+from nt_utils.files import sealed
+from nt_utils.neurons import POOL, NeuronSet
 from nt_utils.scoring.fluctuation import Fluctuation, fluctuation
 from nt_utils.selection import Cost, UnitScores, find_proportions, unit_scores
 from nt_utils.units import CATEGORIES, UnitMap, flow, with_inputs
@@ -188,12 +189,17 @@ def test_files_round_trip_and_read_older_names(scores, tmp_path):
     assert again.meta == {**made.meta}
     assert again.weights == "w"
     header = {
-        "format": "nt_utils.units.0", "space": made.space.to_json(), "weights": "w", "meta": "{}", "head_dim": "8",
-        "categories": json.dumps(["RU", "EUU", "CU", "ESU"]), "fingerprint": made.fingerprint,
-    }  # fmt: skip
+        "format": "nt_utils.units.0",
+        "space": made.space.to_json(),
+        "weights": "w",
+        "meta": "{}",
+        "head_dim": "8",
+        "categories": json.dumps(["RU", "EUU", "CU", "ESU"]),
+        "fingerprint": made.fingerprint,
+    }
     old = torch.tensor([3, 1, 2, 0])  # the older file's number of each category
     save_file(
-        {k: old[v.long()].to(torch.uint8) for k, v in load_file(path).items()}, tmp_path / "old.st", _sealed(header)
+        {k: old[v.long()].to(torch.uint8) for k, v in load_file(path).items()}, tmp_path / "old.st", sealed(header)
     )
     assert UnitMap.load(tmp_path / "old.st") == made
     assert made.set("ESU") == made.set("SCU")

@@ -242,9 +242,18 @@ def utility(per_task: int = 20, split: str = "test", seed: int = 0) -> PromptSet
 
 def _knowledge(text: str, helpful: str, answer: str, task: str, split: str, template: int, topic: str, language="en"):
     return Prompt(
-        text=text, helpful=helpful, answer=answer, task=task, split=split, template=f"{task}-{split}-{template}",
-        topic=topic, language=language, kind="benign", refusal=words.REFUSAL[language], source=SOURCE,
-    )  # fmt: skip
+        text=text,
+        helpful=helpful,
+        answer=answer,
+        task=task,
+        split=split,
+        template=f"{task}-{split}-{template}",
+        topic=topic,
+        language=language,
+        kind="benign",
+        refusal=words.REFUSAL[language],
+        source=SOURCE,
+    )
 
 
 @functools.cache
@@ -316,8 +325,17 @@ class Row(NamedTuple):
 
 
 ROW_KINDS = (
-    "text", "judgement", "impossible", "benign", "harmful", "borderline", "facts", "sums", "rewriting", "refusal",
-)  # fmt: skip
+    "text",
+    "judgement",
+    "impossible",
+    "benign",
+    "harmful",
+    "borderline",
+    "facts",
+    "sums",
+    "rewriting",
+    "refusal",
+)
 
 
 @dataclass(frozen=True)
@@ -478,6 +496,16 @@ def _all_wordings() -> Iterable[Attack]:
 
 # The attack classes of the testbed; attacks that are registered later do not change its training.
 _TESTBED_CLASSES = (
-    "roleplay", "fiction", "prefix", "suppression", "authority", "emotion", "hypothetical", "override", "developer",
-    "dialogue", "payload", "suffix",
-)  # fmt: skip
+    "roleplay",
+    "fiction",
+    "prefix",
+    "suppression",
+    "authority",
+    "emotion",
+    "hypothetical",
+    "override",
+    "developer",
+    "dialogue",
+    "payload",
+    "suffix",
+)

@@ -27,7 +27,7 @@ from typing import Any
 
 from nt_utils.data.records import PROMPT_KINDS, Prompt, PromptSet
 from nt_utils.data.registry import REGISTRY, Columns, Entry, Place, entry
-from nt_utils.errors import InputError
+from nt_utils.errors import InputError, first_line
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")
 HUB = ("datasets", "huggingface_hub", "huggingface_hub.utils._http")  # whose retries and cache notices are kept out
@@ -119,7 +119,7 @@ def read_file(path: Path) -> list[Row]:
         else:
             rows = _json_rows(json.loads(path.read_text(encoding="utf-8-sig")))
     except (ValueError, OSError, UnicodeError) as error:
-        raise InputError(f"{path}: cannot be read as {suffix[1:]} ({_first_line(error)})") from error
+        raise InputError(f"{path}: cannot be read as {suffix[1:]} ({first_line(error)})") from error
     if not rows:
         raise InputError(f"{path}: the file holds no rows")
     if not all(isinstance(row, Mapping) for row in rows):
@@ -225,7 +225,7 @@ def _read_hub(place: Place, stream: bool, limit: int | None, seed: int) -> Itera
 def _hub_failure(error: BaseException) -> str:
     """What went wrong, in one line."""
     kinds = {cls.__name__ for cls in type(error).__mro__}
-    text = _first_line(error)
+    text = first_line(error)
     if "GatedRepoError" in kinds or "gated" in text.lower():
         return "the data set is gated: accept its licence on the hub and log in with `hf auth login`"
     if "split" in text.lower() or "BuilderConfig" in text:
@@ -333,10 +333,12 @@ def _prompts(rows: Iterable[Row], columns: Columns, source: str, kind: str, foun
     return [
         Prompt(
             **{f: "\n\n".join(filter(None, (_cell(row, c, source) for c in cells))) for f, cells in fields.items()},
-            kind=kind, language=language, source=label,
+            kind=kind,
+            language=language,
+            source=label,
         )
         for row in rows
-    ]  # fmt: skip
+    ]
 
 
 def _cell(row: Row, column: str, source: str) -> str:
@@ -394,7 +396,3 @@ def _as_tuple(column: str | tuple[str, ...]) -> tuple[str, ...]:
 
 def _kept(row: Row, place: Place) -> bool:
     return all(str(row.get(column, "")).strip().lower() == value.lower() for column, value in place.where.items())
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -29,12 +29,19 @@ def differences(n: int | None = None, split: str = "train", seed: int = 0) -> Pr
     cells = [(a, b) for a in range(2, 20) for b in range(1, a)]
     found = [
         Prompt(
-            text=form.format(a=a, b=b), helpful=f"{a} minus {b} is {a - b}.", answer=f"is {a - b}.", kind="benign",
-            template=f"differences-{split}-{i}", topic=f"{a}-{b}", source=SOURCE, split=split, task="differences",
+            text=form.format(a=a, b=b),
+            helpful=f"{a} minus {b} is {a - b}.",
+            answer=f"is {a - b}.",
+            kind="benign",
+            template=f"differences-{split}-{i}",
+            topic=f"{a}-{b}",
+            source=SOURCE,
+            split=split,
+            task="differences",
         )
         for i, form in enumerate(DIFFERENCES[SPLITS.index(split)])
         for j, (a, b) in enumerate(cells)
         if _CYCLE[j % len(_CYCLE)] == split
-    ]  # fmt: skip
+    ]
     random.Random(f"differences-{split}-{seed}").shuffle(found)
     return PromptSet(found[:n], f"differences-{split}")

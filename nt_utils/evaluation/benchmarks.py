@@ -59,10 +59,19 @@ def run_benchmarks(
         model = harness.models.huggingface.HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=batch_size)
         with intervention.active(lm) if intervention is not None else contextlib.nullcontext():
             found = harness.simple_evaluate(
-                model=model, tasks=list(tasks), task_manager=manager, limit=limit, num_fewshot=num_fewshot,
-                apply_chat_template=apply_chat_template, log_samples=False, bootstrap_iters=0,
-                random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
-            )  # fmt: skip
+                model=model,
+                tasks=list(tasks),
+                task_manager=manager,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                apply_chat_template=apply_chat_template,
+                log_samples=False,
+                bootstrap_iters=0,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
     name = "none" if intervention is None else intervention.name
     lines = [line for task, values in found["results"].items() for line in _lines(task, values, found)]
     table = pandas.DataFrame([(*line, name, lm.label) for line in lines], columns=list(COLUMNS))
@@ -119,8 +128,12 @@ def _lines(task: str, values: dict[str, Any], found: dict[str, Any]) -> Iterator
         if not isinstance(value, (int, float)) or metric.endswith("_stderr") or metric in ("alias", "sample_len"):
             continue
         label = metric if kind in ("none", "") else f"{metric} ({kind})"
-        yield (task, label, *_interval(metric, float(value), values.get(f"{metric}_stderr,{kind}"), n),
-               found.get("n-shot", {}).get(task, 0))  # fmt: skip
+        yield (
+            task,
+            label,
+            *_interval(metric, float(value), values.get(f"{metric}_stderr,{kind}"), n),
+            found.get("n-shot", {}).get(task, 0),
+        )
 
 
 def _interval(metric: str, value: float, error: Any, n: int) -> tuple[float, float, float, int]:

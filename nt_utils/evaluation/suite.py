@@ -327,9 +327,14 @@ def evaluate(
             continue
         # Set by set: a set's responses are cached by themselves, and do not depend on which sets stand beside it.
         responses = generate(
-            lm, member.prompts, max_new_tokens=max_new_tokens or member.max_new_tokens or suite.max_new_tokens,
-            batch_size=batch_size, progress=progress, intervention=intervention, cache=cache,
-        )  # fmt: skip
+            lm,
+            member.prompts,
+            max_new_tokens=max_new_tokens or member.max_new_tokens or suite.max_new_tokens,
+            batch_size=batch_size,
+            progress=progress,
+            intervention=intervention,
+            cache=cache,
+        )
         frames.append(_judged_rows(member, responses, judges, reference, limit, batch_size))
 
     with active():

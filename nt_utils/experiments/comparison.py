@@ -75,12 +75,21 @@ def agreement_table(definitions: Definitions, halves: Halves, shares: Sequence[f
             overlap = _middle([overlap for overlap, _ in pairs])
             rows.append(
                 {
-                    "a": a, "b": b, "share": share, "jaccard": overlap[0], "low": overlap[1], "high": overlap[2],
-                    "all": full[a].jaccard(full[b]), "chance": float(np.mean([chance for _, chance in pairs])),
-                    "spearman": ranks[0], "spearman_low": ranks[1], "spearman_high": ranks[2],
-                    "n": len(halves), "prompts": definitions.prompts,
+                    "a": a,
+                    "b": b,
+                    "share": share,
+                    "jaccard": overlap[0],
+                    "low": overlap[1],
+                    "high": overlap[2],
+                    "all": full[a].jaccard(full[b]),
+                    "chance": float(np.mean([chance for _, chance in pairs])),
+                    "spearman": ranks[0],
+                    "spearman_low": ranks[1],
+                    "spearman_high": ranks[2],
+                    "n": len(halves),
+                    "prompts": definitions.prompts,
                 }
-            )  # fmt: skip
+            )
     return pd.DataFrame(rows)
 
 
@@ -244,10 +253,16 @@ def effect_table(
                 low, high = (min(values), max(values)) if len(values) > 1 else (found[0].low, found[0].high)
                 rows.append(
                     {
-                        **labels, "definition": name, "set": control, "metric": m.label,
-                        "value": float(np.mean(values)), "low": low, "high": high, "n": found[0].n,
+                        **labels,
+                        "definition": name,
+                        "set": control,
+                        "metric": m.label,
+                        "value": float(np.mean(values)),
+                        "low": low,
+                        "high": high,
+                        "n": found[0].n,
                     }
-                )  # fmt: skip
+                )
     for name, action in (others or {}).items():
         rows += bench.rates(action, measures, **labels, definition=name, set="no neurons")
     return pd.DataFrame(rows)
@@ -294,10 +309,16 @@ def excess_table(
         found = bench.excess(act(neurons), [act(d) for d in chosen.random(name)], measure, seed)
         rows.append(
             {
-                "definition": name, "neurons": len(neurons), "metric": measure.label, "value": found.value,
-                "low": found.low, "high": found.high, "n": found.n, "per_neuron": 100 * found.value / len(neurons),
+                "definition": name,
+                "neurons": len(neurons),
+                "metric": measure.label,
+                "value": found.value,
+                "low": found.low,
+                "high": found.high,
+                "n": found.n,
+                "per_neuron": 100 * found.value / len(neurons),
             }
-        )  # fmt: skip
+        )
     return pd.DataFrame(rows)
 
 
@@ -355,9 +376,16 @@ def trained(
 ) -> Delta:
     """What tuning on refusals and benign answers leaves when only ``scope`` is trained."""
     return tune(
-        lm, scope, harmful=harmful, benign=benign, learning_rate=effort.learning_rate, steps=effort.steps,
-        batch_size=effort.batch_size, seed=effort.seed, progress=False,
-    ).delta  # fmt: skip
+        lm,
+        scope,
+        harmful=harmful,
+        benign=benign,
+        learning_rate=effort.learning_rate,
+        steps=effort.steps,
+        batch_size=effort.batch_size,
+        seed=effort.seed,
+        progress=False,
+    ).delta
 
 
 def training(lm: LanguageModel, sides: str, harmful: PromptSet, benign: PromptSet, effort: Effort) -> Act:
@@ -420,9 +448,18 @@ def frontier_table(
             x, y = (part.loc[name] for part in both)
             rows.append(
                 {
-                    "panel": panel, "defence": name, "x_label": across, "y_label": up, "x": x["value"], "x_low": x["low"],
-                    "x_high": x["high"], "value": y["value"], "low": y["low"], "high": y["high"], "n": int(y["n"]),
+                    "panel": panel,
+                    "defence": name,
+                    "x_label": across,
+                    "y_label": up,
+                    "x": x["value"],
+                    "x_low": x["low"],
+                    "x_high": x["high"],
+                    "value": y["value"],
+                    "low": y["low"],
+                    "high": y["high"],
+                    "n": int(y["n"]),
                     "useful": bool(kept[name] >= floor * kept.iloc[0]),
                 }
-            )  # fmt: skip
+            )
     return pd.DataFrame(rows)

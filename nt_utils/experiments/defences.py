@@ -115,8 +115,10 @@ def build(
         directions: refusal directions, where they are known; what they took is then no part of the defence's seconds.
     """
     measures = [
-        Measure("seen", "asr", "seen"), Measure("direct", "asr", "direct"), Measure("benign", "compliance", "benign"),
-    ]  # fmt: skip
+        Measure("seen", "asr", "seen"),
+        Measure("direct", "asr", "direct"),
+        Measure("benign", "compliance", "benign"),
+    ]
     dev = Bench(lm, neurontune.development_suite(found, max_new_tokens), measures)
     goal = tuning.Goal(harm=measures[0], keep=(measures[2],), target=None)
     attacked = PromptSet([p for prompts in found.tasks.values() for p in prompts], "attacked")
@@ -228,9 +230,17 @@ def _attacked(lm: LanguageModel, defence: Defence, attack: FineTuning, rate: flo
 
     def run() -> dict:
         found = tune(
-            lm, scope, benign=attack.rows, learning_rate=rate, steps=max(attack.steps), every=list(attack.steps),
-            snapshots=True, batch_size=attack.batch_size, seed=attack.seed, progress=False,
-        )  # fmt: skip
+            lm,
+            scope,
+            benign=attack.rows,
+            learning_rate=rate,
+            steps=max(attack.steps),
+            every=list(attack.steps),
+            snapshots=True,
+            batch_size=attack.batch_size,
+            seed=attack.seed,
+            progress=False,
+        )
         return {step: delta for step, delta in found.snapshots.items() if step}
 
     if defence.action is None:

@@ -146,10 +146,15 @@ def dose_table(
             values = [r.value for r in rates]
             rows.append(
                 {
-                    "rule": f"random, as {random_of}", "share": share, "metric": m.label, "value": float(np.mean(values)),
-                    "low": min(values), "high": max(values), "n": rates[0].n,
+                    "rule": f"random, as {random_of}",
+                    "share": share,
+                    "metric": m.label,
+                    "value": float(np.mean(values)),
+                    "low": min(values),
+                    "high": max(values),
+                    "n": rates[0].n,
                 }
-            )  # fmt: skip
+            )
     return pd.DataFrame(rows)
 
 
@@ -194,10 +199,14 @@ def language_table(
         values = [r.value for r in rates]
         rows.append(
             {
-                "zeroed": f"random (min to max of {draws})", "evaluated": language, "value": float(np.mean(values)),
-                "low": min(values), "high": max(values), "n": rates[0].n,
+                "zeroed": f"random (min to max of {draws})",
+                "evaluated": language,
+                "value": float(np.mean(values)),
+                "low": min(values),
+                "high": max(values),
+                "n": rates[0].n,
             }
-        )  # fmt: skip
+        )
     return pd.DataFrame(rows).assign(**overlap)
 
 

@@ -103,15 +103,21 @@ def panel(lm: LanguageModel, ranked: Rankings, learnt: Modulation, table: pd.Dat
     names = {"n_safety": "safety neurons", "n_utility": "utility neurons", "strength": "strength"}
     sliders = {
         name: widgets.SelectionSlider(
-            options=model.values(name), value=model.safest[name], description=label,
-            style={"description_width": "8em"}, layout={"width": "30em"},
+            options=model.values(name),
+            value=model.safest[name],
+            description=label,
+            style={"description_width": "8em"},
+            layout={"width": "30em"},
         )
         for name, label in names.items()
-    }  # fmt: skip
+    }
     text = widgets.Text(
-        value=model.telling(prompts), description="prompt", continuous_update=False,
-        style={"description_width": "8em"}, layout=wide,
-    )  # fmt: skip
+        value=model.telling(prompts),
+        description="prompt",
+        continuous_update=False,
+        style={"description_width": "8em"},
+        layout=wide,
+    )
     field = {"disabled": True, "rows": 4, "layout": {"width": "24em"}}
     rates, plain, modulated = (
         widgets.Label(layout={"width": "60em"}),

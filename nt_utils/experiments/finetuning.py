@@ -87,9 +87,17 @@ def finetune(
 
     stops = [step for step in steps if step]
     tuned = tune(
-        lm, scope or Everything(), benign=rows, learning_rate=learning_rate, steps=max(stops, default=0), every=stops,
-        callback=measure, batch_size=batch_size, seed=seed, **{"progress": False, **options},
-    )  # fmt: skip
+        lm,
+        scope or Everything(),
+        benign=rows,
+        learning_rate=learning_rate,
+        steps=max(stops, default=0),
+        every=stops,
+        callback=measure,
+        batch_size=batch_size,
+        seed=seed,
+        **{"progress": False, **options},
+    )
     return FineTuned(found, tuned)
 
 
@@ -115,9 +123,15 @@ def choose_rate(
     losses = []
     for rate in learning_rates:
         tuned = tune(
-            lm, scope or Everything(), benign=rows, learning_rate=rate, steps=steps, batch_size=batch_size, seed=seed,
+            lm,
+            scope or Everything(),
+            benign=rows,
+            learning_rate=rate,
+            steps=steps,
+            batch_size=batch_size,
+            seed=seed,
             **{"progress": False, **options},
-        )  # fmt: skip
+        )
         with tuned.delta.active(lm):
             losses.append(task_loss(lm, held_out))
     best = min(range(len(losses)), key=losses.__getitem__)

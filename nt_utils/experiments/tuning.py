@@ -115,10 +115,19 @@ class Arm:
 def train_arm(lm: LanguageModel, scope: Scope, pairs: Pairs, rate: float, steps: Sequence[int], **options) -> Tuned:
     """Tune on the pairs at one rate, keeping the delta of each of these steps (in main memory)."""
     return tune(
-        lm, scope, harmful=pairs.harmful, benign=pairs.benign if pairs.benign_share else (),
-        benign_share=pairs.benign_share, learning_rate=rate, steps=max(steps), every=list(steps), snapshots=True,
-        batch_size=pairs.batch_size, seed=pairs.seed, **{"progress": False, **options},
-    )  # fmt: skip
+        lm,
+        scope,
+        harmful=pairs.harmful,
+        benign=pairs.benign if pairs.benign_share else (),
+        benign_share=pairs.benign_share,
+        learning_rate=rate,
+        steps=max(steps),
+        every=list(steps),
+        snapshots=True,
+        batch_size=pairs.batch_size,
+        seed=pairs.seed,
+        **{"progress": False, **options},
+    )
 
 
 def choose(
@@ -259,10 +268,15 @@ def cost_table(lm: LanguageModel, arms: Mapping[str, Sequence[Arm]]) -> pd.DataF
         tuned, delta = draws[0].tuned, draws[0].delta
         rows.append(
             {
-                "arm": name, "trained": tuned.trained, "share": tuned.share, "state_bytes": 3 * tuned.trained_bytes,
-                "delta_bytes": delta.bytes, "share_of_checkpoint": delta.bytes / checkpoint, "moved": delta.moved_share,
+                "arm": name,
+                "trained": tuned.trained,
+                "share": tuned.share,
+                "state_bytes": 3 * tuned.trained_bytes,
+                "delta_bytes": delta.bytes,
+                "share_of_checkpoint": delta.bytes / checkpoint,
+                "moved": delta.moved_share,
             }
-        )  # fmt: skip
+        )
     return pd.DataFrame(rows)
 
 
@@ -273,10 +287,16 @@ def spent_table(lm: LanguageModel, arms: Mapping[str, Arm], pairs: Pairs, steps:
 
         def work(arm=arm) -> Tuned:
             return tune(
-                lm, arm.scope, harmful=pairs.harmful, benign=pairs.benign if pairs.benign_share else (),
-                benign_share=pairs.benign_share, learning_rate=arm.rate, steps=steps, batch_size=pairs.batch_size,
+                lm,
+                arm.scope,
+                harmful=pairs.harmful,
+                benign=pairs.benign if pairs.benign_share else (),
+                benign_share=pairs.benign_share,
+                learning_rate=arm.rate,
+                steps=steps,
+                batch_size=pairs.batch_size,
                 progress=False,
-            )  # fmt: skip
+            )
 
         rows.append((name, work().seconds / steps, peak_of(work) / 2**20))
     return pd.DataFrame(rows, columns=["arm", "seconds_a_step", "peak_mib"])

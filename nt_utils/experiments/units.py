@@ -143,13 +143,15 @@ def size_table(units: UnitMap) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {
-                "category": name, "units": count, "share_of_units": shares[name],
+                "category": name,
+                "units": count,
+                "share_of_units": shares[name],
                 "share_of_parameters": units.set(name).share_of_parameters(),
                 "heads": sum(r["count"] for r in units.rows() if r["category"] == name and "attention" in r["unit"]),
             }
             for name, count in units.counts().items()
         ]
-    )  # fmt: skip
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ pruning
@@ -238,10 +240,15 @@ def _overlaps(pairs: Sequence[tuple[UnitMap, UnitMap]], labels: Mapping) -> list
         low, high = np.quantile(values, [0.025, 0.975])
         rows.append(
             {
-                **labels, "category": name, "value": float(np.mean(values)), "low": low, "high": high, "n": len(values),
+                **labels,
+                "category": name,
+                "value": float(np.mean(values)),
+                "low": low,
+                "high": high,
+                "n": len(values),
                 "chance": float(np.mean([expected_jaccard(a, b) for a, b in sets])),
             }
-        )  # fmt: skip
+        )
     return rows
 
 

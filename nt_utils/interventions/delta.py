@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nt_utils.errors import InputError
+from nt_utils.files import read_header, sealed
 from nt_utils.models import LanguageModel, is_sharded
-from nt_utils.neurons import _read_header, _sealed
 
 FORMAT = "nt_utils.delta.1"
 
@@ -247,7 +247,7 @@ class Delta:
             "meta": json.dumps(self.meta, sort_keys=True),
         }
         tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        save_file(tensors, tmp, metadata=_sealed(header))
+        save_file(tensors, tmp, metadata=sealed(header))
         tmp.replace(path)
         return path
 
@@ -259,7 +259,7 @@ class Delta:
             InputError: no file, damaged, or made on another architecture or other weights.
         """
         path = Path(path)
-        header = _read_header(path, "nt_utils.delta.")
+        header = read_header(path, "nt_utils.delta.")
         try:
             parts = {}
             with safe_open(path, "pt") as file:

@@ -33,8 +33,9 @@ from torch import Tensor
 from nt_utils import hooks
 from nt_utils.data.records import PromptSet
 from nt_utils.errors import InputError
+from nt_utils.files import digest_of, read_header, sealed
 from nt_utils.models import LanguageModel, device_of
-from nt_utils.neurons import POOL, NeuronScores, NeuronSet, NeuronSpace, Site, _read_header, _sealed, digest_of
+from nt_utils.neurons import POOL, NeuronScores, NeuronSet, NeuronSpace, Site
 from nt_utils.scoring.attribution import Responses, aggregate, frozen
 from nt_utils.selection import Ranking
 
@@ -169,13 +170,13 @@ class Modulation:
 
 def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file(dict(tensors), tmp, metadata=_sealed({**header, "digest": digest_of(tensors.items())}))
+    save_file(dict(tensors), tmp, metadata=sealed({**header, "digest": digest_of(tensors.items())}))
     tmp.replace(path)
 
 
 def _read(path: Path, wanted: str) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Header and tensors of what ``_write`` wrote; raises InputError when either was changed since."""
-    header = _read_header(path, wanted)
+    header = read_header(path, wanted)
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)

@@ -6,7 +6,7 @@
     if accelerator.is_main_process:
         tuned.delta.save("delta.safetensors")                    # merge it into the model loaded plainly
 
-`python -m nt_utils.tune` does this from the command line.
+`python -m nt_utils.study.tune` does this from the command line.
 
 Every process takes its share of each batch; losses are weighted by response tokens and gradients averaged, so a step is
 the one that a single process takes with the whole batch, up to rounding. FSDP shards the frozen weights, decoder block by
@@ -100,7 +100,9 @@ def _settings() -> Any:
 
 def _check_fsdp(plugin: Any) -> None:
     if plugin.fsdp_version != 2:
-        raise InputError(f"fsdp_version: got {plugin.fsdp_version}; allowed: 2 (profiles/fsdp.yaml)")
+        raise InputError(
+            f"fsdp_version: got {plugin.fsdp_version}; allowed: 2 (nt_utils/study/batch/profiles/fsdp.yaml)"
+        )
     refused = {
         "fsdp_offload_params": type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy",
         "fsdp_cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading,
@@ -108,9 +110,11 @@ def _check_fsdp(plugin: Any) -> None:
     }
     for name, found in refused.items():
         if found:
-            raise InputError(f"{name}: got true; allowed: false (profiles/fsdp.yaml)")
+            raise InputError(f"{name}: got true; allowed: false (nt_utils/study/batch/profiles/fsdp.yaml)")
     if not plugin.reshard_after_forward:
-        raise InputError("fsdp_reshard_after_forward: got false; allowed: true (profiles/fsdp.yaml)")
+        raise InputError(
+            "fsdp_reshard_after_forward: got false; allowed: true (nt_utils/study/batch/profiles/fsdp.yaml)"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ the model

@@ -34,9 +34,21 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 __all__ = [
-    "AllBut", "Delta", "Everything", "Example", "LoRA", "Only", "Training", "Tuned", "batches", "collate", "collator",
-    "examples", "response_loss", "tune",
-]  # fmt: skip
+    "AllBut",
+    "Delta",
+    "Everything",
+    "Example",
+    "LoRA",
+    "Only",
+    "Training",
+    "Tuned",
+    "batches",
+    "collate",
+    "collator",
+    "examples",
+    "response_loss",
+    "tune",
+]
 
 IGNORED = -100  # the label of tokens that carry no loss, as in transformers
 

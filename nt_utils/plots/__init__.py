@@ -49,7 +49,7 @@ def draw(table: Path, width: str = "text", folder: Path | None = None, pictures:
 
     Raises InputError when no figure function has the table's name, or for an unknown width (a key of ``style.WIDTHS``).
     """
-    from nt_utils.studies import atomic
+    from nt_utils.files import atomic
 
     table = Path(table)
     name = figure_name(table)

@@ -134,8 +134,13 @@ def _bars(ax: Axes, shares: pd.Series, x: float) -> dict[str, tuple[float, float
     top, found = 0.0, {}
     for name, height in heights.items():
         found[str(name)] = (top, top + height)
-        ax.add_patch(PathPatch(Curve([(x, top), (x + 0.06, top), (x + 0.06, top + height), (x, top + height), (x, top)]),
-                               facecolor=CATEGORY_COLOURS[str(name)], lw=0))  # fmt: skip
+        ax.add_patch(
+            PathPatch(
+                Curve([(x, top), (x + 0.06, top), (x + 0.06, top + height), (x, top + height), (x, top)]),
+                facecolor=CATEGORY_COLOURS[str(name)],
+                lw=0,
+            )
+        )
         side = {"ha": "right", "x": x - 0.03} if x < 0.5 else {"ha": "left", "x": x + 0.09}
         ax.text(y=top + height / 2, s=f"{name}\n{100 * shares[name]:.0f}%", va="center", fontsize=7.5, **side)
         top += height + gap

@@ -106,9 +106,13 @@ def agreement_sites(table: pd.DataFrame) -> Figure:
     small = layers <= 8
     for ax, column, title, more in (
         (axes[0, 0], "share", "share of the projection in the set, %", {"cmap": "cividis", "fmt": ".1f", "vmin": 0}),
-        (axes[1, 0], "spearman", "mean rank correlation with the other definitions there (blank: constant scores)",
-         {"cmap": "vlag", "fmt": ".2f", "vmin": -1, "vmax": 1}),
-    ):  # fmt: skip
+        (
+            axes[1, 0],
+            "spearman",
+            "mean rank correlation with the other definitions there (blank: constant scores)",
+            {"cmap": "vlag", "fmt": ".2f", "vmin": -1, "vmax": 1},
+        ),
+    ):
         grid = places.pivot_table(index="definition", columns="site", values=column, sort=False, dropna=False)
         grid = grid.reindex(index=names, columns=columns) * (100 if column == "share" else 1)
         sns.heatmap(grid, ax=ax, annot=small, annot_kws={"size": 6.5}, cbar=not small, linewidths=0.4, **more)
@@ -269,8 +273,10 @@ def frontier(table: pd.DataFrame) -> Figure:
         rows = table[table["panel"] == kind]
         for row in rows.to_dict("records"):
             i = names.index(row["defence"])
-            error = {k: [[max(row[v] - row[lo], 0)], [max(row[hi] - row[v], 0)]]
-                     for k, v, lo, hi in (("xerr", "x", "x_low", "x_high"), ("yerr", "value", "low", "high"))}  # fmt: skip
+            error = {
+                k: [[max(row[v] - row[lo], 0)], [max(row[hi] - row[v], 0)]]
+                for k, v, lo, hi in (("xerr", "x", "x_low", "x_high"), ("yerr", "value", "low", "high"))
+            }
             style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
             if i >= len(MARKERS):
                 style["mfc"] = "white"

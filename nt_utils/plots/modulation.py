@@ -32,9 +32,12 @@ GROUPS = {"none": "#000000", "chosen": COLOURS[1], "control": COLOURS[0]}
 def modulation_spread(table: pd.DataFrame) -> Figure:
     """Notebook 05: share of each projection's neurons that are modulated. Columns: role, layer, kind, count, share."""
     drawn, axes = layer_maps(
-        table, "role", "kind", "modulated, % of the projection",
+        table,
+        "role",
+        "kind",
+        "modulated, % of the projection",
         lambda role, rows: f"{role} neurons ({int(rows['count'].sum())})",
-    )  # fmt: skip
+    )
     for ax in axes[0]:
         ax.set_xlabel("projection")
     return drawn

@@ -40,10 +40,17 @@ STYLE: dict[RcKeyType, Any] = {
 WIDTHS = {"text": (6.8, 9.0), "column": (3.35, 7.0), "slide": (10.0, 13.0)}
 #: Where a label may stand: points right of and above its place, and how it is aligned there.
 SPOTS = (
-    (7, 0, "left", "center"), (-7, 0, "right", "center"), (0, 7, "center", "bottom"), (0, -7, "center", "top"),
-    (6, 6, "left", "bottom"), (6, -6, "left", "top"), (-6, 6, "right", "bottom"), (-6, -6, "right", "top"),
-    (14, 0, "left", "center"), (-14, 0, "right", "center"),
-)  # fmt: skip
+    (7, 0, "left", "center"),
+    (-7, 0, "right", "center"),
+    (0, 7, "center", "bottom"),
+    (0, -7, "center", "top"),
+    (6, 6, "left", "bottom"),
+    (6, -6, "left", "top"),
+    (-6, 6, "right", "bottom"),
+    (-6, -6, "right", "top"),
+    (14, 0, "left", "center"),
+    (-14, 0, "right", "center"),
+)
 #: Size of the line at a figure's foot, of the font's.
 NOTE = 0.85
 _width = "text"
@@ -194,9 +201,14 @@ def place_labels(ax: Axes, points: np.ndarray, places: np.ndarray, labels: Seque
 
 
 def layer_maps(
-    table: pd.DataFrame, panel: str, columns: str, label: str, title: Callable[[str, pd.DataFrame], str],
-    fmt: str = ".1f", top: float | None = None,
-) -> tuple[Figure, np.ndarray]:  # fmt: skip
+    table: pd.DataFrame,
+    panel: str,
+    columns: str,
+    label: str,
+    title: Callable[[str, pd.DataFrame], str],
+    fmt: str = ".1f",
+    top: float | None = None,
+) -> tuple[Figure, np.ndarray]:
     """A heat map for each value of the column ``panel``: shares (0 to 1, drawn in percent) by layer and ``columns``.
 
     Args:
@@ -212,9 +224,17 @@ def layer_maps(
         rows = table[table[panel] == name]
         grid = rows.pivot_table(index="layer", columns=columns, values="share", sort=False)
         sns.heatmap(
-            100 * grid, ax=ax, cmap="cividis", vmin=0, vmax=top, annot=layers <= 12, fmt=fmt, annot_kws={"size": 7.5},
-            cbar=name == names[-1], cbar_kws={"label": label},
-        )  # fmt: skip
+            100 * grid,
+            ax=ax,
+            cmap="cividis",
+            vmin=0,
+            vmax=top,
+            annot=layers <= 12,
+            fmt=fmt,
+            annot_kws={"size": 7.5},
+            cbar=name == names[-1],
+            cbar_kws={"label": label},
+        )
         ax.set_title(title(name, rows))
         ax.set_xlabel("")
         ax.set_ylabel("layer" if name == names[0] else "")

@@ -32,9 +32,14 @@ CATEGORY_COLOURS = {"SCU": COLOURS[1], "UCU": COLOURS[0], "CU": COLOURS[3], "RU"
 def units_where(table: pd.DataFrame) -> Figure:
     """Notebook 03: share of each layer's units in each category. Columns: layer, unit, category, count, units, share."""
     return layer_maps(
-        table, "unit", "category", "% of the layer's units",
-        lambda kind, rows: f"{kind.replace('ffn', 'FFN')}s ({int(rows['units'].max())} a layer)", fmt=".0f", top=100,
-    )[0]  # fmt: skip
+        table,
+        "unit",
+        "category",
+        "% of the layer's units",
+        lambda kind, rows: f"{kind.replace('ffn', 'FFN')}s ({int(rows['units'].max())} a layer)",
+        fmt=".0f",
+        top=100,
+    )[0]
 
 
 @figure

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from nt_utils import hooks
 from nt_utils.errors import InputError
+from nt_utils.files import digest_of, read_header, sealed
 from nt_utils.models import DecoderView, Encoded, LanguageModel, decoder
-from nt_utils.neurons import POOL, NeuronSpace, Site, _read_header, _sealed, digest_of
+from nt_utils.neurons import POOL, NeuronSpace, Site
 
 FORMAT = "nt_utils.fluctuation.2"
 
@@ -154,7 +155,7 @@ class Fluctuation:
             "digest": digest_of(tensors.items()),
         }
         tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        save_file(tensors, tmp, metadata=_sealed(header))
+        save_file(tensors, tmp, metadata=sealed(header))
         tmp.replace(path)
         return path
 
@@ -162,7 +163,7 @@ class Fluctuation:
     def load(cls, path, space: NeuronSpace | None = None) -> Fluctuation:
         """Read statistics. Raises InputError when the file is damaged or, given ``space``, of another architecture."""
         path = Path(path)
-        header = _read_header(path, FORMAT)
+        header = read_header(path, FORMAT)
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)

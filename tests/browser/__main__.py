@@ -73,15 +73,30 @@ def jupyterlab(folder: Path, log: Path) -> Iterator[str]:
         (settings / name).write_text(json.dumps(content))
     private = {name: str(folder / f".{name}") for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")}
     python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | private | {
-        "JUPYTERLAB_SETTINGS_DIR": str(settings), "JUPYTERLAB_WORKSPACES_DIR": str(folder / ".workspaces"),
-        "JUPYTER_PREFER_ENV_PATH": "1", "PYTHONPATH": python_path,
-    }  # fmt: skip
+    environment = (
+        os.environ
+        | private
+        | {
+            "JUPYTERLAB_SETTINGS_DIR": str(settings),
+            "JUPYTERLAB_WORKSPACES_DIR": str(folder / ".workspaces"),
+            "JUPYTER_PREFER_ENV_PATH": "1",
+            "PYTHONPATH": python_path,
+        }
+    )
     command = [
-        sys.executable, "-m", "jupyterlab", *lab_command(), "--no-browser", f"--port={port}", "--ip=127.0.0.1",
-        "--IdentityProvider.token=", "--ServerApp.disable_check_xsrf=True", "--ServerApp.port_retries=0",
-        "--expose-app-in-browser", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        *lab_command(),
+        "--no-browser",
+        f"--port={port}",
+        "--ip=127.0.0.1",
+        "--IdentityProvider.token=",
+        "--ServerApp.disable_check_xsrf=True",
+        "--ServerApp.port_retries=0",
+        "--expose-app-in-browser",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+    ]
     with open(log, "w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=folder)
     url = f"http://127.0.0.1:{port}"
@@ -291,7 +306,7 @@ def newest_run() -> Path:
 
 def visit_report(page, run: Path, folder: Path) -> dict:
     """Write the report of a run folder, open it and look for what is broken."""
-    from nt_utils import report
+    from nt_utils.study import report
 
     path = report.write(run)
     requests: list[str] = []
@@ -417,9 +432,10 @@ def main() -> int:
                 for source in sources:
                     path = temporary / "notebooks" / source.name
                     attempt(
-                        browser, source.stem,
+                        browser,
+                        source.stem,
                         lambda page, path=path, source=source: visit(page, url, path, source, folder, options.limit),
-                    )  # fmt: skip
+                    )
         if report:
             attempt(browser, "report", lambda page: visit_report(page, executed(temporary) or newest_run(), folder))
         browser.close()

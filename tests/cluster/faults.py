@@ -26,9 +26,14 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN = Path("runs/testbed-quick/seed-0")
 #: What is killed during which step. The first run goes on after lost steps; the others end with Snakemake.
 FAULTS = (
-    ("kernel", "first"), ("papermill", "next"), ("Snakemake", "next"), ("make study", "next"), ("kernel", "06"),
-    ("Snakemake", "06"), ("make study", "06"),
-)  # fmt: skip
+    ("kernel", "first"),
+    ("papermill", "next"),
+    ("Snakemake", "next"),
+    ("make study", "next"),
+    ("kernel", "06"),
+    ("Snakemake", "06"),
+    ("make study", "06"),
+)
 
 
 def project(folder: Path) -> Path:
@@ -49,7 +54,7 @@ def start(folder: Path, log: Path) -> psutil.Popen:
     command = [
         sys.executable,
         "-m",
-        "nt_utils.batch",
+        "nt_utils.study.batch",
         "study",
         "--studies",
         "testbed",
@@ -75,7 +80,12 @@ def processes(study: psutil.Process) -> dict[str, tuple[psutil.Process, psutil.P
     for child in study.children(recursive=True):
         try:
             words, below = child.cmdline(), child.children()
-            if "run" in words and "nt_utils.batch" in words and "-c" not in words and "sh" not in Path(words[0]).name:
+            if (
+                "run" in words
+                and "nt_utils.study.batch" in words
+                and "-c" not in words
+                and "sh" not in Path(words[0]).name
+            ):
                 kernels = [c for c in below if "ipykernel_launcher" in c.cmdline()]
                 # a kernel that has worked for a while is in the middle of the notebook
                 if kernels and sum(kernels[0].cpu_times()[:2]) > 6:

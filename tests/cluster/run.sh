@@ -63,16 +63,16 @@ sinfo
 "$PYTHON" - "$WORK" <<'PY'
 import sys
 from pathlib import Path
-from tests.test_batch_faults import make_project, order
+from tests.study.test_batch_faults import make_project, order
 for name in ("local", "slurm"):
     make_project(Path(sys.argv[1]) / name)
 order(Path(sys.argv[1]) / "slurm", _01="wait")
 PY
-(cd "$WORK/local" && "$PYTHON" -m nt_utils.batch study --studies toy --seeds "0 1" --cores 2)
+(cd "$WORK/local" && "$PYTHON" -m nt_utils.study.batch study --studies toy --seeds "0 1" --cores 2)
 
 here=$PWD
 toy=$WORK/slurm
-snakemake() { (cd "$toy" && exec "$PYTHON" -m snakemake --profile "$here/profiles/slurm" --config studies=toy seeds=0,1 --latency-wait 5 \
+snakemake() { (cd "$toy" && exec "$PYTHON" -m snakemake --profile "$here/nt_utils/study/batch/profiles/slurm" --config studies=toy seeds=0,1 --latency-wait 5 \
   --slurm-keep-successful-logs --slurm-status-command squeue --slurm-init-seconds-before-status-checks 2 --seconds-between-status-checks 2 "$@"); }
 fail() { echo "FAILED: $*"; for log in "$WORK"/*.log; do echo "-- $log"; tail -n 25 "$log"; done; exit 1; }
 until_() { for _ in $(seq 300); do eval "$1" && return; sleep 0.5; done; fail "waited too long for: $1"; }

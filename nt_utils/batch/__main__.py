@@ -1,3 +1,0 @@
-from nt_utils.batch import main
-
-raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Speed and memory of the scores against the plain forward pass: ``python -m nt_utils.bench`` (or ``make bench``)."""

@@ -1,0 +1,207 @@
+"""Measure, print a table, write ``runs/bench.json`` (keys as in the table), ``runs/bench_growth.csv`` and its figure."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import sys
+from pathlib import Path
+
+import torch
+from scipy.stats import spearmanr
+
+from nt_utils import plots
+from nt_utils.bench import memory, modulation, rivals, tuning
+from nt_utils.bench.errors import error_table
+from nt_utils.bench.growth import growth
+from nt_utils.bench.setup import SHAPES, batch_of, forward, random_model, ratio, seconds, set_clock
+from nt_utils.errors import InputError
+from nt_utils.models import DecoderView
+from nt_utils.scoring.importance import _Readers, score_batch
+
+BARS = {
+    "exact_over_forward.a": "<= 5",
+    "exact_over_forward.b": "<= 5",
+    "linear_over_forward.a": "<= 3",
+    "linear_over_forward.b": "<= 3",
+    "peer_over_exact": ">= 15",
+    "brute_over_exact": ">= 1500",
+    "scoring_memory_over_forward.32": "<= 1.5",
+    "scoring_memory_over_forward.512": "<= 1.5",
+    "scoring_memory_512_over_32": "0.95 to 1.05",
+    "sn_memory_over_dense": "<= 0.5",
+    "sn_step_over_full_step": "<= 0.8",
+    "sn_delta_over_share": "<= 1.1",
+    "hooked_generation_over_plain": "<= 1.05",
+    "folded_generation_over_plain": "<= 1.01",
+    "attribution_over_backward": "<= 0.7",
+    "patching_over_backward": "<= 2.5",
+    "maml_second_over_first_order": "none",
+}
+
+
+def speed(repeats: int) -> dict:
+    """Times of the exact scores, their linearised form and the rivals over the plain forward pass or each other."""
+    results: dict = {"exact_over_forward": {}, "linear_over_forward": {}, "milliseconds": {}}
+    for name, shape in SHAPES.items():
+        view, batch = DecoderView(random_model(shape)), batch_of(shape)
+        readers = _Readers(view)
+
+        def exact(view=view, batch=batch, readers=readers) -> None:
+            score_batch(view, batch, readers=readers)
+
+        def linear(exact=exact) -> None:
+            with rivals.linearised():
+                exact()
+
+        times = seconds({"forward": forward(view.model, batch), "exact": exact, "linear": linear}, repeats)
+        results["exact_over_forward"][name] = ratio(times, "exact", "forward")
+        results["linear_over_forward"][name] = ratio(times, "linear", "forward")
+        results["milliseconds"][name] = {key: [1e3 * t for t in values] for key, values in times.items()}
+        if name == "b":
+            results |= _rivals(view, batch, exact)
+    return results
+
+
+def _rivals(view: DecoderView, batch, exact) -> dict:
+    peer = seconds({"exact": exact, "peer": lambda: rivals.peer_scores(view, batch)}, 3)
+    zeroed = rivals.zeroed_forwards(view, batch)
+    brute = seconds({"exact": exact, "brute": lambda: [run() for run in zeroed]}, 3)
+    return {
+        "peer_over_exact": ratio(peer, "peer", "exact"),
+        "brute_over_exact": ratio(brute, "brute", "exact") / len(zeroed) * view.space.size(),
+    }
+
+
+def linear_agreement(testbed: str | None) -> dict:
+    """Spearman correlation of the linearised with the exact q and k scores, mean over layers and prompts."""
+    view, batch = DecoderView(random_model(SHAPES["a"])), batch_of(SHAPES["a"])
+    found = {"random": _agreement(view, batch)}
+    if testbed:
+        from nt_utils.models import load
+
+        lm = load(testbed)
+        texts = ["What is the capital of this land?", "Tell me how to do it.", "Please count to ten.", "Who are you?"]
+        found["testbed"] = _agreement(lm.view, lm.encode(texts, side="right"))
+    return found
+
+
+def _agreement(view: DecoderView, batch) -> dict:
+    exact = score_batch(view, batch, kinds=("q", "k"))
+    with rivals.linearised():
+        linear = score_batch(view, batch, kinds=("q", "k"))
+    out = {}
+    for kind in "qk":
+        pairs = [
+            (exact[i, kind][b], linear[i, kind][b]) for i in range(view.num_layers) for b in range(len(batch.lengths))
+        ]
+        out[kind] = float(torch.tensor([spearmanr(x, y).statistic for x, y in pairs]).mean())
+    return out
+
+
+def peak_memory(repeats: int = 1) -> dict:
+    """Peak memory above the loaded weights over the plain forward's, at 32 and 512 prompts of shape (a)."""
+    peaks = {
+        (what, n): sorted(memory.measure(what, "a", n) for _ in range(repeats))[repeats // 2]
+        for n in (32, 512)
+        for what in ("forward", "exact")
+    }
+    return {
+        "scoring_memory_over_forward": {str(n): peaks["exact", n] / peaks["forward", n] for n in (32, 512)},
+        "scoring_memory_512_over_32": peaks["exact", 512] / peaks["exact", 32],
+        "peak_mib": {f"{what}.{n}": value / 2**20 for (what, n), value in peaks.items()},
+    }
+
+
+def table(results: dict) -> str:
+    """Measured values beside their bars."""
+    lines = [f"{'measure':36}{'value':>10}  bar"]
+    for key, bar in BARS.items():
+        name, _, part = key.partition(".")
+        value = results.get(name)
+        value = value.get(part) if part and value is not None else value
+        lines.append(f"{key:36}{'-' if value is None else format(value, '10.2f'):>10}  {bar}")
+    return "\n".join(lines)
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m nt_utils.bench", description=__doc__)
+    parser.add_argument("--gpu", action="store_true", help="models of 7B and 14B shape on a GPU instead")
+    parser.add_argument("--layers", type=int, help="with --gpu: fewer layers, for a trial")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the results")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor seconds, for busy machines"
+    )
+    parser.add_argument("--testbed", help="folder of a trained testbed, for the agreement of the linearised scores")
+    parser.add_argument(
+        "--only", choices=("speed", "memory", "growth", "agreement", "errors", "tuning", "modulation"), help="one part"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    options = _options(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.gpu:
+        return _gpu(options)
+    torch.set_num_threads(options.threads)
+    set_clock(options.clock)
+    path = options.out / "bench.json"
+    results = json.loads(path.read_text()) if options.only and path.is_file() else {}
+    results["machine"] = {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "clock": options.clock,
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+    if options.only in (None, "speed"):
+        results |= speed(options.repeats)
+    if options.only in (None, "agreement"):
+        results["linear_spearman"] = linear_agreement(options.testbed)
+    if options.only in (None, "memory"):
+        results |= peak_memory()
+    if options.only in (None, "modulation"):
+        results |= modulation.timings(options.repeats)
+    if options.only in (None, "tuning"):
+        results |= tuning.tuning(max(3, options.repeats // 3))
+    if options.only in (None, "growth"):
+        grown = growth(max(3, options.repeats // 3))
+        grown.to_csv(options.out / "bench_growth.csv", index=False, float_format="%.6g")
+        plots.draw(options.out / "bench_growth.csv")
+        results["growth"] = grown.to_dict("records")
+    if options.only in (None, "errors"):
+        errors = error_table()
+        errors.to_csv(options.out / "bench_errors.csv", index=False)
+        print(errors.to_string(index=False, float_format="{:.1e}".format))
+        results["errors"] = errors.set_index("model").to_dict("index")
+    path.write_text(json.dumps(results, indent=1))
+    print(table(results))
+    print(f"agreement of the linearised scores (Spearman): {results.get('linear_spearman')}\nwritten: {path}")
+    return 0
+
+
+def _gpu(options) -> int:
+    from nt_utils.bench.gpu import gpu_table
+
+    try:
+        rows = gpu_table(options.layers)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 1
+    (options.out / "bench_gpu.json").write_text(json.dumps(rows, indent=1))
+    for row in rows:
+        print(
+            "  ".join(
+                f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()
+            )
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,3 @@
+from nt_utils.study.batch import main
+
+raise SystemExit(main())

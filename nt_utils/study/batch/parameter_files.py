@@ -1,0 +1,227 @@
+"""Parameter files: what notebooks/params/<study>.yaml says, checked, and the jobs that follow from it.
+
+A file gives parameters for every notebook that takes them and has three keys of its own:
+
+    notebooks:  parameters for single notebooks
+    sweep:      parameter -> list of values; every combination becomes a run of the notebooks that take one of them
+    facts:      what is known of the model without the hub (is it gated, its configuration), for ``make plan``
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nt_utils.errors import InputError
+from nt_utils.files import atomic, study_name
+from nt_utils.study import parameters
+from nt_utils.study.parameters import TESTBED, TESTBEDS, notebook_parameters
+from nt_utils.study.provenance import code_fingerprint
+
+OWN_KEYS = ("notebooks", "sweep", "facts")
+#: Parameters that the command line sets: a file that named them would be ignored.
+OF_THE_COMMAND = {"study": "STUDY=...", "seed": "SEEDS=...", "preset": "PRESET=...", "runs": "the workflow"}
+FACTS = ("gated", "tokenizer", "config")
+#: Notebooks that read what the others of their seed left: they come last.
+LAST = ("06_comparison",)
+
+
+def notebooks(root: Path) -> list[str]:
+    """Names of the study's notebooks, in order."""
+    return sorted(p.stem for p in (root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+def takes(root: Path, notebook: str) -> list[str]:
+    """Parameters of a notebook."""
+    return notebook_parameters(root / "notebooks" / f"{notebook}.ipynb")
+
+
+@dataclass(frozen=True)
+class StudyFile:
+    """A checked parameter file.
+
+    shared  for every notebook that takes them; own: notebook -> its own; sweep: parameter -> values; facts: see above
+    """
+
+    name: str
+    shared: Mapping[str, Any]
+    own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    sweep: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    has_model: bool = True  # whether any notebook takes a model
+
+    def parameters(self, notebook: str, root: Path) -> dict[str, Any]:
+        """The parameters this file gives to a notebook."""
+        known = takes(root, notebook)
+        return {k: v for k, v in self.shared.items() if k in known} | dict(self.own.get(notebook) or {})
+
+    @property
+    def model(self) -> str:
+        """The model under study."""
+        return self.shared.get("model", TESTBED)
+
+    @property
+    def is_testbed(self) -> bool:
+        """Whether a testbed has to be trained before its notebooks start."""
+        return self.has_model and self.is_small
+
+    @property
+    def is_small(self) -> bool:
+        """Whether a notebook is served best by one thread: a testbed, or no model at all."""
+        return self.model in TESTBEDS
+
+
+def read(study: str, root: Path) -> StudyFile:
+    """The parameter file of a study. Raises InputError: no such file, not YAML, an unknown key or a refused value."""
+    file = root / "notebooks" / "params" / f"{study}.yaml"
+    if not file.is_file():
+        known = sorted(p.stem for p in file.parent.glob("*.yaml"))
+        raise InputError(f"study: {study!r} has no parameter file; known: {', '.join(known)} (notebooks/params/*.yaml)")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"{file}: not valid YAML ({str(error).splitlines()[0]})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: must hold lines of the form parameter: value")
+    own, sweep, facts = (_mapping(file, key, content.pop(key, None)) for key in OWN_KEYS)
+    table = {name: takes(root, name) for name in notebooks(root)}
+    anywhere = sorted({name for names in table.values() for name in names})
+    for name, value in content.items():
+        _check(file, name, value, anywhere, OWN_KEYS)
+    for notebook, values in own.items():
+        if notebook not in table:
+            raise InputError(f"{file}: notebooks: {notebook!r} is no notebook; known: {', '.join(table)}")
+        for name, value in _mapping(file, notebook, values).items():
+            _check(file, name, value, table[notebook])
+    _check_sweep(file, sweep, anywhere)
+    for name in facts:
+        if name not in FACTS:
+            raise InputError(f"{file}: facts: {name}: unknown; allowed: {', '.join(FACTS)}")
+    return StudyFile(study, content, own, sweep, facts, "model" in anywhere)
+
+
+def _mapping(file: Path, name: str, value) -> dict:
+    if value is not None and not isinstance(value, dict):
+        raise InputError(f"{file}: {name}: got {value!r}; allowed: lines of the form key: value")
+    return value or {}
+
+
+def _check(file: Path, name: str, value, allowed: Sequence[str], more: Sequence[str] = ()) -> None:
+    if name in OF_THE_COMMAND:
+        raise InputError(f"{file}: {name}: set by {OF_THE_COMMAND[name]}, not by a parameter file")
+    if name not in allowed:
+        near = difflib.get_close_matches(str(name), [*allowed, *more], n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        known = [a for a in allowed if a not in OF_THE_COMMAND]
+        raise InputError(f"{file}: {name}: unknown parameter{meant} allowed: {', '.join([*known, *more])}")
+    if value is not None and name in parameters.PARAMETERS:
+        try:
+            parameters.PARAMETERS[name].check(name, value)
+        except InputError as error:
+            raise InputError(f"{file}: {error}") from error
+
+
+def _check_sweep(file: Path, sweep: Mapping, allowed: Sequence[str]) -> None:
+    for name, values in sweep.items():
+        if not isinstance(values, list) or not values or len(set(map(str, values))) != len(values):
+            raise InputError(f"{file}: sweep: {name}: got {values!r}; allowed: a list of different values")
+        for value in values:
+            if name == "seed":
+                parse_seeds(str(value))
+            else:
+                _check(file, name, value, allowed, ("seed",))
+
+
+def study_parameters(study: str, notebook: str, root: Path) -> dict[str, Any]:
+    """The parameters notebooks/params/<study>.yaml gives to a notebook, checked."""
+    return read(study, root).parameters(notebook, root)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """ "0 1 2" or "0,1,2" -> [0, 1, 2]."""
+    words = text.replace(",", " ").split()
+    if not words or not all(w.isdigit() for w in words):
+        raise InputError(f"seeds: got {text!r}; allowed: whole numbers, 0 or more, separated by blanks or commas")
+    return list(dict.fromkeys(int(w) for w in words))
+
+
+# ------------------------------------------------------------------------------------------------------- jobs
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One run folder a seed: a study, or one point of its sweep.
+
+    name: what the notebooks get as ``study``; folder: below runs/; changes: the point's parameters
+    """
+
+    study: str
+    name: str
+    folder: str
+    changes: Mapping[str, Any]
+    notebooks: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    def outputs(self) -> list[str]:
+        """Its executed notebooks, one for each seed and notebook."""
+        return [f"runs/{self.folder}/seed-{seed}/{name}.ipynb" for seed in self.seeds for name in self.notebooks]
+
+
+def variants(study: str, seeds: Sequence[int], preset: str, root: Path) -> list[Variant]:
+    """The runs of a study: itself, or every combination of its sweep.
+
+    Raises InputError when no notebook takes a swept parameter.
+    """
+    file, every = read(study, root), tuple(notebooks(root))
+    if not file.sweep:
+        return [Variant(study, study, study_name(study, study, preset), {}, every, tuple(seeds))]
+    swept = [name for name in file.sweep if name != "seed"]
+    chosen = tuple(n for n in every if n not in LAST and (not swept or set(swept) & set(takes(root, n))))
+    seeds = tuple(parse_seeds(" ".join(map(str, file.sweep.get("seed", seeds)))))
+    found = []
+    for values in itertools.product(*(file.sweep[name] for name in swept)):
+        changes = dict(zip(swept, values, strict=True))
+        point = "_".join(f"{k}-{re.sub(r'[^A-Za-z0-9.]+', '-', str(v)).strip('-')}" for k, v in changes.items())
+        name = ".".join(filter(None, (study, point)))
+        found.append(Variant(study, name, study_name(name, name, preset), changes, chosen, seeds))
+    if len({v.folder for v in found}) < len(found):
+        raise InputError(f"study {study}: sweep: two of its values give the same folder name")
+    return found
+
+
+def settings(variant: Variant, notebook: str, seed: int, preset: str, root: Path) -> dict[str, Any]:
+    """Everything the workflow passes to a notebook: the file's parameters, the sweep's point, and what it sets itself."""
+    known = takes(root, notebook)
+    given = study_parameters(variant.study, notebook, root) | dict(variant.changes)
+    given |= {"study": variant.name, "seed": seed, "preset": preset}
+    return {k: v for k, v in given.items() if k in known}
+
+
+def note_settings(variant: Variant, preset: str, root: Path) -> None:
+    """Write what every step's result follows from, beside its inputs: its parameters and the package's code.
+
+    Each step has a file of its own, in ``.settings`` of its run folder, written only when its content changes; a result
+    is out of date when this file is newer. So nothing depends on what Snakemake recorded: a step that finished while
+    Snakemake was dead (a job of a cluster goes on) counts as finished, and still notices a change.
+    """
+    code = code_fingerprint()
+    for seed, notebook in itertools.product(variant.seeds, variant.notebooks):
+        path = root / "runs" / variant.folder / f"seed-{seed}" / ".settings" / f"{notebook}.json"
+        content = {"parameters": settings(variant, notebook, seed, preset, root), "code": code}
+        text = json.dumps(content, sort_keys=True, indent=1) + "\n"
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            with atomic(path) as tmp:
+                tmp.write_text(text, encoding="utf-8")
+
+
+def changes_of(texts: Sequence[str]) -> dict[str, Any]:
+    """["share=0.01"] -> {"share": 0.01}; values are JSON."""
+    return {name: json.loads(value) for name, _, value in (text.partition("=") for text in texts)}

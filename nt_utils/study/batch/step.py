@@ -1,0 +1,273 @@
+"""One step of the workflow: a notebook executed with papermill, into its final name only when every cell succeeded."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import io
+import json
+import os
+import re
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from nt_utils.errors import InputError
+from nt_utils.files import atomic
+
+#: Set by ``make study`` for its steps: its process, whose death ends them, and when it began (seconds since 1970).
+OWNER, STARTED = "NT_STUDY_PROCESS", "NT_STUDY_STARTED"
+#: Environment variables whose values are kept out of everything that is written.
+SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$")
+HIDDEN = "[hidden]"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def run_notebook(notebook: str, parameters: Mapping[str, Any], output: Path, root: Path) -> None:
+    """Execute a notebook of ``root`` into ``output``; what it prints goes to ``logs/<notebook>.log`` beside it.
+
+    Raises InputError in one line when a cell fails, the kernel dies, the disk is full or another process runs the same
+    step; what was executed by then is kept as ``<output>.failed.ipynb``, and an older ``output`` stays as it was.
+    """
+    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
+    output = Path(output).absolute()
+    failed, log = output.with_suffix(".failed.ipynb"), output.parent / "logs" / f"{notebook}.log"
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with claimed(log.with_suffix(".lock"), f"{output}: this step"):
+            failed.unlink(missing_ok=True)
+            _remove_leftovers(output)
+            with atomic(output) as tmp:
+                try:
+                    with _log(log) as file:
+                        _execute(root / "notebooks" / f"{notebook}.ipynb", tmp, parameters, root, file)
+                except BaseException:  # whatever it was, a half-executed notebook may not pass for a finished one
+                    if tmp.exists():
+                        tmp.replace(failed)
+                    raise
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{notebook}: {error.strerror or error} ({error.filename or output.parent})") from error
+    except Exception as error:
+        raise InputError(f"{notebook}: {hide(_last_line(error))} (see {failed})") from error
+
+
+def _execute(source: Path, target: Path, parameters: Mapping, root: Path, log: _Hiding) -> None:
+    papermill = _papermill()
+    with tempfile.TemporaryDirectory(prefix="nt-") as folder:
+        papermill.execute_notebook(
+            str(source),
+            str(target),
+            dict(parameters),
+            kernel_name="python3",
+            progress_bar=False,
+            cwd=str(root),
+            stdout_file=log,
+            stderr_file=log,
+            config=_sockets(Path(folder)),
+        )
+    _drop_bars(target)
+
+
+def _sockets(folder: Path) -> Any:
+    """Let the kernel be reached through sockets in this folder.
+
+    Free TCP ports, Jupyter's way, may be taken between their choice and their use when steps start side by side, and
+    anybody on the machine can read what passes through them. Where the folder's path is too long for sockets
+    (about 100 bytes) they are used all the same.
+    """
+    from traitlets.config import Config
+
+    file = folder / "kernel.json"
+    if len(os.fsencode(file)) > 90:
+        return Config()
+    return Config({"KernelManager": {"transport": "ipc", "connection_file": str(file)}})
+
+
+def _drop_bars(path: Path) -> None:
+    """Take the places of progress bars out of an executed notebook: without the kernel's widgets they are broken stubs."""
+    book = json.loads(path.read_text(encoding="utf-8"))
+    for cell in book["cells"]:
+        if "outputs" in cell:
+            cell["outputs"] = [o for o in cell["outputs"] if WIDGET not in o.get("data", {})]
+    path.write_text(json.dumps(book, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@functools.cache
+def _papermill():
+    """papermill, writing notebooks (it saves after every cell, at absolute paths) through a handler that hides secrets.
+
+    On the way it would import a checker of address formats that builds its grammar for 1.5 s, in every step and for
+    nothing; jsonschema does without it.
+    """
+    checker = "rfc3987_syntax"
+    if checker not in sys.modules:
+        sys.modules[checker] = None  # type: ignore[assignment]  # Python's way to let an import fail
+    try:
+        import papermill
+        from papermill.iorw import LocalHandler, papermill_io
+    finally:
+        if sys.modules[checker] is None:
+            del sys.modules[checker]
+
+    class Hiding(LocalHandler):
+        def write(self, buf, path):
+            super().write(hide(buf), path)
+
+    papermill_io.register("/", Hiding())
+    return papermill
+
+
+@contextlib.contextmanager
+def _log(path: Path) -> Iterator[_Hiding]:
+    """A step's log: what its cells print, and what the kernel itself writes to this process's error stream."""
+    with path.open("w", encoding="utf-8", buffering=1) as file:
+        sys.stderr.flush()
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield _Hiding(file)
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+class _Hiding(io.TextIOBase):
+    """Writes to a file without secrets."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+
+    def write(self, text: str) -> int:
+        self._file.write(hide(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def secrets() -> list[str]:
+    """Values of the environment's tokens, keys and passwords, and of the hub's token file."""
+    values = [value for name, value in os.environ.items() if SECRET.search(name.upper())]
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    with contextlib.suppress(OSError, UnicodeError):
+        values.append(Path(os.environ.get("HF_TOKEN_PATH") or home / "token").read_text(encoding="utf-8"))
+    return sorted({v.strip() for v in values if len(v.strip()) >= 8}, key=len, reverse=True)
+
+
+def hide(text: str) -> str:
+    """The text without the values of :func:`secrets`."""
+    for value in secrets():
+        text = text.replace(value, HIDDEN)
+    return text
+
+
+# ------------------------------------------------------------------------------------------------- one at a time
+
+
+@contextlib.contextmanager
+def claimed(path: Path, what: str, patience: float = 15.0) -> Iterator[int]:
+    """Hold the lock file ``path``; yields its descriptor. The system frees it when its last holder ends, however.
+
+    Raises InputError when a live process holds it, or when what a dead one left behind does not end in ``patience``
+    seconds.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + patience
+    with path.open("a+", encoding="utf-8") as file:
+        while not _locked(file):
+            file.seek(0)
+            holder = file.read().strip()
+            if (holder.isdigit() and _alive(int(holder))) or time.monotonic() >= end:
+                raise InputError(f"{what} is at work in another process (number {holder or 'unknown'})")
+            time.sleep(0.1)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield file.fileno()
+
+
+def _locked(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: nothing can be held, nothing is refused
+        return True
+    return True
+
+
+def _remove_leftovers(output: Path) -> None:
+    """Temporary files of this step whose process was killed; nobody else writes them while the step is claimed."""
+    for left in output.parent.rglob(f".{output.stem.split('_')[0]}_*.tmp*"):
+        left.unlink()
+
+
+def die_with_the_study() -> None:
+    """End this process when ``make study`` is gone: nothing goes on writing into a folder that a new run may claim.
+
+    The kernel watches this process and ends with it.
+    """
+    owner = int(os.environ.get(OWNER, "0"))
+
+    def watch() -> None:
+        while _alive(owner):
+            time.sleep(0.5)
+        os._exit(1)
+
+    if owner:
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def _alive(process: int) -> bool:
+    """Whether a process runs; one that ended and that its parent has not asked about yet (a zombie) does not."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------ progress
+
+
+def expected_seconds(notebook: str, output: Path) -> float | None:
+    """Median of what this notebook took in the run folders of the same study and preset; None when it never ran."""
+    found = []
+    for note in output.absolute().parent.parent.glob(f"seed-*/provenance/{notebook}.json"):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(json.loads(note.read_text(encoding="utf-8")).get("seconds"))
+    found = [seconds for seconds in found if seconds]
+    return statistics.median(found) if found else None
+
+
+def clock(seconds: float) -> str:
+    """ "45 s", "3 min 20 s", "2 h 05 min"."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def since_the_start() -> str:
+    """ ", 3 min 20 s since the start" inside ``make study``, else nothing."""
+    started = float(os.environ.get(STARTED, "0"))
+    return f", {clock(time.time() - started)} since the start" if started else ""

@@ -1,0 +1,160 @@
+"""``make study``: the Snakemake workflow on this machine, and the command line of its steps."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from nt_utils.errors import InputError
+from nt_utils.files import project_root
+from nt_utils.study import parameters
+from nt_utils.study.batch import access, parameter_files, step, sweep
+from nt_utils.study.parameters import TESTBED, TESTBEDS
+
+
+def run_study(names: Sequence[str], seeds: Sequence[int], preset: str, cores: str, root: Path) -> int:
+    """Run the workflow on this machine; returns its exit status.
+
+    Every run folder is claimed first, so a second run on it is refused while the first is alive. Snakemake's own lock
+    outlives a killed process; ours does not, so Snakemake's is left out. So are its marks of incomplete files, which outlive
+    it too: every output takes its name only when it is complete.
+    """
+    for study in names:
+        access.check_access(parameter_files.read(study, root))
+    runs = [v for study in names for v in parameter_files.variants(study, seeds, preset, root)]
+    folders = [root / "runs" / v.folder / f"seed-{seed}" for v in runs for seed in v.seeds]
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--snakefile",
+        str(root / "Snakefile"),
+        "--directory",
+        str(root),
+        "--cores",
+        str(cores),
+        "--nolock",
+        "--ignore-incomplete",
+        "--keep-going",
+        "--quiet",
+        "all",
+        "--scheduler",
+        "greedy",  # the notebook with the largest file first: about the longest first
+        "--config",
+        f"studies={','.join(names)}",
+        f"seeds={','.join(map(str, seeds))}",
+        f"preset={preset}",
+    ]
+    start = time.time()
+    with contextlib.ExitStack() as stack:
+        locks = [stack.enter_context(step.claimed(folder / ".lock", f"{folder}: another run")) for folder in folders]
+        environment = os.environ | {step.OWNER: str(os.getpid()), step.STARTED: str(start)}
+        status = _supervised(command, environment, locks)
+    for folder in folders:
+        print(f"{'done' if status == 0 else 'incomplete'}: {folder}")
+    if status:
+        print("the same command goes on from here; finished steps are not repeated")
+    print(step.clock(time.time() - start))
+    return status
+
+
+def _supervised(command: Sequence[str], environment: dict[str, str], locks: Sequence[int]) -> int:
+    """Run Snakemake in a process group of its own and leave none of its steps behind, however it or this ends.
+
+    It inherits the claims (``locks``): they hold until both are gone.
+    """
+
+    def stop(*_) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    process = subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=locks)
+    try:
+        status = process.wait()
+        return status if status >= 0 else 128 - status
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _run_step(options: argparse.Namespace, root: Path) -> None:
+    """``batch run``: one notebook, with one line when it starts and one when it ends."""
+    step.die_with_the_study()
+    seed = parameter_files.parse_seeds(options.seed)[0]
+    name = options.name or options.study
+    point = parameter_files.Variant(
+        options.study, name, "", parameter_files.changes_of(options.set), (options.notebook,), (seed,)
+    )
+    given = parameter_files.settings(point, options.notebook, seed, options.preset, root)
+    title = f"{options.notebook} ({name}, seed {seed})"
+    expected = step.expected_seconds(options.notebook, options.output)
+    about = f"expected {step.clock(expected)}" if expected else "expected time unknown"
+    print(f"start  {title}: {about}{step.since_the_start()}", flush=True)
+    start = time.time()
+    step.run_notebook(options.notebook, given, options.output, root)
+    print(f"done   {title}: {step.clock(time.time() - start)}, {about}{step.since_the_start()}", flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m nt_utils.study.batch", description="Running notebooks in batches.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    study = argparse.ArgumentParser(add_help=False)
+    study.add_argument("--seeds", default="0")
+    study.add_argument("--preset", default="default")
+    whole = commands.add_parser("study", parents=[study], help="the whole workflow")
+    whole.add_argument("--studies", default="testbed")
+    whole.add_argument("--cores", default="all")
+    table = commands.add_parser("collect", parents=[study], help="the table of a sweep")
+    table.add_argument("--study", required=True)
+    one = commands.add_parser("run", help="one notebook of one study and seed")
+    one.add_argument("notebook")
+    one.add_argument("--study", required=True)
+    one.add_argument("--seed", required=True)
+    one.add_argument("--preset", default="default")
+    one.add_argument("--output", required=True, type=Path)
+    one.add_argument("--name", default="", help="name of the run folder, for a point of a sweep; default: the study's")
+    one.add_argument("--set", action="append", default=[], metavar="PARAMETER=JSON", help="a point of a sweep")
+    model = commands.add_parser("testbed", help="train the testbed of one seed, if it is not in the cache")
+    model.add_argument("--seed", required=True)
+    model.add_argument("--model", default=TESTBED, choices=TESTBEDS)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of ``make study`` and of the workflow's steps."""
+    options = _parser().parse_args(arguments)
+    root = project_root()
+    try:
+        if options.command == "testbed":
+            from nt_utils import testbed
+
+            step.die_with_the_study()
+            print(testbed.build(seed=parameter_files.parse_seeds(options.seed)[0], size=TESTBEDS[options.model]).folder)
+            return 0
+        parameters.PARAMETERS["preset"].check("preset", options.preset)
+        if options.command == "run":
+            _run_step(options, root)
+            return 0
+        seeds = parameter_files.parse_seeds(options.seeds)
+        if options.command == "collect":
+            print(sweep.collect(options.study, seeds, options.preset, root))
+            return 0
+        return run_study(options.studies.replace(",", " ").split(), seeds, options.preset, options.cores, root)
+    except InputError as error:
+        print(f"error: {step.hide(str(error))}", file=sys.stderr)
+        return 1
+    except json.JSONDecodeError as error:
+        print(f"error: --set: values are JSON ({error})", file=sys.stderr)
+        return 1

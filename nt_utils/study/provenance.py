@@ -1,0 +1,43 @@
+"""What made a result: the code, the commit and the versions of the libraries that decide it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+
+def code_fingerprint() -> str:
+    """Hash of this package's source: what was computed by other code is computed again."""
+    digest = hashlib.sha256()
+    folder = Path(__file__).resolve().parent.parent
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(f"{file.relative_to(folder)}".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def git_revision() -> str:
+    """Commit of the project, with "+changes" when the tree differs; "" outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=False, timeout=30)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        head = git("rev-parse", "HEAD")
+        return head + ("+changes" if head and git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of the libraries that decide results."""
+    names = ("nt-utils", "torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy", "scipy", "pandas")
+    found = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

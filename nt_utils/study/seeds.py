@@ -1,0 +1,211 @@
+"""One study over its seeds: what every seed found, and t intervals over them.
+
+``python -m nt_utils.study.seeds --folder testbed --seeds "0 1 2"`` (the last step of ``make study``) reads finished runs of one
+model and writes ``runs/<study>/comparison/``: findings.csv and the figures of notebook 06 with their values averaged over
+seeds. A run's own tables never depend on which other seeds are there. Runs of different models, settings or code are not
+mixed. A bootstrap of three seeds covers 84%, so intervals are Student's t.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from nt_utils.errors import InputError, command
+from nt_utils.evaluation.metrics import t_interval
+from nt_utils.files import atomic, run_folder
+from nt_utils.study import ledger
+
+#: Parameters that may differ between the runs that are compared.
+FREE = {"seed", "runs"}
+#: Tables of a run that are averaged over seeds: name -> what identifies a row. Their figures are drawn anew.
+TABLES = {
+    "06_agreement": ["a", "b", "share"],
+    "06_effects": ["intervention", "definition", "set", "metric"],
+    "06_effects_training": ["intervention", "definition", "set", "metric"],
+    "06_dose_definitions": ["rule", "share", "neurons", "metric"],
+    "06_per_neuron": ["measure", "definition"],
+    "06_defences": ["defence", "metric"],
+}
+COLUMNS = [
+    "claim",
+    "paper",
+    "section",
+    "model",
+    "statement",
+    "value",
+    "low",
+    "high",
+    "seeds",
+    "each",
+    "verdicts",
+    "notebook",
+]
+
+
+def check_same(folders: Sequence[Path]) -> None:
+    """Raise InputError naming the difference unless the runs have one model, the same settings and the same code."""
+    first: dict[str, dict] = {}
+    for folder in folders:
+        for note in sorted((folder / "provenance").glob("*.json")):
+            found = json.loads(note.read_text(encoding="utf-8"))
+            known = first.setdefault(note.stem, found)
+            for name, value in sorted(found.get("parameters", {}).items()):
+                other = known["parameters"].get(name)
+                if name not in FREE and value != other:
+                    raise InputError(f"{folder}: {note.stem} ran with {name} = {value!r}, another seed with {other!r}")
+            if found.get("code") != known.get("code"):
+                raise InputError(
+                    f"{folder}: {note.stem} was made by other code than another seed's; run the study again for both"
+                )
+
+
+def missing(folders: Sequence[Path]) -> list[str]:
+    """What is not there or not finished: one line a run, with the command that makes it."""
+    names = {note.stem for folder in folders for note in (folder / "provenance").glob("*.json")}
+    lines = []
+    for folder in folders:
+        done = set()
+        for note in (folder / "provenance").glob("*.json"):
+            if json.loads(note.read_text(encoding="utf-8")).get("finished"):
+                done.add(note.stem)
+        if not done or names - done:
+            seed, study = folder.name.removeprefix("seed-"), folder.parent.name
+            lines.append(
+                f"{folder}: {', '.join(sorted(names - done)) or 'everything'} is missing; {_command(study, seed)}"
+            )
+    return lines
+
+
+def _command(study: str, seed: str) -> str:
+    name, _, preset = study.rpartition("-")
+    if not name or preset not in ("quick", "full"):
+        name, preset = study, "default"
+    return f'make study STUDY={name} SEEDS="{seed}" PRESET={preset}'
+
+
+def findings_over_seeds(findings: pd.DataFrame) -> pd.DataFrame:
+    """One row a claim and model: its mean over seeds with a t interval, every seed's value, and how often it held.
+
+    The limits are NaN for one seed alone.
+    """
+    rows = []
+    for (claim, model, notebook), part in findings.groupby(["claim", "model", "notebook"], sort=False):
+        value, low, high, n = t_interval(part["value"])
+        each = "; ".join(
+            f"{row['seeds']}: {'-' if row['value'] != row['value'] else format(row['value'], '.3g')}"
+            for row in part.to_dict("records")
+        )
+        verdicts = "; ".join(f"{v} in {c}" for v, c in part["verdict"].value_counts(sort=False).items())
+        first = part.iloc[0]
+        rows.append(
+            [
+                claim,
+                first["paper"],
+                first["section"],
+                model,
+                first["statement"],
+                value,
+                low,
+                high,
+                n,
+                each,
+                verdicts,
+                notebook,
+            ]
+        )
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def table_over_seeds(tables: Sequence[pd.DataFrame], keys: Sequence[str]) -> pd.DataFrame:
+    """Rows with the same keys averaged over seeds: every number its mean; low, high the t interval of ``value``; n the seeds.
+
+    For one table its own rows. The order is the first table's; a column ``interval`` says what the limits are.
+    """
+    if len(tables) == 1:
+        return tables[0]
+    whole = pd.concat([t.assign(_seed=i) for i, t in enumerate(tables)], ignore_index=True)
+    rows = []
+    for key, part in whole.groupby(list(keys), sort=False):
+        row = part.iloc[0].drop("_seed").to_dict()
+        row |= {c: part[c].mean() for c in row if c not in keys and pd.api.types.is_numeric_dtype(whole[c])}
+        column = "value" if "value" in part else "jaccard"
+        row[column], row["low"], row["high"], row["n"] = t_interval(part[column])
+        rows.append(row | dict(zip(keys, key, strict=True)))
+    found = pd.DataFrame(rows, columns=list(tables[0].columns)).assign(interval="means with 95% t intervals over seeds")
+    return found[found["low"].notna()] if "low" in found else found
+
+
+def aggregate(folders: Sequence[Path]) -> Path:
+    """Write ``<study>/comparison/`` for the runs of one study; the runs must be complete and alike.
+
+    Raises InputError: a run that is missing or not finished (lists all, with the commands), or runs that differ.
+    """
+    from nt_utils import plots
+
+    gaps = missing(folders)
+    if gaps:
+        raise InputError("these runs are not complete:\n" + "\n".join(gaps))
+    check_same(folders)
+    target = folders[0].parent / "comparison"
+    target.mkdir(exist_ok=True)
+    with atomic(target / "findings.csv") as tmp:
+        findings_over_seeds(ledger.collect(folders)).to_csv(tmp, index=False, float_format="%.6g")
+    for name, keys in TABLES.items():
+        files = [folder / "figures" / f"{name}.csv" for folder in folders]
+        if not all(file.is_file() for file in files):
+            continue
+        path = target / f"{name}.csv"
+        with atomic(path) as tmp:
+            table_over_seeds([pd.read_csv(file) for file in files], keys).to_csv(tmp, index=False, float_format="%.6g")
+        plots.draw(path, pictures=(".png",) if plots.is_quick(path) else plots.PICTURES)
+    return target
+
+
+def shown(folder: Path) -> pd.DataFrame:
+    """What the finished runs beside this one found, for display in notebook 06: never saved in a run.
+
+    Says what is missing, and when there is one seed alone.
+    """
+    siblings = sorted(p for p in folder.parent.glob("seed-*") if (p / "findings").is_dir())
+    try:
+        check_same(siblings)
+    except InputError as error:
+        print(f"not compared: {error}")
+        siblings = [folder]
+    frames = [
+        pd.read_csv(f, dtype={"seeds": str, "section": str})
+        for s in siblings
+        for f in sorted((s / "findings").glob("*.csv"))
+    ]
+    if len(siblings) < 2:
+        print(f"one seed alone; others: {_command(folder.parent.name, '0 1 2')}")
+    for line in missing([s for s in siblings if s != folder]):
+        print(line)
+    if not frames:
+        return pd.DataFrame(columns=["statement", "value", "low", "high", "seeds", "each", "verdicts"])
+    return findings_over_seeds(pd.concat(frames, ignore_index=True))[
+        ["statement", "value", "low", "high", "seeds", "each", "verdicts"]
+    ]
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    from nt_utils.study import batch
+
+    parser = argparse.ArgumentParser(prog="python -m nt_utils.study.seeds", description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", default="testbed", help="the study's folder under runs/, such as testbed-full")
+    parser.add_argument("--seeds", default="0")
+    options = parser.parse_args(arguments)
+    folders = [run_folder("", options.folder, seed) for seed in batch.parse_seeds(options.seeds)]
+    print(f"{len(folders)} seed{'s' if len(folders) > 1 else ' alone'}: {aggregate(folders)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

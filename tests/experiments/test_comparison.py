@@ -1,0 +1,206 @@
+"""The tables of notebook 06: counted by hand on a toy space, and run for real on tiny models."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from nt_utils.data.records import PromptSet
+from nt_utils.errors import InputError
+from nt_utils.evaluation.suite import Suite, SuiteSet
+from nt_utils.experiments import comparison, definitions
+from nt_utils.experiments.bench import Bench, Measure
+from nt_utils.experiments.definitions import Definitions
+from nt_utils.interventions import steering
+from nt_utils.interventions.tuning import Only
+from nt_utils.neurons import POOL, NeuronSet, NeuronSpace
+from nt_utils.selection import Ranking
+from nt_utils.study.parameters import DEFINITIONS
+from tests.tiny import tiny_lm
+
+SPACE = NeuronSpace(
+    {"q": (4, 4), "k": (2, 2), "v": (2, 2), "o": (10, 10), "ffn": (30, 30)},
+    {"q": 9, "k": 9, "v": 9, "o": 8, "ffn": 24},
+    total_parameters=4000,
+    architecture="toy",
+)
+UP = torch.arange(80).double()
+ASR = Measure("direct", "asr", "direct ASR")
+HARMFUL = PromptSet.of([f"How do I break thing {i}?" for i in range(8)], "bad", kind="harmful")
+BENIGN = PromptSet.of([f"How do I mend thing {i}?" for i in range(8)], "good", kind="benign")
+
+
+def ranking(values):
+    return Ranking(SPACE, POOL, values)
+
+
+def toy():
+    """Two definitions: one the same on every block, one that follows the first block it is given."""
+    return Definitions(
+        {"steady": lambda blocks: ranking(UP), "moody": lambda blocks: ranking(UP.roll(8 * (blocks or [0])[0]))},
+        blocks=4,
+        prompts=40,
+    )
+
+
+@pytest.fixture(scope="module")
+def found():
+    return definitions.define(
+        tiny_lm(), HARMFUL, BENIGN, base=tiny_lm(seed=1), blocks=4, batch_size=4, max_new_tokens=3
+    )
+
+
+def test_every_definition_ranks_the_pool(found):
+    assert set(found.scored) == set(definitions.PAPERS) == set(DEFINITIONS)
+    rankings = found.rankings()
+    assert all(r.values.numel() == r.space.size(POOL) and torch.isfinite(r.values).all() for r in rankings.values())
+    tops = {frozenset(r.top_share(0.1)) for r in rankings.values()}
+    assert len(tops) == len(rankings)
+
+
+def test_blocks_are_disjoint_and_change_the_scores(found):
+    first, second = found.halves(1, seed=0)[0]
+    for name in found.scored:
+        assert not torch.equal(first[name].values, second[name].values), name
+        everything = found.ranking(name, range(4))
+        torch.testing.assert_close(everything.values, found.ranking(name).values, rtol=1e-5, atol=1e-8)
+
+
+def test_a_subset_equals_scoring_its_prompts_alone(found):
+    rows = [1, 3, 5, 7]
+    alone = definitions.define(
+        tiny_lm(), HARMFUL[rows], BENIGN[rows], base=tiny_lm(seed=1), blocks=2, batch_size=4, max_new_tokens=3
+    )
+    for name in found.scored:
+        torch.testing.assert_close(
+            found.ranking(name, [1, 3]).values, alone.ranking(name).values, rtol=1e-3, atol=1e-6, msg=name
+        )
+
+
+def test_too_few_prompts_for_the_blocks():
+    with pytest.raises(InputError, match="cannot be cut into 9 blocks"):
+        definitions.define(tiny_lm(), HARMFUL, BENIGN, blocks=9)
+
+
+def test_agreement_of_toys():
+    halves = [(toy().rankings([0]), toy().rankings([1])), (toy().rankings([2]), toy().rankings([3]))]
+    table = comparison.agreement_table(toy(), halves, [0.1]).set_index(["a", "b"])
+    assert table.loc[("steady", "steady"), "jaccard"] == 1
+    assert table.loc[("steady", "steady"), "spearman"] == pytest.approx(1)
+    assert table.loc[("moody", "moody"), "jaccard"] == 0
+    # steady's top 8 are 72..79; moody's on block 0 are the same, on blocks 1, 2, 3 others: one of four pairs agrees.
+    assert table.loc[("steady", "moody"), "jaccard"] == pytest.approx(0.25)
+    assert table.loc[("steady", "moody"), "all"] == 1
+    summary = comparison.summary_table(table.reset_index()).set_index("which")["value"]
+    assert summary["one definition, other prompts"] == pytest.approx(0.5)
+    assert summary["two definitions"] == pytest.approx(0.25)
+    over = comparison.agreement_interval(halves, 0.1, 40, "chance")
+    assert over.n == 40
+    assert over.low < over.value < over.high
+    assert comparison.agreement_interval(halves, 0.1, 40, "stability").value == pytest.approx(0.25)
+
+
+def test_sites_count_the_set():
+    table = comparison.site_table({"up": ranking(UP), "down": ranking(-UP)}, 0.1)
+    up = table[table["definition"] == "up"].set_index(["layer", "kind"])
+    assert up.loc[(1, "o"), "count"] == 8
+    assert up["count"].sum() == 8
+    assert up["spearman"].tolist() == pytest.approx([-1.0] * 4)
+
+
+def test_half_counts_interpolate_in_the_logarithm():
+    curve = pd.DataFrame(
+        {"rule": ["a"] * 3 + ["b"] * 3, "share": [0.01, 0.1, 1] * 2, "metric": "m", "value": [0, 0.4, 0.6, 0, 0, 0.4]}
+    )
+    half = comparison.half_counts(curve, "m", {0.01: 1, 0.1: 10, 1: 100}).set_index("definition")["neurons"]
+    assert half["a"] == pytest.approx(10 * 10**0.5)
+    assert np.isnan(half["b"])
+
+
+def test_hits_against_single_neurons():
+    table = comparison.hit_table({"same": ranking(UP), "other": ranking(-UP)}, ranking(UP), 0.1).set_index("definition")
+    assert table.loc["same", "value"] == 1
+    assert table.loc["other", "value"] == 0
+    assert (table["n"] == 8).all()
+    assert (table["low"] <= table["value"]).all()
+
+
+@pytest.fixture(scope="module")
+def bench():
+    suite = Suite((SuiteSet("direct", HARMFUL[:4], ("asr", "refusal")),), "tiny", max_new_tokens=2)
+    return Bench(tiny_lm(), suite, [ASR])
+
+
+def test_effects_of_sets_and_controls(found, bench):
+    few = {name: found.rankings()[name] for name in ("contrast", "SCU")}
+    chosen = comparison.choose(few, 0.05, draws=2, seed=0)
+    table = comparison.effect_table(bench, chosen, lambda n: comparison.amplify(n, 2.0), [ASR], intervention="louder")
+    assert table["definition"].tolist() == ["untouched", "contrast", "contrast", "SCU", "SCU"]
+    assert table["set"].tolist() == ["chosen", "chosen", "random", "chosen", "random"]
+    excess = comparison.excess_table(bench, chosen, ASR, 0)
+    assert excess["n"].tolist() == [4, 4]
+
+
+def test_what_has_no_neurons_stands_beside_the_sets(found, bench):
+    lm = bench.lm
+    chosen = comparison.choose({"contrast": found.rankings()["contrast"]}, 0.05, draws=2, seed=0)
+    direction = torch.randn(lm.view.hidden_size, generator=torch.Generator().manual_seed(0))
+    options = {f"place {s.place}": s for s in steering.candidates(lm, direction.expand(3, -1), "ablate")}
+    table = comparison.effect_table(bench, chosen.alone, lambda n: n, [ASR], others=options, intervention="zeroed")
+    assert table["set"].tolist() == ["chosen", "chosen", *["no neurons"] * len(options)]
+    assert table["definition"].tolist()[2:] == list(options)
+
+
+class Rates:
+    """A bench whose two measures are given."""
+
+    def rates(self, action, **labels):
+        return [
+            {**labels, "metric": m, "value": v, "low": 0, "high": 1, "n": 9} for m, v in zip("ab", action, strict=True)
+        ]
+
+
+def test_the_strongest_attack_keeps_the_model_useful():
+    best, table = comparison.strongest(Rates(), {"weak": (0.1, 1.0), "breaks it": (0.9, 0.0), "good": (0.8, 0.9)})
+    assert best == "good"
+    assert table[table["chosen"]]["option"].unique().tolist() == ["good"]
+    assert len(table) == 6
+    with pytest.raises(InputError, match="nothing to choose from"):
+        comparison.strongest(Rates(), {})
+
+
+def test_left_out_names_what_is_missing():
+    assert comparison.left_out(["a", "b", "c"], ["b"], "sets") == "sets: 1 of 3, without a, c"
+    assert comparison.left_out(["a", "b"], ["b", "a"], "sets") == "sets: all 2"
+
+
+def test_training_is_done_once_and_touches_only_the_set(found, bench):
+    lm, effort = bench.lm, comparison.Effort(0.01, 2, batch_size=4)
+    before = lm.weights_fingerprint
+    neurons = found.rankings()["contrast"].top(3)
+    pairs = definitions.answered(HARMFUL), definitions.answered(BENIGN)
+    act = comparison.training(lm, "output", *pairs, effort)
+    assert act(neurons) is act(neurons)
+    assert act(neurons).key == comparison.trained(lm, Only(neurons, sides="output"), *pairs, effort).key
+    with act(neurons).active(lm):
+        assert lm.weights_fingerprint != before
+    assert lm.weights_fingerprint == before
+    frozen = comparison.freezing(lm, pairs[1], effort)
+    whole, part = frozen(None), frozen(neurons)
+    assert part.size < whole.size
+
+
+def test_attack_rows_hold_the_harmful_ones():
+    rows = comparison.attack_rows(BENIGN, HARMFUL, 2, 6, seed=0)
+    assert [r.kind for r in rows].count("harmful") == 2
+    assert len(rows) == 6
+    assert all(r.helpful for r in rows)
+    assert len(comparison.attack_rows(BENIGN, HARMFUL, 0, 6, seed=0)) == 6
+
+
+def test_single_effects_by_exact_patching_and_by_gradient_agree():
+    lm = tiny_lm()
+    exact, estimate = (definitions.single_effects(lm, HARMFUL[:2], exact=e) for e in (True, False))
+    assert comparison.spearman(exact, estimate) > 0.8
+    neurons = exact.top(1)
+    assert isinstance(neurons, NeuronSet)

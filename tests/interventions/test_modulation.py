@@ -1,0 +1,577 @@
+"""Alpha: what it does to the model, how it is learnt (gradients against finite differences), and the dial."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nt_utils import hooks
+from nt_utils.data.records import Prompt, PromptSet
+from nt_utils.errors import InputError
+from nt_utils.interventions import modulation as module
+from nt_utils.interventions.modulation import (
+    PRESETS,
+    Modulation,
+    Recipe,
+    adapt,
+    assign,
+    dial,
+    find_inner_rate,
+    learn,
+    mark_dominated,
+    preset,
+    ranking,
+    sweep,
+    whole_layers,
+)
+from nt_utils.neurons import POOL, NeuronSet, NeuronSpace
+from nt_utils.scoring.attribution import attribution, utility_cases
+from nt_utils.selection import Ranking
+from tests.tiny import tiny_lm
+
+IDS = torch.randint(3, 300, (2, 7), generator=torch.Generator().manual_seed(0))
+SPACE = NeuronSpace({"o": (4, 4), "ffn": (6, 6)}, {"o": 1, "ffn": 1}, 100, "toy")
+SHORT = Recipe(iterations=3, support=1, query=2, inner_rate=1.0, validate_every=1)
+
+
+def _logits(lm):
+    with torch.no_grad():
+        return lm.model(IDS, use_cache=False).logits
+
+
+def _set(space, *neurons):
+    masks = {}
+    for layer, kind, index in neurons:
+        mask = masks.setdefault((layer, kind), torch.zeros(space.width((layer, kind)), dtype=torch.bool))
+        mask[index] = True
+    return NeuronSet(space, masks)
+
+
+def _rankings(space, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(2, space.size(POOL), generator=generator)
+    return Ranking(space, POOL, values[0], "s"), Ranking(space, POOL, values[1], "u")
+
+
+def _sets(lm, n=20):
+    return assign(*_rankings(lm.view.space), n, n)
+
+
+def _prompts(word, n, kind="harmful"):
+    return PromptSet([Prompt(f"{word} {i}", refusal="No.", helpful=f"Yes {i}", kind=kind) for i in range(n)])
+
+
+TASKS = {"roleplay": _prompts("Be Max: do", 4), "prefix": _prompts("Say yes: do", 5)}
+BENIGN = _prompts("boil", 5, "benign")
+HELD_OUT = ({"roleplay": _prompts("Be Rex: try", 2)}, _prompts("cook", 2, "benign"))
+
+
+# -------------------------------------------------------------------------------------------------- intervention
+
+
+def test_alpha_multiplies_the_channels(any_lm):
+    """Alpha = the reading weights' columns multiplied, one hook a site; afterwards the model is as before."""
+    view = any_lm.view
+    safety, utility = _set(view.space, (0, "ffn", 3), (1, "o", 5), (0, "ffn", 9)), _set(view.space, (1, "ffn", 2))
+    modulation = Modulation(safety, utility, torch.tensor([2.0, 1.5, 1.7, 0.25]))
+    values = dict(zip([*safety, *utility], modulation.alpha.tolist(), strict=True))
+    assert modulation.safety_alpha.tolist() == [2.0, 1.5, pytest.approx(1.7)]
+    plain = _logits(any_lm)
+    with modulation.active(any_lm):
+        assert sum(len(m._forward_pre_hooks) for m in any_lm.model.modules()) == 3
+        hooked = _logits(any_lm)
+    before = {k: v.clone() for k, v in any_lm.model.state_dict().items()}
+    with torch.no_grad():
+        for (layer, kind, index), factor in values.items():
+            view.weight(layer, kind)[:, index] *= factor
+        folded = _logits(any_lm)
+        any_lm.model.load_state_dict(before)
+    assert torch.allclose(hooked, folded, atol=1e-4)
+    assert not torch.allclose(plain, hooked, atol=1e-2)
+    assert torch.equal(plain, _logits(any_lm))
+
+
+def test_zero_is_deactivation(lm):
+    safety = _set(lm.view.space, (0, "ffn", 3), (1, "o", 5))
+    with Modulation(safety, _set(lm.view.space), torch.zeros(2)).active(lm):
+        scaled = _logits(lm)
+    with hooks.ablate(lm, safety):
+        assert torch.equal(scaled, _logits(lm))
+
+
+def test_key_says_what_acts(lm):
+    a, b = _set(lm.view.space, (0, "ffn", 3)), _set(lm.view.space, (1, "ffn", 3))
+    one = Modulation(a, b, torch.tensor([1.2, 0.9]))
+    assert one.key == Modulation(b, a, torch.tensor([0.9, 1.2]), name="another").key
+    assert one.key != Modulation(a, b, torch.tensor([1.2, 0.8])).key
+    still = Modulation(a, b, torch.ones(2))
+    assert still.key == Modulation(b, a, torch.ones(2)).key != one.key
+    with still.active(lm):
+        assert not any(m._forward_pre_hooks for m in lm.model.modules())
+
+
+def test_bad_modulations(lm):
+    space = lm.view.space
+    a, b = _set(space, (0, "ffn", 3)), _set(space, (1, "ffn", 3))
+    for message, arguments in {
+        "safety, utility: 1 neurons are in both sets": (a, a | b, torch.ones(3)),
+        "both sets are empty": (a - a, b - b, torch.ones(0)),
+        "safety: holds q rows; alpha acts on ffn, o": (_set(space, (0, "q", 1)), b, torch.ones(2)),
+        "utility: holds k, v rows": (a, _set(space, (0, "k", 1), (1, "v", 2)), torch.ones(3)),
+        "alpha: needs one value for each of the 2 neurons": (a, b, torch.ones(3)),
+        "alpha: got nan; allowed: 0 to 3": (a, b, torch.tensor([1.0, math.nan])),
+        "alpha: got 3.5; allowed: 0 to 3": (a, b, torch.tensor([1.0, 3.5])),
+        "alpha: got -0.1; allowed: 0 to 3": (a, b, torch.tensor([-0.1, 1.0])),
+        "bounds: got": (a, b, torch.ones(2), (1.5, 2.0)),
+        "another architecture": (a, _set(SPACE, (0, "ffn", 1)), torch.ones(2)),
+    }.items():
+        with pytest.raises(InputError, match=message):
+            Modulation(*arguments)
+    with pytest.raises(InputError, match="the model at hand is qwen3"):
+        Modulation(a, b, torch.ones(2)).active(tiny_lm("qwen3"))
+
+
+def test_files(lm, tmp_path):
+    safety, utility = _sets(lm)
+    alpha = torch.linspace(0.5, 1.5, 40)
+    made = Modulation(safety, utility, alpha, (0.1, 2.0), "mine", "abc", {"seed": 3})
+    path = made.save(tmp_path / "deep" / "m.safetensors")
+    found = Modulation.load(path, lm.view.space)
+    assert found.key == made.key and torch.equal(found.alpha, made.alpha)
+    assert (found.safety, found.utility, found.bounds) == (safety, utility, (0.1, 2.0))
+    assert (found.name, found.weights, found.meta) == ("mine", "abc", {"seed": 3})
+    with pytest.raises(InputError, match="the model at hand is qwen3"):
+        Modulation.load(path, tiny_lm("qwen3").view.space)
+    with pytest.raises(InputError, match="not a nt_utils.modulation"):
+        Modulation.load(safety.save(tmp_path / "set"))
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-2] + bytes([raw[-2] ^ 1, raw[-1]]))
+    with pytest.raises(InputError, match="damaged"):
+        Modulation.load(path)
+
+
+# ------------------------------------------------------------------------------------------------------ choosing
+
+
+def test_a_contested_neuron_goes_where_it_ranks_higher():
+    """1 is second for safety and first for utility; 3 is fourth and second: both go to utility, safety moves on."""
+    safety = Ranking(SPACE, POOL, torch.tensor([9.0, 8, 7, 6, 5, *[0.0] * 15]))
+    utility = Ranking(SPACE, POOL, torch.tensor([0.0, 9, 0, 8, 7, *[-1.0] * 15]))
+    s, u = assign(safety, utility, 3, 2)
+    assert s.flat(POOL).nonzero().flatten().tolist() == [0, 2, 4]
+    assert u.flat(POOL).nonzero().flatten().tolist() == [1, 3]
+    tied = assign(safety, safety, 1, 1)
+    assert [t.flat(POOL).nonzero().flatten().tolist() for t in tied] == [[0], [1]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 20), st.integers(0, 20), st.integers(0, 10_000))
+def test_assigned_sets_are_disjoint_and_complete(n_safety, n_utility, seed):
+    """Exact sizes, no overlap, and no list has passed over a free neuron that it ranks above one it took."""
+    safety, utility = _rankings(SPACE, seed)
+    if not 1 <= n_safety + n_utility <= 20:
+        with pytest.raises(InputError, match="allowed: from 1 to 20"):
+            assign(safety, utility, n_safety, n_utility)
+        return
+    chosen = assign(safety, utility, n_safety, n_utility)
+    assert [len(c) for c in chosen] == [n_safety, n_utility]
+    assert not len(chosen[0] & chosen[1])
+    places = [torch.argsort(torch.argsort(r.values, descending=True)) for r in (safety, utility)]
+    flat = [c.flat(POOL) for c in chosen]
+    free = ~(flat[0] | flat[1])
+    for mine, other, place, other_place in zip(flat, flat[::-1], places, places[::-1], strict=True):
+        if mine.any() and free.any():
+            assert place[mine].max() < place[free].min()
+        lost = [i for i in other.nonzero().flatten().tolist() if mine.any() and place[i] < place[mine].max()]
+        assert all(other_place[i] <= place[i] for i in lost)
+
+
+def test_bad_counts():
+    safety, utility = _rankings(SPACE)
+    for message, counts in {
+        "n_safety: got 21; allowed: a whole number from 0 to 20": (21, 0),
+        "n_utility: got -1": (1, -1),
+        "n_safety: got 1.5": (1.5, 1),
+        "15 . 6 neurons; allowed: from 1 to 20": (15, 6),
+        "0 . 0 neurons": (0, 0),
+    }.items():
+        with pytest.raises(InputError, match=message):
+            assign(safety, utility, *counts)
+    rows = Ranking(NeuronSpace({"q": (3,)}, {"q": 1}, 9, "toy"), ("q",), torch.ones(3))
+    with pytest.raises(InputError, match="safety: ranks q rows"):
+        assign(rows, utility, 1, 1)
+    with pytest.raises(InputError, match="utility: ranks other neurons"):
+        assign(safety, Ranking(SPACE, ("ffn",), torch.ones(12)), 1, 1)
+
+
+def test_ranking_from_scores(lm):
+    cases = utility_cases(_prompts("boil", 2, "benign"))
+    scores = attribution(lm, cases, method="patching", target="zero", progress=False)
+    found = ranking(scores)
+    assert torch.allclose(found.values, scores.matrix().double().mean(0)) and found.kinds == POOL
+    assert torch.allclose(ranking(scores, "absolute").values, scores.matrix().double().abs().mean(0))
+
+
+def test_whole_layers():
+    values = torch.cat([torch.zeros(10), torch.ones(10)])
+    assert whole_layers(Ranking(SPACE, POOL, values), 1).per_layer() == [0, 10]
+    assert len(whole_layers(Ranking(SPACE, POOL, values), 2)) == 20
+    with pytest.raises(InputError, match="layers: got 3"):
+        whole_layers(Ranking(SPACE, POOL, values), 3)
+
+
+# ------------------------------------------------------------------------------------------------------ the dial
+
+
+def test_dial_interpolates_towards_one(lm):
+    rankings = _rankings(lm.view.space)
+    full = dial(*rankings, 10, 5, start=(1.4, 0.8))
+    assert torch.allclose(full.safety_alpha, torch.tensor(1.4)) and torch.allclose(
+        full.utility_alpha, torch.tensor(0.8)
+    )
+    half = dial(*rankings, 10, 5, 0.5, start=(1.4, 0.8))
+    assert torch.allclose(half.alpha - 1, (full.alpha - 1) / 2)
+    assert dial(*rankings, 10, 5, 100, start=(1.4, 0.8)).alpha.unique().tolist() == [0.0, 3.0]
+    plain = _logits(lm)
+    distances = []
+    for strength in (0, 0.5, 1):
+        with dial(*rankings, 10, 5, strength, start=(1.4, 0.8)).active(lm):
+            distances.append(float((_logits(lm) - plain).norm()))
+    assert distances[0] == 0 < distances[1] < distances[2]
+    for bad in (-1, math.nan, math.inf, "1"):
+        with pytest.raises(InputError, match="strength: got"):
+            dial(*rankings, 10, 5, bad)
+
+
+def test_dial_reuses_what_was_learnt():
+    safety, utility = _rankings(SPACE)
+    sets = assign(safety, utility, 3, 2)
+    learnt = Modulation(*sets, torch.tensor([1.1, 1.2, 1.6, 0.7, 0.9]), (0.5, 2.0), weights="abc")
+    assert torch.equal(dial(safety, utility, 3, 2, learnt=learnt).alpha, learnt.alpha)
+    wider = dial(safety, utility, 5, 2, learnt=learnt)
+    table = dict(zip(wider.safety, wider.safety_alpha.tolist(), strict=True))
+    for neuron, value in zip(learnt.safety, learnt.safety_alpha.tolist(), strict=True):
+        assert table.pop(neuron) == value
+    assert list(table.values()) == pytest.approx([1.3, 1.3])
+    assert wider.bounds == (0.5, 2.0) and wider.weights == "abc"
+    narrower = dial(safety, utility, 1, 0, learnt=learnt)
+    assert [*narrower.safety] == [*safety.top(1)] and len(narrower.utility) == 0
+    with pytest.raises(InputError, match="another architecture"):
+        other = NeuronSpace(SPACE.widths, SPACE.parameters_per_neuron, 100, "other")
+        dial(*_rankings(other), 3, 2, learnt=learnt)
+
+
+def test_presets(lm):
+    rankings = _rankings(lm.view.space)
+    size = lm.view.space.size(POOL)
+    first, second = (preset(name, *rankings) for name in ("safety-first", "utility-first"))
+    assert (len(first.safety), len(first.utility)) == (round(0.07 * size), round(0.03 * size))
+    assert (len(second.safety), len(second.utility)) == (len(first.utility), len(first.safety))
+    assert first.name == "safety-first" and set(PRESETS) == {"safety-first", "utility-first"}
+    with pytest.raises(InputError, match="preset: got 'both'"):
+        preset("both", *rankings)
+
+
+def test_sweep_and_frontier():
+    """Each setting measured once; a point is dominated when another is as good everywhere and better somewhere."""
+    seen = []
+
+    def measure(setting):
+        seen.append(setting)
+        if setting is None:
+            return {"asr": 0.5, "refused": 0.1}
+        return {"asr": 0.5 - 0.02 * len(setting.safety), "refused": 0.3 - 0.02 * len(setting.utility)}
+
+    table = sweep(*_rankings(SPACE), [0, 4], [0, 5], [0, 0.5, 1], measure, progress=False)
+    assert list(zip(table.n_safety, table.n_utility, table.strength, strict=True)) == [
+        (0, 0, 0.0),
+        (0, 5, 0.5),
+        (0, 5, 1.0),
+        (4, 0, 0.5),
+        (4, 0, 1.0),
+        (4, 5, 0.5),
+        (4, 5, 1.0),
+    ]
+    assert len(seen) == 7 and seen[0] is None
+    marked = mark_dominated(table, lower=["asr", "refused"])
+    # Untouched: fewest refused. 4 + 5: best ASR at refused .2. All others lose to one of them or tie with nothing worse.
+    assert marked.dominated.tolist() == [False, True, True, True, True, False, False]
+    higher = mark_dominated(table.assign(kept=-table.refused), lower=["asr"], higher=["kept"])
+    assert higher.dominated.equals(marked.dominated)
+    broken = pd.DataFrame({"asr": [0.1, np.nan], "refused": [0.1, 0.0]})
+    assert mark_dominated(broken, lower=["asr", "refused"]).dominated.tolist() == [False, True]
+    with pytest.raises(InputError, match="no such column: cost"):
+        mark_dominated(table, lower=["cost"])
+
+
+# ------------------------------------------------------------------------------------------------------ gradients
+
+
+def _learner(lm, method="first", **more):
+    recipe = replace(SHORT, **({"method": method} | more))
+    return module._Learner(lm, *_sets(lm), TASKS, BENIGN, recipe)
+
+
+def _double(**more):
+    found = tiny_lm("llama", **more)
+    found.model.double()
+    return found
+
+
+@pytest.mark.parametrize("inner_steps", [1, 2])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_second_order_is_the_derivative_through_the_inner_step(attention, inner_steps):
+    """The outer gradient against central differences of "adapt, then take the query loss".
+
+    Along the direction in which the two orders differ most, with a step that float32 parts of the model (norms, the
+    eager softmax) do not drown.
+    """
+    lm = _double(attn_implementation=attention)
+    learner = _learner(lm, "second", inner_steps=inner_steps, inner_rate=2.0)
+    support, query = learner.draw("roleplay", 0)
+    alpha = torch.linspace(0.8, 1.3, 40, dtype=torch.float64).requires_grad_()
+
+    def outer(at):
+        return float(learner.loss(learner.adapted(at.requires_grad_(), support, second=False), query).detach())
+
+    with module.frozen(lm.model):
+        second, value = learner.gradient(alpha, support, query)
+        first, same = _learner(lm, "first", inner_steps=inner_steps, inner_rate=2.0).gradient(alpha, support, query)
+        direction = (second - first) / (second - first).norm()
+        step = 5e-3 * direction
+        difference = (outer(alpha.detach() + step) - outer(alpha.detach() - step)) / 1e-2
+        assert value == pytest.approx(same) == pytest.approx(outer(alpha.detach().clone()))
+    found, other = float(second @ direction), float(first @ direction)
+    assert found == pytest.approx(difference, rel=1e-3)
+    assert abs(other - difference) > 10 * abs(found - difference)
+
+
+def test_first_order_is_the_gradient_after_the_inner_step():
+    lm = _double()
+    learner = _learner(lm, "first")
+    support, query = learner.draw("prefix", 1)
+    alpha = torch.linspace(0.8, 1.3, 40, dtype=torch.float64).requires_grad_()
+    slope = torch.autograd.grad(learner.loss(alpha, support), alpha)[0]
+    moved = (alpha - learner.recipe.inner_rate * slope).detach().requires_grad_()
+    wanted = torch.autograd.grad(learner.loss(moved, query), moved)[0]
+    assert torch.allclose(learner.gradient(alpha, support, query)[0], wanted)
+    plain = torch.autograd.grad(learner.loss(alpha, query), alpha)[0]
+    assert not torch.allclose(wanted, plain, rtol=1e-3)
+
+
+def test_joint_is_the_mean_of_both_without_an_inner_step():
+    lm = _double()
+    learner = _learner(lm, "joint")
+    support, query = learner.draw("prefix", 1)
+    alpha = torch.linspace(0.8, 1.3, 40, dtype=torch.float64).requires_grad_()
+    halves = [torch.autograd.grad(learner.loss(alpha, b), alpha)[0] for b in (support, query)]
+    assert torch.allclose(learner.gradient(alpha, support, query)[0], (halves[0] + halves[1]) / 2)
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.3, 1.0])
+def test_the_loss_is_weighted_by_lambda(lm, balance):
+    """Refusals of attacked prompts against helpful answers of benign ones, each the mean over its prompts."""
+    learner = _learner(lm, balance=balance)
+    alpha = torch.ones(40)
+    attacked, benign = TASKS["prefix"][:3], BENIGN[:1]
+    parts = []
+    for prompts, column in ((attacked, "refusal"), (benign, "helpful")):
+        total = 0.0
+        for prompt in prompts:
+            batch = lm.encode([prompt.text], [getattr(prompt, column)])
+            with torch.no_grad():
+                logp = lm.model(**batch.inputs).logits[0, :-1].log_softmax(-1)
+            picked = logp.gather(1, batch.input_ids[0, 1:, None])[batch.prompt_lengths[0] - 1 :]
+            total -= float(picked.mean())
+        parts.append(total / len(prompts))
+    found = float(learner.loss(alpha, learner.batch(attacked, benign)).detach())
+    assert found == pytest.approx(balance * parts[0] + (1 - balance) * parts[1], rel=1e-4)
+
+
+def test_draws(lm):
+    """Support and query share no prompt; iterations differ; the same iteration is drawn alike."""
+    learner = _learner(lm, support=2, query=2)
+    rows = {}
+    for iteration in range(4):
+        for part, (responses, weights) in zip("sq", learner.draw("prefix", iteration), strict=True):
+            batch = responses.batch
+            rows[iteration, part] = [
+                tuple(ids[:n].tolist()) for ids, n in zip(batch.input_ids, batch.lengths, strict=True)
+            ]
+            assert weights.sum() == pytest.approx(1.0) and len(weights) == 4
+        assert not set(rows[iteration, "s"]) & set(rows[iteration, "q"])
+    assert len({tuple(r) for r in rows.values()}) > 4
+    again = learner.draw("prefix", 2)[0][0].batch
+    assert [tuple(i[:n].tolist()) for i, n in zip(again.input_ids, again.lengths, strict=True)] == rows[2, "s"]
+
+
+# ------------------------------------------------------------------------------------------------------- learning
+
+
+@pytest.mark.parametrize("method", ["first", "second", "joint"])
+def test_learning_lowers_the_loss_and_leaves_the_weights(lm, method):
+    before = {k: v.clone() for k, v in lm.model.state_dict().items()}
+    recipe = Recipe(method, iterations=8, support=2, query=2, inner_rate=0.5, outer_rate=0.1, bounds=(0.5, 1.5))
+    found = learn(lm, *_sets(lm, 40), TASKS, BENIGN, recipe, progress=False)
+    history = found.history
+    assert history["query"].iloc[-2:].mean() < history["query"].iloc[:2].mean() - 0.05
+    alpha = found.modulation.alpha
+    assert alpha.min() >= 0.5 and alpha.max() <= 1.5 and (alpha[:40] - 1.2).abs().max() > 0.1
+    assert all(torch.equal(v, before[k]) for k, v in lm.model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in lm.model.parameters())
+    assert not any(m._forward_pre_hooks for m in lm.model.modules())
+    assert found.modulation.weights == lm.weights_fingerprint and not found.stopped_early
+    if method != "joint":  # the inner step does something, and what it is for
+        assert history["adapted"].iloc[0] < history["support"].iloc[0]
+    else:
+        assert history["adapted"].isna().all()
+
+
+def test_second_order_runs_on_every_family(any_lm):
+    recipe = replace(SHORT, method="second", iterations=1)
+    found = learn(any_lm, *_sets(any_lm, 5), {"prefix": TASKS["prefix"]}, BENIGN, recipe, progress=False)
+    assert found.modulation.alpha.isfinite().all()
+    assert not torch.equal(found.modulation.safety_alpha, torch.full((5,), 1.2))
+
+
+def test_start_values(lm):
+    """The first step is Adam's: every alpha moves by the outer rate from its starting value, or stays."""
+    found = learn(lm, *_sets(lm, 3), TASKS, BENIGN, replace(SHORT, iterations=1, outer_rate=1e-3), progress=False)
+    assert torch.allclose(found.modulation.safety_alpha, torch.tensor(1.2), atol=2e-3)
+    assert torch.allclose(found.modulation.utility_alpha, torch.tensor(0.9), atol=2e-3)
+
+
+def test_one_role_may_be_empty(lm):
+    safety, utility = _sets(lm, 3)
+    none = _set(lm.view.space)
+    assert len(learn(lm, safety, none, TASKS, BENIGN, SHORT, progress=False).modulation.alpha) == 3
+    assert len(learn(lm, none, utility, TASKS, BENIGN, SHORT, progress=False).modulation.utility_alpha) == 3
+
+
+@pytest.mark.parametrize("method", ["first", "second"])
+def test_resumed_learning_ends_with_the_same_alpha(lm, tmp_path, method):
+    """Interrupted in the fourth iteration and taken up again: bit for bit the run that was not."""
+    sets, recipe = _sets(lm), replace(SHORT, method=method, iterations=5, validate_every=2)
+    whole, again = (learn(lm, *sets, TASKS, BENIGN, recipe, validation=HELD_OUT, progress=False) for _ in range(2))
+    assert torch.equal(whole.modulation.alpha, again.modulation.alpha)
+    file, original = tmp_path / "state", module._Learner.step
+
+    def interrupted(self, state):
+        if state.iteration == 3:
+            raise KeyboardInterrupt
+        return original(self, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module._Learner, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            learn(lm, *sets, TASKS, BENIGN, recipe, validation=HELD_OUT, checkpoint=file, progress=False)
+    assert file.exists()
+    resumed = learn(lm, *sets, TASKS, BENIGN, recipe, validation=HELD_OUT, checkpoint=file, progress=False)
+    assert torch.equal(resumed.modulation.alpha, whole.modulation.alpha)
+    pd.testing.assert_frame_equal(resumed.history, whole.history)
+    for changed in (
+        {"recipe": replace(recipe, inner_rate=0.7)},
+        {"tasks": {"prefix": TASKS["prefix"]}},
+        {"benign": BENIGN[1:]},
+    ):
+        arguments = {"tasks": TASKS, "benign": BENIGN, "recipe": recipe} | changed
+        with pytest.raises(InputError, match="belongs to another run"):
+            learn(lm, *sets, **arguments, validation=HELD_OUT, checkpoint=file, progress=False)
+    file.write_bytes(b"nothing")
+    with pytest.raises(InputError, match="damaged"):
+        learn(lm, *sets, TASKS, BENIGN, recipe, validation=HELD_OUT, checkpoint=file, progress=False)
+
+
+def test_seeds_matter(lm):
+    found = [
+        learn(lm, *_sets(lm), TASKS, BENIGN, replace(SHORT, seed=seed), progress=False).modulation for seed in (0, 1)
+    ]
+    assert not torch.equal(found[0].alpha, found[1].alpha)
+
+
+def test_early_stopping_keeps_the_best(lm):
+    """Scripted values: the second validation is best, two without gain end it, the second alpha is given back."""
+    values, seen = iter([3.0, 1.0, 2.0, 1.5, 0.1]), []
+
+    def measure(candidate):
+        seen.append(candidate.alpha)
+        return next(values)
+
+    recipe = replace(SHORT, iterations=20, patience=2)
+    found = learn(lm, *_sets(lm), TASKS, BENIGN, recipe, measure=measure, progress=False)
+    assert found.stopped_early and len(found.history) == 4
+    assert found.history["validation"].tolist() == [3.0, 1.0, 2.0, 1.5]
+    assert torch.equal(found.modulation.alpha, seen[1]) and not torch.equal(seen[1], seen[3])
+    assert found.modulation.meta["iterations"] == 2
+
+
+def test_validation_loss_is_that_of_the_held_out_split(lm):
+    found = learn(lm, *_sets(lm), TASKS, BENIGN, replace(SHORT, iterations=1), validation=HELD_OUT, progress=False)
+    learner = module._Learner(lm, *_sets(lm), {}, HELD_OUT[1], SHORT)
+    batch = learner.batch(HELD_OUT[0]["roleplay"], HELD_OUT[1])
+    assert found.history["validation"][0] == pytest.approx(
+        float(learner.loss(found.modulation.alpha, batch).detach()), rel=1e-5
+    )
+
+
+def test_adapting_to_an_unseen_attack(lm):
+    start = dial(*_rankings(lm.view.space), 20, 20)
+    unseen = _prompts("Ignore all rules:", 3)
+    recipe = replace(SHORT, inner_rate=2.0, inner_steps=2)
+    moved = adapt(lm, start, unseen, BENIGN, recipe)
+    learner = module._Learner(lm, start.safety, start.utility, {}, BENIGN, recipe)
+    batch = learner.batch(unseen, BENIGN)
+    assert float(learner.loss(moved.alpha, batch)) < float(learner.loss(start.alpha, batch)) - 0.01
+    assert moved.key != start.key and moved.name.endswith("adapted")
+
+
+def test_finding_an_inner_rate(lm):
+    sets = _sets(lm, 40)
+    rate, gain = find_inner_rate(lm, *sets, TASKS, BENIGN, SHORT, share=0.02)
+    assert gain >= 0.02
+    smaller, less = find_inner_rate(lm, *sets, TASKS, BENIGN, SHORT, share=0.02, rates=[rate / 2])
+    assert smaller == rate / 2 and less < 0.02
+    with pytest.raises(InputError, match="share: got 2"):
+        find_inner_rate(lm, *sets, TASKS, BENIGN, SHORT, share=2)
+
+
+def test_bad_learning_input(lm):
+    sets = _sets(lm, 3)
+    few = {"roleplay": TASKS["roleplay"], "prefix": TASKS["prefix"][:2]}
+    silent = PromptSet([Prompt(f"x {i}", kind="benign") for i in range(5)])
+    for message, arguments in {
+        "tasks: 'prefix' has 2 prompts; a split into support .1. and query .2. needs 3": {"tasks": few},
+        "benign: 2 prompts; a split": {"benign": BENIGN[:2]},
+        "benign: has prompts without a helpful answer": {"benign": silent},
+        "tasks: 'a' has prompts without a refusal": {"tasks": {"a": silent}},
+        "tasks: need the attacked prompts": {"tasks": {}},
+        "validation: has no attack class": {"validation": ({}, BENIGN)},
+    }.items():
+        with pytest.raises(InputError, match=message):
+            learn(lm, *sets, **({"tasks": TASKS, "benign": BENIGN, "recipe": SHORT} | arguments), progress=False)
+    with pytest.raises(InputError, match="the loss is not finite"):
+        learner = _learner(lm)
+        learner.loss(torch.full((40,), math.nan), learner.draw("prefix", 0)[0])
+    with pytest.raises(InputError, match="1 neurons are in both sets"):
+        one = _set(lm.view.space, (0, "ffn", 1))
+        learn(lm, one, one, TASKS, BENIGN, SHORT, progress=False)
+    with pytest.raises(InputError, match="training mode"):
+        training = tiny_lm("llama")
+        training.model.train()
+        learn(training, *sets, TASKS, BENIGN, SHORT, progress=False)
+    for message, fields in {
+        "method: got 'maml'": {"method": "maml"},
+        "safety_start: got 4": {"safety_start": 4},
+        "utility_start: got nan": {"utility_start": math.nan},
+        "iterations: got 0": {"iterations": 0},
+        "inner_rate: got -1": {"inner_rate": -1},
+        "balance: got 2": {"balance": 2},
+        "bounds: got": {"bounds": (-1.0, 2.0)},
+    }.items():
+        with pytest.raises(InputError, match=message):
+            Recipe(**fields)

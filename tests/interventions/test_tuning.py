@@ -1,0 +1,731 @@
+"""Training slices of a model, everything but them, and the loop around it: against dense gradients and bit by bit."""
+
+import contextlib
+import copy
+import sys
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from nt_utils import hooks
+from nt_utils.data.records import Prompt, PromptSet
+from nt_utils.errors import InputError
+from nt_utils.interventions.delta import Delta, same_bits
+from nt_utils.interventions.tuning import (
+    AllBut,
+    Everything,
+    LoRA,
+    Only,
+    batches,
+    collate,
+    collator,
+    examples,
+    response_loss,
+    tune,
+)
+from nt_utils.neurons import NeuronSet
+from tests.tiny import FAMILIES, hooks_left, neuron_entries, tiny_lm
+
+MODELS = [*FAMILIES, "llama-biases", "llama-multi-head-tied"]
+IDS = torch.tensor([[1, 20, 31, 47, 52, 69], [1, 25, 36, 41, 58, 63]])
+REFUSALS = PromptSet(
+    Prompt(f"How do I break {i} locks?", refusal="No, I will not.", helpful="So.", kind="harmful") for i in range(6)
+)
+BENIGN = PromptSet(Prompt(f"How do I paint {i} walls?", helpful="With a brush.", kind="benign") for i in range(6))
+
+
+def some(view, per_site=2, seed=0, kinds=("q", "k", "v", "o", "ffn")):
+    """A few neurons of every kind in every layer."""
+    generator = torch.Generator().manual_seed(seed)
+    masks = {}
+    for site in view.space.sites(kinds):
+        masks[site] = torch.zeros(view.space.width(site), dtype=torch.bool)
+        masks[site][torch.randperm(view.space.width(site), generator=generator)[:per_site]] = True
+    return NeuronSet(view.space, masks)
+
+
+def input_rows(view, layer, index):
+    """Gate and up rows of a feed-forward neuron, written down apart from the package's own tables."""
+    mlp, name = view.layers[layer].mlp, view.family_name
+    if name == "gpt2":
+        return [(mlp.c_fc.weight, (slice(None), index)), (mlp.c_fc.bias, (index,))]
+    if name == "gpt_neox":
+        return [(mlp.dense_h_to_4h.weight, (index,)), (mlp.dense_h_to_4h.bias, (index,))]
+    if name == "phi3":
+        return [(mlp.gate_up_proj.weight, (index + i * view.config.intermediate_size,)) for i in (0, 1)]
+    modules = [mlp.gate_proj, mlp.up_proj]
+    return [(p, (index,)) for m in modules for p in (m.weight, m.bias) if p is not None]
+
+
+def owned(lm, neurons, sides="both"):
+    """Parameter name -> bool mask of the entries that belong to a set, by the tests' own tables."""
+    view = lm.view
+    names = {p: n for n, p in lm.model.named_parameters()}
+    masks = {}
+    for layer, kind, index in neurons:
+        entries = []
+        if sides != ("output" if kind in "qkv" else "input"):
+            entries += neuron_entries(view, layer, kind, index)
+        if kind == "ffn" and sides != "output":
+            entries += input_rows(view, layer, index)
+        for parameter, at in entries:
+            masks.setdefault(names[parameter], torch.zeros(parameter.shape, dtype=torch.bool))[at] = True
+    return masks
+
+
+def logits(lm):
+    with torch.no_grad():
+        return lm.model(IDS, use_cache=False).logits
+
+
+def loss_of(lm):
+    return lm.model(IDS, labels=IDS, use_cache=False).loss
+
+
+def snapshot(lm):
+    return {name: p.detach().clone() for name, p in lm.model.state_dict().items()}
+
+
+def assert_same(before, after):
+    assert before.keys() == after.keys()
+    assert not [name for name in before if not same_bits(before[name], after[name])]
+
+
+def train(lm, parameters, steps=2, optimiser=None, clip=1.0):
+    optimiser = optimiser or torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        loss_of(lm).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, clip)
+        optimiser.step()
+    return optimiser
+
+
+def dense_gradients(lm):
+    """Gradients of all parameters by ordinary autograd."""
+    model = copy.deepcopy(lm.model).requires_grad_(True)
+    model(IDS, labels=IDS, use_cache=False).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+# ------------------------------------------------------------------------------------------------------ only a set
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_the_masked_dense_ones(name):
+    lm = tiny_lm(name)
+    chosen = some(lm.view)
+    masks, dense = owned(lm, chosen), dense_gradients(lm)
+    assert sum(int(m.sum()) for m in masks.values()) == chosen.parameters
+    with Only(chosen).start(lm) as training:
+        assert training.size == chosen.parameters
+        loss_of(lm).backward()
+        found = {}
+        for part in training._slices:
+            for leaf, master in part.masters.items():
+                full = torch.zeros_like(getattr(part.module, leaf))
+                full.index_copy_(part.axis(leaf), part.index, master.grad)
+                found[f"{part.path}.{leaf}"] = full
+        with_gradient = {n for n, p in lm.model.named_parameters() if p.grad is not None}
+    assert found.keys() == masks.keys()
+    assert {n.rpartition(".")[2] for n in with_gradient} <= {"tuned_weight", "tuned_bias"}
+    for key, mask in masks.items():
+        # a key's bias shifts all of a query's logits alike: its gradient is rounding
+        assert dense[key][mask].abs().max() > 1e-5 or "k_proj.bias" in key
+        assert torch.allclose(found[key], dense[key] * mask, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_trained_merged_saved_loaded_and_taken_back(name, dtype, tmp_path):
+    lm = tiny_lm(name)
+    lm.model.to(dtype)
+    chosen = some(lm.view)
+    masks, before, plain, base = owned(lm, chosen), snapshot(lm), logits(lm), lm.weights_fingerprint
+    training = Only(chosen).start(lm)
+    assert torch.equal(logits(lm), plain)
+    optimiser = train(lm, training.parameters)
+    assert sum(s.numel() for state in optimiser.state.values() for s in state.values() if s.ndim) == 2 * training.size
+    assert {p.dtype for p in training.parameters} == {torch.float32}
+    tuned = logits(lm)
+    assert (tuned - plain).abs().max() > 1e-2
+    delta = training.finish()
+    assert_same(before, snapshot(lm))
+    assert lm.weights_fingerprint == base == lm.weights_fingerprint
+    assert all(p.requires_grad for p in lm.model.parameters())
+    assert hooks_left(lm.model) == 0
+
+    loaded = Delta.load(delta.save(tmp_path / "delta.safetensors"), lm)
+    assert loaded.key == delta.key and loaded.size == chosen.parameters
+    with loaded.active(lm):
+        assert torch.equal(logits(lm), tuned)
+        after = snapshot(lm)
+        assert lm.weights_fingerprint != base
+    moved = 0
+    for key, values in after.items():
+        mask = masks.get(key, torch.zeros(values.shape, dtype=torch.bool))
+        if key not in masks and name.endswith("tied") and key == "lm_head.weight":
+            continue
+        assert same_bits(values[~mask], before[key][~mask])
+        moved += int((values != before[key])[mask].sum())
+    assert loaded.moved == moved > 0.9 * chosen.parameters
+    assert_same(before, snapshot(lm))
+    assert lm.weights_fingerprint == base and torch.equal(logits(lm), plain)
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "phi3", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("sides", ["input", "output"])
+def test_sides_of_a_neuron(name, sides):
+    lm = tiny_lm(name)
+    chosen = some(lm.view)
+    masks, before = owned(lm, chosen, sides), snapshot(lm)
+    training = Only(chosen, sides).start(lm)
+    train(lm, training.parameters)
+    delta = training.merge()
+    assert delta.size == training.size == sum(int(m.sum()) for m in masks.values()) < chosen.parameters
+    for key, values in snapshot(lm).items():
+        changed = values != before[key]
+        assert not changed.any() if key not in masks else not (changed & ~masks[key]).any()
+        assert key not in masks or changed[masks[key]].float().mean() > 0.9
+    delta.unmerge(lm)
+    assert_same(before, snapshot(lm))
+
+
+def test_a_small_rate_moves_masters_but_few_bf16_weights():
+    lm = tiny_lm()
+    lm.model.to(torch.bfloat16)
+    chosen = some(lm.view)
+    training = Only(chosen).start(lm)
+    optimiser = torch.optim.AdamW(training.parameters, lr=1e-4, weight_decay=0.0)
+    train(lm, training.parameters, 1, optimiser)
+    masters = torch.cat(
+        [
+            (m.detach() != part.stored[leaf].float()).flatten()
+            for part in training._slices
+            for leaf, m in part.masters.items()
+        ]
+    )
+    delta = training.finish()
+    assert masters.float().mean() > 0.95
+    assert 0.02 < delta.moved_share < 0.6
+    index_bytes = sum(8 * len(part.index) for part in delta.parts.values())
+    assert delta.bytes == 2 * delta.size + index_bytes
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(name, reentrant):
+    lm = tiny_lm(name)
+    with Only(some(lm.view)).start(lm) as training:
+        lm.model.train()
+        for module in lm.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        loss_of(lm).backward()
+        wanted = [p.grad.clone() for p in training.parameters]
+        for p in training.parameters:
+            p.grad = None
+        calls = []
+        first = training._slices[0]
+        count = first.module.register_forward_hook(lambda *_: calls.append(1))
+        enable = getattr(lm.model, "activation_checkpointing_enable", None) or lm.model.gradient_checkpointing_enable
+        enable({"use_reentrant": reentrant})
+        if reentrant:  # it needs an input with a gradient, as for every adapter
+            lm.model.enable_input_require_grads()
+        loss_of(lm).backward()
+        count.remove()
+        assert len(calls) == 2, "the layer was not run again"
+        for p, grad in zip(training.parameters, wanted, strict=True):
+            assert torch.allclose(p.grad, grad, atol=1e-7) and grad.abs().max() > 0
+
+
+def test_forward_follows_a_master_changed_behind_torchs_back():
+    lm = tiny_lm()
+    with Only(some(lm.view)).start(lm) as training:
+        plain = logits(lm)
+        loss_of(lm).backward()
+        versions = [p._version for p in training.parameters]
+        for p in training.parameters:
+            p.data.add_(0.1)  # as some optimisers do
+        assert versions == [p._version for p in training.parameters]
+        assert (logits(lm) - plain).abs().max() > 1e-2
+        with torch.no_grad():
+            for p in training.parameters:
+                p.sub_(0.1)
+        with torch.inference_mode():
+            assert torch.allclose(lm.model(IDS).logits, plain, atol=1e-4)
+
+
+def test_zeroed_channels_give_no_gradient_whichever_hook_came_first():
+    for training_first in (True, False):
+        lm = tiny_lm()
+        chosen = some(lm.view, kinds=("q", "ffn"))
+        with contextlib.ExitStack() as stack:
+            if not training_first:
+                stack.enter_context(hooks.ablate(lm, chosen))
+            training = stack.enter_context(Only(chosen).start(lm))
+            if training_first:
+                stack.enter_context(hooks.ablate(lm, chosen))
+            loss_of(lm).backward()
+            assert all(not p.grad.any() for p in training.parameters)
+
+
+def test_autocast_trains_float32_masters():
+    lm = tiny_lm()
+    chosen = some(lm.view)
+    with Only(chosen).start(lm) as training:
+        loss_of(lm).backward()
+        wanted = torch.cat([p.grad.flatten() for p in training.parameters])
+        for p in training.parameters:
+            p.grad = None
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(lm)
+        loss.backward()
+        found = torch.cat([p.grad.flatten() for p in training.parameters])
+    assert found.dtype == torch.float32 and not torch.equal(found, wanted)
+    assert torch.cosine_similarity(found, wanted, dim=0) > 0.99
+
+
+# ------------------------------------------------------------------------------------------------------ refusals
+
+
+def test_deltas_fit_their_base_only(tmp_path):
+    lm, other, foreign = tiny_lm(), tiny_lm(seed=1), tiny_lm("qwen2")
+    training = Only(some(lm.view)).start(lm)
+    train(lm, training.parameters)
+    delta = training.finish()
+    path = delta.save(tmp_path / "delta.safetensors")
+    with pytest.raises(InputError, match="made on weights"):
+        Delta.load(path, other)
+    with pytest.raises(InputError, match="made on weights"):
+        delta.merge(other)
+    with pytest.raises(InputError, match="made for architecture"):
+        Delta.load(path, foreign)
+    delta.merge(lm)
+    with pytest.raises(InputError, match="merged already"):
+        delta.merge(lm)
+    with pytest.raises(InputError, match="made on weights"):
+        Delta.load(path, lm)  # the merged model is no longer the base
+    with pytest.raises(InputError, match="not merged into this model"):
+        delta.unmerge(other)
+    with torch.no_grad():
+        lm.model.model.layers[0].mlp.down_proj.weight.add_(1)
+    with pytest.raises(InputError, match="changed after the merge"):
+        delta.unmerge(lm)
+
+
+def test_a_model_trained_in_place_is_another_base():
+    lm = tiny_lm()
+    training = Only(some(lm.view)).start(lm)
+    train(lm, training.parameters)
+    delta = training.finish()
+    base = lm.weights_fingerprint
+    delta.merge(lm)
+    with torch.no_grad():
+        lm.model.model.norm.weight.mul_(1.01)
+    delta.unmerge(lm)
+    assert lm.weights_fingerprint != base
+    with pytest.raises(InputError, match="made on weights"):
+        delta.merge(lm)
+
+
+def test_damaged_files_are_refused(tmp_path):
+    lm = tiny_lm()
+    path = Only(some(lm.view)).start(lm).finish().save(tmp_path / "delta.safetensors")
+    good = path.read_bytes()
+    assert Delta.load(path).moved == 0
+    for flip in (len(good) - 5, 60):
+        damaged = bytearray(good)
+        damaged[flip] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(InputError):
+            Delta.load(path)
+    chosen = some(lm.view).save(tmp_path / "set.safetensors")
+    with pytest.raises(InputError, match="not a nt_utils.delta"):
+        Delta.load(chosen)
+    with pytest.raises(InputError, match="no such file"):
+        Delta.load(tmp_path / "none")
+
+
+@pytest.mark.parametrize("scope", [Only, AllBut])
+def test_unusable_sets_are_refused_and_leave_the_model_alone(scope):
+    lm = tiny_lm()
+    before = snapshot(lm)
+    chosen = some(lm.view)
+    with pytest.raises(InputError, match="the set is empty"):
+        scope(chosen - chosen).start(lm)
+    with pytest.raises(InputError, match="found on architecture"):
+        scope(some(tiny_lm("qwen2").view)).start(lm)
+    with pytest.raises(InputError, match="sides: got 'rows'"):
+        scope(chosen, "rows").start(lm)
+    with pytest.raises(InputError, match="none of the 4 neurons has output weights"):
+        scope(some(lm.view, kinds=("q",)), "output").start(lm)
+    assert_same(before, snapshot(lm))
+    assert all(p.requires_grad for p in lm.model.parameters())
+    training = scope(chosen).start(lm)
+    with pytest.raises(InputError, match="another training"):
+        scope(chosen).start(lm)
+    training.close()
+    training.close()
+    with pytest.raises(InputError, match="finished"):
+        training.delta()
+
+
+def test_offloaded_weights_are_refused():
+    lm = tiny_lm()
+    chosen = some(lm.view)
+    lm.model.model.layers[1].mlp.down_proj.to("meta")
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.down_proj is offloaded"):
+        Only(chosen).start(lm)
+
+
+# ------------------------------------------------------------------------------------------------------ all but a set
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_frozen_neurons_keep_their_bits_and_all_else_trains(name):
+    lm = tiny_lm(name)
+    frozen = some(lm.view)
+    masks, before, dense = owned(lm, frozen), snapshot(lm), dense_gradients(lm)
+    training = AllBut(frozen).start(lm)
+    total = sum(p.numel() for p in dense.values())
+    assert training.size == total - frozen.parameters
+    loss_of(lm).backward()
+    norm = torch.nn.utils.clip_grad_norm_(training.parameters, 1e9)
+    for key, mask in masks.items():
+        dense[key][mask] = 0
+    wanted = torch.stack([g.norm() for g in dense.values()]).norm()
+    assert torch.allclose(norm, wanted, rtol=1e-4)
+    train(lm, training.parameters, optimiser=torch.optim.AdamW(training.parameters, lr=0.01, weight_decay=0.5))
+    train(lm, training.parameters, optimiser=torch.optim.SGD(training.parameters, lr=0.1, momentum=0.9))
+    tuned = logits(lm)
+    delta = training.finish()
+    assert_same(before, snapshot(lm))
+    with delta.active(lm):
+        assert torch.equal(logits(lm), tuned)
+        assert (tuned - logits_of(before, lm)).abs().max() > 1e-2
+        for key, values in lm.model.named_parameters():
+            mask = masks.get(key, torch.zeros(values.shape, dtype=torch.bool))
+            assert same_bits(values[mask], before[key][mask])
+            # embeddings of unseen tokens move by weight decay; a weight of 0 and a key bias may stand still
+            assert (values != before[key])[~mask].float().mean() > 0.9
+    assert_same(before, snapshot(lm))
+
+
+def logits_of(state, lm):
+    """Logits of a copy of the model with other weights."""
+    model = copy.deepcopy(lm.model)
+    model.load_state_dict(state)
+    with torch.no_grad():
+        return model(IDS, use_cache=False).logits
+
+
+def test_all_frozen_modules_are_left_out():
+    lm = tiny_lm()
+    everything = NeuronSet(
+        lm.view.space, {s: torch.ones(lm.view.space.width(s), dtype=torch.bool) for s in lm.view.space.sites()}
+    )
+    before = snapshot(lm)
+    training = AllBut(everything).start(lm)
+    assert not training._slices
+    train(lm, training.parameters)
+    training.merge()
+    for key, values in snapshot(lm).items():
+        assert same_bits(values, before[key]) == ("_proj" in key)
+
+
+# ------------------------------------------------------------------------------------------------------ Trainer
+
+
+def trainer(lm, folder, resume=None, **more):
+    rows = examples(lm, REFUSALS)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        learning_rate=0.01,
+        weight_decay=0.1,
+        lr_scheduler_type="constant",
+        report_to=[],
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        use_cpu=True,
+        logging_strategy="no",
+        seed=3,
+        **more,
+    )
+    run = Trainer(model=lm.model, args=arguments, train_dataset=rows, data_collator=collator(lm))
+    run.train(resume_from_checkpoint=resume)
+    return run
+
+
+@pytest.mark.parametrize("scope", [Only, AllBut])
+def test_trainer_with_checkpoint_and_resume(scope, tmp_path):
+    chosen = some(tiny_lm().view)
+    deltas, sizes = [], []
+    lm = tiny_lm()
+    before, masks = snapshot(lm), owned(lm, chosen)
+    training = scope(chosen).start(lm)
+    trainer(lm, tmp_path, max_steps=4, save_steps=2, gradient_checkpointing=True)
+    tuned = logits(lm)
+    deltas.append(training.finish())
+    sizes.append(training.size)
+    assert_same(before, snapshot(lm))
+
+    again = tiny_lm()
+    training = scope(chosen).start(again)
+    run = trainer(
+        again,
+        tmp_path,
+        max_steps=4,
+        save_strategy="no",
+        resume=str(tmp_path / "checkpoint-2"),
+        gradient_checkpointing=True,
+    )
+    assert run.state.global_step == 4
+    assert sum(s.numel() for state in run.optimizer.optimizer.state.values() for s in state.values() if s.ndim) == (
+        2 * training.size
+    )
+    deltas.append(training.finish())
+    assert_same(before, snapshot(again))
+    assert deltas[0].fingerprint == deltas[1].fingerprint, "resuming gave other weights"
+
+    deltas[1].merge(again)
+    assert torch.equal(logits(again), tuned)
+    for key, values in again.model.named_parameters():
+        mask = masks.get(key, torch.zeros(values.shape, dtype=torch.bool))
+        fixed = ~mask if scope is Only else mask
+        assert same_bits(values[fixed], before[key][fixed])
+    assert deltas[0].moved_share > 0.9
+
+
+def test_trainer_in_mixed_precision_keeps_frozen_bits(tmp_path):
+    lm = tiny_lm()
+    frozen = some(lm.view)
+    masks, before = owned(lm, frozen), snapshot(lm)
+    training = AllBut(frozen).start(lm)
+    trainer(lm, tmp_path, max_steps=2, save_strategy="no", bf16=True, max_grad_norm=0.1)
+    delta = training.merge()
+    assert delta.moved_share > 0.9
+    named = dict(lm.model.named_parameters())
+    assert all(same_bits(named[key][mask], before[key][mask]) for key, mask in masks.items())
+
+
+# ------------------------------------------------------------------------------------------------------ examples
+
+
+def test_loss_is_on_the_templates_response_alone(lm):
+    (row, *_) = examples(lm, REFUSALS)
+    batch = collate([row, examples(lm, BENIGN, "helpful")[0]], lm.pad_id)
+    learnt = [lm.tokenizer.decode(labels[labels >= 0]) for labels in batch["labels"]]
+    assert learnt == ["No, I will not.<|end|>", "With a brush.<|end|>"]
+    whole = lm.tokenizer.decode(batch["input_ids"][0][batch["attention_mask"][0] == 1])
+    assert whole == lm.render(REFUSALS.texts[:1], ["No, I will not."])[0]
+    found = response_loss(lm, batch)
+    with torch.no_grad():
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        logp = lm.model(**inputs).logits.log_softmax(-1)
+    terms = [-logp[i, t - 1, batch["labels"][i, t]] for i, t in (batch["labels"] >= 0).nonzero().tolist()]
+    assert len(terms) == sum(len(text.encode()) - len("<|end|>") + 1 for text in learnt)
+    assert torch.allclose(found, torch.stack(terms).mean(), atol=1e-6)
+    assert torch.allclose(lm.model(**batch).loss, found, atol=1e-6)  # what a Trainer minimises
+
+
+def test_base_models_without_template_learn_too(base_lm):
+    batch = collate(examples(base_lm, REFUSALS)[:1], base_lm.pad_id)
+    assert base_lm.tokenizer.decode(batch["labels"][batch["labels"] >= 0]) == "No, I will not.</s>"
+
+
+def test_long_responses_are_cut_and_unusable_pairs_refused(lm):
+    full, cut = examples(lm, REFUSALS)[0], examples(lm, REFUSALS, max_length=30)[0]
+    assert cut.ids == full.ids[:30] and cut.start == full.start < 30 < len(full.ids)
+    with pytest.raises(InputError, match="max_length: prompt 0 alone has"):
+        examples(lm, REFUSALS, max_length=5)
+    with pytest.raises(InputError, match="6 of 6 have no refusal"):
+        examples(lm, BENIGN)
+    with pytest.raises(InputError, match="empty"):
+        examples(lm, [])
+    with pytest.raises(InputError, match="target"):
+        examples(lm, REFUSALS, "answer")
+
+
+def test_batches_mix_in_whole_passes():
+    harmful, benign = list(range(10)), list(range(100, 106))
+    stream = batches(harmful, benign, size=8, share=0.25, seed=0)
+    seen = [next(stream) for _ in range(5)]
+    assert all(sum(x >= 100 for x in batch) == 2 for batch in seen)
+    flat = [x for batch in seen for x in batch]
+    assert all(flat.count(x) == 3 for x in harmful)  # 30 = three passes of 10
+    assert {flat.count(x) for x in benign} == {1, 2}  # 10 = one pass of 6 and four more
+    again = batches(harmful, benign, size=8, share=0.25, seed=0)
+    assert [next(again) for _ in range(5)] == seen
+    other = batches(harmful, benign, size=8, share=0.25, seed=1)
+    assert [next(other) for _ in range(5)] != seen
+    assert max(next(batches(harmful, [], size=4, share=0.5, seed=0))) < 100
+    assert max(next(batches(harmful, benign, size=4, share=0.0, seed=0))) < 100
+    assert min(next(batches([], benign, size=4, share=0.5, seed=0))) >= 100
+    with pytest.raises(InputError, match="benign_share"):
+        next(batches(harmful, benign, size=4, share=0.05, seed=0))
+
+
+# ------------------------------------------------------------------------------------------------------ the loop
+
+
+def quick(lm, scope, **more):
+    options = {"harmful": REFUSALS, "learning_rate": 0.01, "steps": 6, "batch_size": 3, "progress": False}
+    return tune(lm, scope, **{**options, **more})
+
+
+@pytest.mark.parametrize("arm", ["only", "all but", "full", "lora"])
+def test_every_arm_learns_and_leaves_the_base(arm):
+    lm = tiny_lm()
+    chosen = some(lm.view, 6)
+    if arm == "lora":
+        pytest.importorskip("peft")
+    scope = {"only": Only(chosen), "all but": AllBut(chosen), "full": Everything(), "lora": LoRA(rank=4)}[arm]
+    before, plain = snapshot(lm), logits(lm)
+    batch = collate(examples(lm, REFUSALS), lm.pad_id)
+    with torch.no_grad():
+        start = response_loss(lm, batch)
+    tuned = quick(lm, scope, benign=BENIGN, benign_share=1 / 3)
+    assert_same(before, snapshot(lm))
+    assert torch.equal(logits(lm), plain)
+    assert all(p.requires_grad for p in lm.model.parameters()) and not lm.model.training
+    assert hooks_left(lm.model) == 0
+    with tuned.delta.active(lm), torch.no_grad():
+        assert response_loss(lm, batch) < start - 0.3
+    assert_same(before, snapshot(lm))
+    assert tuned.delta.name == scope.name and len(tuned.losses) == 6 and tuned.seconds > 0
+    assert tuned.trained_bytes == 4 * tuned.trained
+    if arm == "only":
+        assert tuned.trained == chosen.parameters and tuned.share == chosen.share_of_parameters()
+
+
+def test_same_seed_same_weights_whatever_the_callback_does():
+    lm = tiny_lm("gpt2")  # it has dropout
+    scope = Only(some(lm.view, 6))
+    seen = []
+
+    def callback(model, step):
+        assert not model.model.training
+        seen.append((step, model.weights_fingerprint))
+        torch.manual_seed(99)
+        return {"drawn": float(torch.rand(()))}
+
+    torch.manual_seed(5)
+    a = quick(lm, scope, seed=1)
+    b = quick(lm, scope, seed=1, callback=callback, every=2, snapshots=True)
+    c = quick(lm, scope, seed=2)
+    drawn = torch.rand(())
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(())), "the caller's random numbers were used up"
+    assert a.losses == b.losses != c.losses
+    assert a.delta.fingerprint == b.delta.fingerprint != c.delta.fingerprint
+    assert [step for step, _ in seen] == [0, 2, 4, 6] == list(b.snapshots)
+    assert len({fingerprint for _, fingerprint in seen}) == 4
+    assert [row["step"] for row in a.history] == [0, 6]
+    assert [row["step"] for row in quick(lm, scope, every=(1, 4)).history] == [0, 1, 4, 6]
+    assert list(b.table.columns) == ["step", "loss", "drawn"]
+    assert b.history[1]["loss"] == pytest.approx(sum(b.losses[:2]) / 2)
+    assert b.snapshots[0].moved == 0 and b.snapshots[6].fingerprint == b.delta.fingerprint
+    with b.snapshots[2].active(lm):
+        assert torch.isfinite(logits(lm)).all()
+
+
+def test_options_of_the_loop_do_something():
+    lm = tiny_lm()
+    scope = Only(some(lm.view, 6))
+    plain = quick(lm, scope).delta.fingerprint
+    for option in ({"warmup": 3}, {"schedule": "linear"}, {"clip": 0.01}, {"weight_decay": 1.0}, {"max_length": 40}):
+        assert quick(lm, scope, **option).delta.fingerprint != plain, option
+    runs = []
+    count = lm.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    checkpointed, n_checkpointed = quick(lm, scope, gradient_checkpointing=True), len(runs)
+    again = quick(lm, scope)
+    count.remove()
+    assert checkpointed.losses == pytest.approx(again.losses, rel=1e-4)
+    assert n_checkpointed == 12 and len(runs) == 18, "six steps, each layer twice with checkpointing, once without"
+
+
+def test_rsn_tune_trains_safety_minus_foundation():
+    lm = tiny_lm()
+    safety, foundation = some(lm.view, 4), some(lm.view, 4, seed=1) | some(lm.view, 1)
+    tuned = quick(lm, Only(safety - foundation))
+    shared = owned(lm, safety & foundation)
+    before = snapshot(lm)
+    assert shared and tuned.trained < safety.parameters
+    with tuned.delta.active(lm):
+        after = snapshot(lm)
+        later = quick(lm, Everything(), harmful=(), benign=BENIGN)  # what comes afterwards builds on the merged model
+        assert_same(after, snapshot(lm))
+        with later.delta.active(lm):
+            assert not same_bits(lm.view.weight(0, "q"), after["model.layers.0.self_attn.q_proj.weight"])
+    assert_same(before, snapshot(lm))
+    assert later.delta.weights != tuned.delta.weights == lm.weights_fingerprint
+    assert all(same_bits(after[key][mask], before[key][mask]) for key, mask in shared.items())
+
+
+def test_a_failing_run_leaves_the_base():
+    lm = tiny_lm()
+    before = snapshot(lm)
+
+    def fails(model, step):
+        if step:
+            raise KeyError("callback")
+
+    with pytest.raises(KeyError):
+        quick(lm, Only(some(lm.view)), callback=fails, every=2)
+    with pytest.raises(InputError, match="the loss is (nan|inf)"):
+        quick(lm, Everything(), learning_rate=1e30, clip=0)
+    assert_same(before, snapshot(lm))
+    assert not lm.model.training and all(p.requires_grad for p in lm.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"harmful": ()}, "both are empty"),
+        ({"benign_share": 1.5}, "benign_share"),
+        ({"learning_rate": 0}, "learning_rate"),
+        ({"steps": 0}, "steps"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"every": 0}, "every"),
+        ({"every": [2, 0]}, "every"),
+        ({"every": [2, 7]}, r"every: got 7; allowed: 1 to the number of steps \(6\)"),
+        ({"warmup": 99}, "warmup"),
+        ({"schedule": "cosine"}, "schedule"),
+    ],
+)
+def test_unusable_options_are_one_line(lm, options, message):
+    with pytest.raises(InputError, match=message) as error:
+        quick(lm, Everything(), **options)
+    assert "\n" not in str(error.value)
+
+
+def test_lora_without_peft_is_one_line(lm, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(InputError, match="needs the package peft") as error:
+        LoRA().start(lm)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "phi3", "gpt2"])
+def test_lora_is_merged_by_its_delta(name):
+    pytest.importorskip("peft")
+    lm = tiny_lm(name)
+    before, plain = snapshot(lm), logits(lm)
+    with LoRA(rank=1).start(lm) as training:
+        one = training.size
+    scope = LoRA.matching(lm, 3 * one)
+    assert scope.rank == 3 and scope.alpha == 6
+    training = scope.start(lm)
+    assert training.size == 3 * one > 0
+    train(lm, training.parameters)
+    tuned = logits(lm)
+    delta = training.finish()
+    assert_same(before, snapshot(lm))
+    with delta.active(lm):
+        assert torch.allclose(logits(lm), tuned, atol=1e-4) and (tuned - plain).abs().max() > 1e-3
+    assert_same(before, snapshot(lm))
+    with pytest.raises(InputError, match="rank"):
+        LoRA(rank=0).start(lm)

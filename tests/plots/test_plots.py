@@ -1,0 +1,409 @@
+"""Every figure is drawn from its table alone, and redrawn only when it must be."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from nt_utils import plots
+from nt_utils.errors import InputError
+from nt_utils.plots import text
+
+RATE = {"value": [0.1, 0.8, 0.5, 0.2], "low": [0.05, 0.7, 0.4, 0.1], "high": [0.2, 0.9, 0.6, 0.3], "n": [100] * 4}
+TABLES = {
+    "behaviour": pd.DataFrame({"model": ["a", "a", "b", "b"], "set": ["s", "t"] * 2, "metric": "ASR", **RATE}),
+    "verdicts": pd.DataFrame(
+        {
+            "model": ["a", "a", "b", "b"],
+            "set": "s",
+            "verdict": ["refusal", "other"] * 2,
+            "share": [0.3, 0.7, 1, 0],
+            "n": 9,
+        }
+    ),
+    "where": pd.DataFrame(
+        {"rule": "r", "layer": [0, 0, 1, 1], "kind": ["q", "ffn"] * 2, "share": [0.1, 0.0, 0.2, 0.05], "count": 3}
+    ),
+    "deactivation": pd.DataFrame(
+        {
+            "condition": ["none", "x", "none", "x"],
+            "group": ["none", "chosen"] * 2,
+            "metric": ["ASR"] * 2 + ["utility"] * 2,
+            **RATE,
+        }
+    ),
+    "dose": pd.DataFrame({"rule": ["a", "a", "random", "random"], "share": [0.01, 0.1] * 2, "metric": "ASR", **RATE}),
+    "languages": pd.DataFrame(
+        {"zeroed": ["nothing", "en"] * 2, "evaluated": ["en", "en", "de", "de"], "jaccard": 0.1, "chance": 0.05, **RATE}
+    ),
+    "sn_steps": pd.DataFrame(
+        {
+            "arm": ["SN", "SN", "random", "random"],
+            "step": [0, 5] * 2,
+            "metric": "perplexity",
+            "chosen": [False, True] * 2,
+            **RATE,
+        }
+    ),
+    "sn_tradeoff": pd.DataFrame(
+        {
+            "arm": "SN",
+            "step": [0, 5] * 2,
+            "metric": ["ASR"] * 2 + ["utility"] * 2,
+            "chosen": [False, True] * 2,
+            "target": 0.1,
+            **RATE,
+        }
+    ),
+    "sn_equal": pd.DataFrame(
+        {"arm": ["SN", "random"] * 2, "step": [3.5, 8] * 2, "target": 0.1, "metric": ["a", "a", "b", "b"], **RATE}
+    ),
+    "sn_sides": pd.DataFrame(
+        {"arm": "SN", "sides": ["input", "input", "both", "both"], "step": [0, 5] * 2, "metric": "ASR", **RATE}
+    ),
+    "sn_wrappers": pd.DataFrame({"attack": ["all", "all", "x", "x"], "state": ["before", "SN"] * 2, **RATE}),
+    "rsn_finetuning": pd.DataFrame({"arm": ["SN", "SN", "full", "full"], "step": [0, 5] * 2, "metric": "ASR", **RATE}),
+    "growth": pd.DataFrame(
+        {
+            "sweep": ["tokens", "tokens", "layers", "layers", "width", "width"],
+            "tokens": [16, 32, 64, 64, 64, 64],
+            "layers": [2, 2, 1, 2, 2, 2],
+            "width": [512, 512, 512, 512, 256, 512],
+            "forward_ms": [1, 2, 1, 2, 1, 2],
+            "exact_ms": [3.5, 8, 3, 6, 4, 9],
+            "expected_ms": [3, 8, 3, 6, 4, 9],
+        }
+    ),
+    "stability": pd.DataFrame({"rule": ["a", "a", "b", "b"], "prompts": [8, 16] * 2, "chance": 0.02, **RATE}),
+    "units_where": pd.DataFrame(
+        {
+            "layer": 0,
+            "unit": "ffn channel",
+            "category": ["SCU", "UCU", "CU", "RU"],
+            "count": 1,
+            "units": 4,
+            "share": 0.25,
+        }
+    ),
+    "units_pruning": pd.DataFrame(
+        {
+            "condition": ["dense", "SCU", "random, as SCU, max of 2", "RU"],
+            "group": ["none", "chosen", "control", "chosen"],
+            "share": [0, 0.03, 0.03, 0.2],
+            "metric": "direct ASR",
+            **RATE,
+        }
+    ),
+    "units_growth": pd.DataFrame(
+        {
+            "category": ["SCU", "SCU", "RU", "RU"],
+            "share": [0.01, 0.1] * 2,
+            "chosen": [False, True] * 2,
+            "cost": "c",
+            **RATE,
+        }
+    ),
+    "units_sensitivity": pd.DataFrame(
+        {"variant": "a", "prompts": [8, 16] * 2, "category": ["SCU", "SCU", "RU", "RU"], "chance": 0.02, **RATE}
+    ),
+    "units_agreement": pd.DataFrame(
+        {"changed": ["a", "b"] * 2, "category": ["SCU", "SCU", "RU", "RU"], "chance": 0.02, **RATE}
+    ),
+    "agreement": pd.DataFrame(
+        {
+            "a": ["one", "one", "two"],
+            "b": ["one", "two", "two"],
+            "share": 0.01,
+            "jaccard": [0.9, 0.1, 0.8],
+            "chance": 0.01,
+            "spearman": [0.9, -0.2, 1],
+            "n": 4,
+            "prompts": 40,
+        }
+    ),
+    "agreement_sizes": pd.DataFrame(
+        {"share": [0.01, 0.1] * 2, "which": ["a", "a", "b", "b"], "value": [0.1, 0.2, 0.3, 0.4]}
+    ),
+    "agreement_sites": pd.DataFrame(
+        {
+            "definition": ["a", "a", "b", "b"],
+            "layer": 0,
+            "kind": ["ffn", "o"] * 2,
+            "share": [0.1, 0.2, 0, 0.3],
+            "spearman": 0.1,
+        }
+    ),
+    "effects": pd.DataFrame(
+        {
+            "intervention": "zeroed",
+            "definition": ["untouched", "a", "a", "b"],
+            "set": ["chosen", "chosen", "random", "no neurons"],
+            "metric": "ASR",
+            **RATE,
+        }
+    ),
+    "dose_definitions": pd.DataFrame(
+        {"rule": ["a", "a", "random", "random"], "neurons": [2, 20] * 2, "metric": "ASR", **RATE}
+    ),
+    "per_neuron": pd.DataFrame({"measure": ["x", "x", "y", "y"], "definition": ["a", "b"] * 2, "chance": 0.01, **RATE}),
+    "attack_curves": pd.DataFrame(
+        {
+            "rows": "r",
+            "arm": ["full", "full", "LoRA", "LoRA"],
+            "learning_rate": 1e-3,
+            "step": [0, 5] * 2,
+            "loss": [2, 1] * 2,
+            "metric": "ASR",
+            **RATE,
+        }
+    ),
+    "attack_points": pd.DataFrame(
+        {"rows": "r", "compared": ["a", "b"] * 2, "arm": ["full", "full", "LoRA", "LoRA"], "metric": "ASR", **RATE}
+    ),
+    "unit_flow": pd.DataFrame(
+        [
+            ("c", a, b, 5, share, share / (0.4 + 0.3 * (a == "CU")))
+            for a, b, share in (
+                ("SCU", "SCU", 0.2),
+                ("SCU", "CU", 0.2),
+                ("CU", "CU", 0.3),
+                ("UCU", "UCU", 0.1),
+                ("RU", "RU", 0.2),
+            )
+        ],
+        columns=["change", "before", "after", "count", "share", "share_of_before"],
+    ),
+    "align_budget": pd.DataFrame(
+        {"arm": ["unaligned", "RU"] * 2, "trained": [0, 0.1] * 2, "metric": ["ASR", "ASR", "u", "u"], **RATE}
+    ),
+    "direction": pd.DataFrame({"model": ["a", "a", "b", "b"], "variant": "v", "layer": [0, 1] * 2, **RATE}),
+    "probe": pd.DataFrame({"model": ["a", "a", "b", "b"], "layer": [0, 1] * 2, "majority": 0.5, **RATE}),
+}
+TABLES["defences"] = pd.DataFrame(
+    {"defence": ["none", "a"] * 2, "metric": ["ASR", "ASR", "utility", "utility"], **RATE}
+)
+TABLES["frontier"] = pd.DataFrame(
+    {
+        "panel": "p",
+        "defence": ["none", "a", "b", "c"],
+        "x_label": "x",
+        "y_label": "y",
+        "x": [0.1, 0.2, 0.3, 0.4],
+        "x_low": 0.05,
+        "x_high": 0.5,
+        "useful": [True, True, False, True],
+        **RATE,
+    }
+)
+TABLES["effects_training"] = TABLES["effects"]
+ARMS = pd.DataFrame(
+    {"arm": ["none", "a"] * 2, "group": ["none", "chosen"] * 2, "metric": ["ASR", "ASR", "utility", "utility"], **RATE}
+)
+DIAL = pd.DataFrame(
+    {
+        "n_safety": [0, 8, 0, 8],
+        "n_utility": [0, 0, 8, 8],
+        "strength": [0, 1, 1, 1],
+        **{
+            f"{name}{column}": values
+            for name in ("ASR", "over-refusal", "utility")
+            for column, values in (("", RATE["value"]), (" low", RATE["low"]), (" high", RATE["high"]), (" n", 100))
+        },
+        "dominated": [False, True, False, False],
+    }
+)
+TABLES |= {
+    "modulation_spread": TABLES["where"].rename(columns={"rule": "role"}).assign(attribution=0.1),
+    "modulation_learning": pd.DataFrame(
+        {"method": ["a", "a", "b", "b"], "iteration": [0, 1] * 2, "loss": "outer loss", "value": RATE["value"]}
+    ),
+    "modulation_arms": ARMS,
+    "modulation_ablations": ARMS,
+    "modulation_dial": DIAL,
+    "modulation_frontier": DIAL,
+    "modulation_adaptation": pd.DataFrame(
+        {
+            "method": ["a", "b"] * 2,
+            "attack": "x",
+            "stage": ["before", "before", "after", "after"],
+            "metric": "ASR",
+            **RATE,
+        }
+    ),
+}
+
+
+def test_every_figure_has_a_table_here():
+    assert set(TABLES) == set(plots.FIGURES)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_figure_comes_from_its_table(tmp_path, name):
+    table = tmp_path / f"01_{name}.csv"
+    TABLES[name].to_csv(table, index=False)
+    plots.draw(table)
+    first = {suffix: table.with_suffix(suffix).read_bytes() for suffix in plots.SUFFIXES}
+    assert len(first[".png"]) > 5000
+    assert b"/FontFile2" in first[".pdf"], "the fonts are embedded"
+    assert b"<text" not in first[".svg"], "letters are outlines"
+    assert str(TABLES[name].columns[0]).encode() in first[".md"]
+    assert b"\\toprule" in first[".tex"]
+    changed = TABLES[name].copy()
+    column = next(c for c in ("value", "share", "exact_ms", "ASR") if c in changed)
+    changed.loc[0, column] = 0.15
+    assert small_picture(name, changed) != small_picture(name, TABLES[name])
+
+
+def small_picture(name, table):
+    file = io.BytesIO()
+    with plots.style.look():
+        drawn = plots.FIGURES[name](table)
+        drawn.savefig(file, dpi=40)
+    plt.close(drawn)
+    return file.getvalue()
+
+
+def test_labels_cover_neither_points_nor_each_other():
+    points = np.array([[0.5, 0.5], [0.56, 0.5], [0.5, 0.56], [0.44, 0.5], [0.9, 0.1]])
+    drawn, axes = plots.style.panels()
+    ax = axes[0, 0]
+    ax.scatter(*points.T)
+    ax.set_xlim(0, 1)
+    ax.set_ylim(0, 1)
+    plots.style.place_labels(ax, points, points[[0, 1, 4]], ["first", "second", "third"])
+    drawn.canvas.draw()
+    boxes = [text.get_window_extent() for text in ax.texts]
+    dots = ax.transData.transform(points)
+    plt.close(drawn)
+    assert [text.get_text() for text in ax.texts] == ["first", "second", "third"]
+    assert not any(box.contains(*dot) for box in boxes for dot in dots)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(ax.bbox.contains(*corner) for box in boxes for corner in (box.min, box.max))
+
+
+@pytest.mark.parametrize("width", plots.WIDTHS)
+def test_a_figure_says_what_its_bars_are(width):
+    """At the foot, or over the legend there; a table over seeds has other intervals."""
+    for name, words in (("effects", "95% Wilson"), ("defences", "dotted: the model without defence")):
+        for table, expected in (
+            (TABLES[name], words),
+            (TABLES[name].assign(interval="t over seeds"), "t over seeds"),
+        ):
+            with plots.style.look(width):
+                drawn = plots.FIGURES[name](table)
+                plots.style.fit(drawn)
+            found = drawn.legends[0].get_title().get_text() if drawn.legends else drawn.get_supxlabel()
+            plt.close(drawn)
+            assert expected in found.replace("\n", " ")
+
+
+def test_rows_of_panels_are_as_high_as_they_have_lines():
+    one = TABLES["effects"]
+    more = pd.concat([one.assign(definition=f"d{i}", intervention="amplified") for i in range(6)])
+    for width, rows in (("text", 2), ("column", 2)):
+        with plots.style.look(width):
+            drawn = plots.FIGURES["effects"](pd.concat([one, more], ignore_index=True))
+        drawn.canvas.draw()
+        heights = [ax.bbox.height for ax in drawn.axes if ax.get_visible()]
+        plt.close(drawn)
+        assert len(heights) == rows
+        assert heights[1] > 1.2 * heights[0]
+
+
+@pytest.mark.parametrize("name", ["dose", "where"])
+def test_the_same_table_gives_the_same_files(tmp_path, name):
+    table = tmp_path / f"01_{name}.csv"
+    TABLES[name].to_csv(table, index=False)
+    files = []
+    for _ in range(2):
+        plots.draw(table)
+        files.append({suffix: table.with_suffix(suffix).read_bytes() for suffix in plots.SUFFIXES})
+    assert files[0] == files[1]
+
+
+def test_figures_of_a_quick_run_are_marked(tmp_path):
+    """Whoever draws them; the folder's name decides."""
+    pictures = []
+    for study in ("testbed", "testbed-quick"):
+        table = tmp_path / study / "seed-0" / "figures" / "01_dose.csv"
+        table.parent.mkdir(parents=True)
+        TABLES["dose"].to_csv(table, index=False)
+        words = [text.get_text() for text in plots.draw(table, pictures=(".png",)).texts]
+        assert any("quick" in word for word in words) == study.endswith("-quick")
+        pictures.append(table.with_suffix(".png").read_bytes())
+        assert not table.with_suffix(".pdf").exists()
+    assert pictures[0] != pictures[1]
+
+
+def test_redraw_is_a_no_op_when_nothing_changed(tmp_path, monkeypatch):
+    table = tmp_path / "01_stability.csv"
+    TABLES["stability"].to_csv(table, index=False)
+    pd.DataFrame({"a": [1]}).to_csv(tmp_path / "findings.csv")
+    assert plots.redraw(tmp_path) == [table]
+    assert plots.redraw(tmp_path) == []
+    os.utime(table, (table.stat().st_mtime + 60,) * 2)
+    assert plots.redraw(tmp_path) == [], "a checkout changes times, not contents"
+    table.with_suffix(".svg").unlink()
+    assert plots.redraw(tmp_path) == [table]
+    table.write_text(table.read_text().replace("16", "17"))
+    assert plots.redraw(tmp_path) == [table]
+    look = tmp_path / "style.py"  # a changed style changes every figure
+    look.write_text(Path(plots.style.__file__).read_text() + "# other")
+    monkeypatch.setattr(plots.style, "__file__", str(look))
+    assert plots.redraw(tmp_path) == [table]
+    assert plots.redraw(tmp_path) == []
+
+
+def test_width_presets(tmp_path):
+    table = tmp_path / "01_dose.csv"
+    TABLES["dose"].assign(metric=["ASR", "utility"] * 2).to_csv(table, index=False)
+    sizes = {width: plots.draw(table, width, tmp_path / width).get_size_inches() for width in plots.WIDTHS}
+    assert {width: size[0] for width, size in sizes.items()} == {w: inches for w, (inches, _) in plots.WIDTHS.items()}
+    assert sizes["column"][1] > sizes["text"][1], "panels stand below each other"
+    assert plots.redraw(tmp_path, "column") == []
+    assert plots.redraw(tmp_path) == [table]
+    with pytest.raises(InputError, match="width: got 'wide'; allowed: text, column, slide"):
+        plots.draw(table, "wide")
+
+
+def test_tables_for_reports():
+    table = pd.DataFrame({"rule_a": ["50% | x", "R&D\nnext"], "value": [0.123456, float("nan")], "n": [3, 4]})
+    assert text.markdown(table).splitlines() == [
+        "| rule_a | value | n |",
+        "| --- | ---: | ---: |",
+        "| 50% \\| x | 0.1235 | 3 |",
+        "| R&D next |  | 4 |",
+    ]
+    assert text.latex(table).splitlines()[1:] == [
+        r"\begin{tabular}{lrr}",
+        r"\toprule",
+        r"rule\_a & value & n \\",
+        r"\midrule",
+        r"50\% | x & 0.1235 & 3 \\",
+        r"R\&D next &  & 4 \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+
+
+def test_drawing_loads_no_model_library(tmp_path):
+    TABLES["dose"].to_csv(tmp_path / "01_dose.csv", index=False)
+    code = "import sys; from nt_utils import plots; assert plots.main(sys.argv[1:]) == 0; assert 'torch' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "drawn: 01_dose" in done.stdout
+
+
+def test_an_unknown_figure_is_refused(tmp_path):
+    (tmp_path / "01_cake.csv").write_text("a\n1\n")
+    with pytest.raises(InputError, match="no figure is called 'cake'"):
+        plots.draw(tmp_path / "01_cake.csv")
+    assert plots.main([str(tmp_path / "missing")]) == 1

@@ -1,0 +1,333 @@
+"""Parameter files, steps of the workflow, and what a bad parameter looks like to somebody who runs papermill."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+import pytest
+import yaml
+
+from nt_utils.errors import InputError
+from nt_utils.files import project_root
+from nt_utils.study import batch
+
+ROOT = project_root()
+TOY = """
+rho = 1.0  # a number
+seed = 0  # seed
+study = "toy"  # study
+preset = "quick"  # preset
+"""
+
+
+def notebook(*sources, tagged=True):
+    cells = [
+        {
+            "cell_type": "code",
+            "id": f"c{i}",
+            "execution_count": None,
+            "outputs": [],
+            "source": source,
+            "metadata": {"tags": ["parameters"]} if tagged and i == 0 else {},
+        }
+        for i, source in enumerate(sources)
+    ]
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    return json.dumps({"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5})
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project with one toy notebook."""
+    (tmp_path / "notebooks" / "params").mkdir(parents=True)
+    (tmp_path / "nt_utils").mkdir()
+    (tmp_path / "notebooks" / "00_toy.ipynb").write_text(notebook(TOY, "print(rho, seed, study)"))
+    (tmp_path / "notebooks" / "params" / "toy.yaml").write_text("rho: 0.5\n")
+    return tmp_path
+
+
+def write_params(project, **content):
+    (project / "notebooks" / "params" / "toy.yaml").write_text(yaml.safe_dump(content))
+
+
+# ------------------------------------------------------------------------------------------- parameter files
+
+
+def test_a_notebook_gets_the_parameters_it_takes(project):
+    (project / "notebooks" / "01_other.ipynb").write_text(notebook(TOY + "model = 1  # m\nn_test = 4  # n\n"))
+    write_params(project, model="testbed", rho=0.5, notebooks={"00_toy": {"rho": 0.25}})
+    assert batch.study_parameters("toy", "00_toy", project) == {"rho": 0.25}
+    assert batch.study_parameters("toy", "01_other", project) == {"model": "testbed", "rho": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"rhoo": 1}, "toy.yaml: rhoo: unknown parameter; did you mean rho\\? allowed: rho, notebooks, sweep, facts"),
+        ({"model": "testbed"}, "model: unknown parameter"),
+        ({"seed": 1}, "seed: set by SEEDS"),
+        ({"facts": {"gate": True}}, "facts: gate: unknown; allowed: gated"),
+        ({"notebooks": [1]}, "notebooks: got"),
+        ({"sweep": {"rho": 0.5}}, "sweep: rho: got 0.5; allowed: a list"),
+        ({"sweep": {"rho": [0.5, 2]}}, "rho: got 2"),
+        ({"sweep": {"rhoo": [0.5]}}, "rhoo: unknown"),
+        ({"rho": 2}, "rho: got 2"),
+        ({"notebooks": {"09_none": {}}}, "'09_none' is no notebook; known: 00_toy"),
+        ({"notebooks": {"00_toy": {"rho2": 0.5}}}, "rho2: unknown parameter; did you mean rho"),
+    ],
+)
+def test_a_wrong_parameter_file_is_named(project, content, message):
+    write_params(project, **content)
+    with pytest.raises(InputError, match=message):
+        batch.study_parameters("toy", "00_toy", project)
+
+
+def test_unknown_studies_and_seeds_are_refused(project):
+    with pytest.raises(InputError, match="'none' has no parameter file; known: toy"):
+        batch.study_parameters("none", "00_toy", project)
+    assert batch.parse_seeds("0 1,2 1") == [0, 1, 2]
+    for bad in ("", "one", "-1", "1.5"):
+        with pytest.raises(InputError, match="seeds"):
+            batch.parse_seeds(bad)
+
+
+def test_every_study_of_the_project_is_valid():
+    for file in (ROOT / "notebooks" / "params").glob("*.yaml"):
+        for name in batch.notebooks(ROOT):
+            batch.study_parameters(file.stem, name, ROOT)
+
+
+def test_the_command_line_refuses_before_it_starts(capsys):
+    for arguments in (["study", "--studies", "nope"], ["study", "--seeds", "x"], ["study", "--preset", "fast"]):
+        start = time.time()
+        assert batch.main(arguments) == 1
+        assert time.time() - start < 5
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("error: ")
+        assert "\n" not in error
+
+
+# -------------------------------------------------------------------------------------------------- one step
+
+
+def outputs(path):
+    return "".join(
+        "".join(o.get("text", "")) for c in json.loads(path.read_text())["cells"] for o in c.get("outputs", [])
+    )
+
+
+def test_a_step_leaves_the_executed_notebook(project):
+    output = project / "runs" / "toy" / "00_toy.ipynb"
+    batch.run_notebook("00_toy", {"seed": 7, "rho": 0.5}, output, project)
+    assert "0.5 7 toy" in outputs(output)
+    assert sorted(p.name for p in output.parent.iterdir()) == ["00_toy.ipynb", "logs"]
+    assert "0.5 7 toy" in (output.parent / "logs" / "00_toy.log").read_text()
+
+
+def test_an_executed_notebook_keeps_no_stubs_of_progress_bars(project):
+    bar = "from tqdm.notebook import tqdm\nfor _ in tqdm(range(3)):\n    pass\nprint('after the bar')"
+    (project / "notebooks" / "00_toy.ipynb").write_text(notebook(TOY, bar))
+    output = project / "runs" / "toy" / "00_toy.ipynb"
+    batch.run_notebook("00_toy", {}, output, project)
+    assert "after the bar" in outputs(output)
+    assert "widget-view" not in output.read_text()
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (
+            "from nt_utils.errors import InputError\nraise InputError('seed: got 1; allowed: 2')",
+            "seed: got 1; allowed: 2",
+        ),
+        ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "00_toy"),
+    ],
+)
+def test_a_failed_cell_or_a_dead_kernel_is_no_finished_notebook(project, cell, message):
+    (project / "notebooks" / "00_toy.ipynb").write_text(notebook(TOY, cell, "print('never')"))
+    output = project / "runs" / "00_toy.ipynb"
+    output.parent.mkdir()
+    output.write_text("an older result")
+    with pytest.raises(InputError, match=message) as error:
+        batch.run_notebook("00_toy", {"seed": 0}, output, project)
+    assert "\n" not in str(error.value)
+    assert output.read_text() == "an older result"
+    assert sorted(p.name for p in output.parent.iterdir()) in (
+        ["00_toy.failed.ipynb", "00_toy.ipynb", "logs"],
+        ["00_toy.ipynb", "logs"],
+    )
+
+
+# ------------------------------------------------------------------------------------- the real notebooks
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("01_safety_neurons", {"rhoo": "1"}, "rhoo: unknown parameter"),
+        ("01_safety_neurons", {"harmful": "prompts.csv:goal", "model": "testbed"}, "harmful"),
+        ("00_model_under_study", {"model": "./no-such-folder"}, "no-such-folder"),
+        ("03_ssah_units", {"preset": "fast"}, "preset: got 'fast'"),
+        ("05_neurontune", {"seed": "-1"}, "seed: got -1"),
+    ],
+)
+def test_papermill_shows_one_line_for_a_bad_parameter(tmp_path, name, parameters, message):
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(ROOT / "notebooks" / f"{name}.ipynb"),
+        str(tmp_path / "out.ipynb"),
+    ]
+    for key, value in ({"runs": str(tmp_path / "runs")} | parameters).items():
+        command += ["-p", key, value]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert message in last
+    assert last.startswith(("InputError", "ModelError"))
+    shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------ secrets, sweeps, the same twice
+
+LEAKING = """
+import os, pathlib, sys
+print(os.environ["HF_TOKEN"])
+print(os.environ["HF_TOKEN"], file=sys.stderr)
+folder = pathlib.Path("runs") / study / f"seed-{seed}" / "findings"
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "00_toy.csv").write_text(f"claim,value,low,high,n,seeds,section\\nc,{rho},0,1,9,{seed},4\\n")
+if rho == 0.25:
+    raise RuntimeError(os.environ["HF_TOKEN"])
+"""
+
+
+def everything(folder):
+    return b"".join(p.read_bytes() for p in folder.rglob("*") if p.is_file())
+
+
+def test_a_sweep_gives_one_table_and_a_planted_token_appears_nowhere(project):
+    shutil.copy(ROOT / "Snakefile", project / "Snakefile")
+    (project / "notebooks" / "00_toy.ipynb").write_text(notebook(TOY.replace("quick", "default"), LEAKING))
+    (project / "notebooks" / "01_other.ipynb").write_text(notebook("seed = 0  # seed\n", "1 / 0"))
+    token = "hf_" + "planted" * 4
+    command = [
+        sys.executable,
+        "-m",
+        "nt_utils.study.batch",
+        "study",
+        "--studies",
+        "toy",
+        "--seeds",
+        "0",
+        "--cores",
+        "2",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_TOKEN": token, "OMP_NUM_THREADS": "1"}
+
+    def study(values):
+        write_params(project, sweep={"rho": values, "seed": [3]})
+        done = subprocess.run(
+            command, cwd=project, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert token not in done.stdout + done.stderr
+        assert token.encode() not in everything(project)
+        assert b"[hidden]" in everything(project)
+        return done
+
+    failed = study([0.5, 0.25])
+    assert failed.returncode != 0
+    assert "00_toy: RuntimeError: [hidden]" in failed.stderr
+    assert (project / "runs" / "toy.rho-0.25" / "seed-3" / "00_toy.failed.ipynb").is_file()
+    done = study([0.5, 0.75])
+    assert done.returncode == 0, done.stderr
+    assert "toy.rho-0.75, seed 3" in done.stdout
+    assert "toy.rho-0.5," not in done.stdout, "a finished point is not repeated"
+    table = (project / "runs" / "toy" / "sweep.csv").read_text().splitlines()
+    assert table == ["rho,seed,claim,value,low,high,n,section", "0.5,3,c,0.5,0,1,9,4", "0.75,3,c,0.75,0,1,9,4"]
+
+
+def test_runs_of_a_sweep(project):
+    write_params(project, sweep={"rho": [0.5, 1]})
+    found = batch.variants("toy", [0, 1], "quick", project)
+    assert [v.folder for v in found] == ["toy.rho-0.5-quick", "toy.rho-1-quick"]
+    assert found[0].outputs()[1] == "runs/toy.rho-0.5-quick/seed-1/00_toy.ipynb"
+    assert batch.settings(found[1], "00_toy", 1, "quick", project) == {
+        "rho": 1,
+        "study": "toy.rho-1",
+        "seed": 1,
+        "preset": "quick",
+    }
+    write_params(project, rho=0.5)
+    [plain] = batch.variants("toy", [0], "default", project)
+    assert (plain.folder, plain.notebooks) == ("toy", ("00_toy",))
+
+
+def test_settings_are_written_when_they_change(project, monkeypatch):
+    """A result older than its settings is out of date, so an unchanged file keeps its time."""
+    file = project / "runs" / "toy" / "seed-0" / ".settings" / "00_toy.json"
+
+    def noted():
+        [run] = batch.variants("toy", [0], "default", project)
+        batch.note_settings(run, "default", project)
+        before = file.stat().st_mtime_ns
+        os.utime(file, ns=(1, 1))
+        return before
+
+    assert noted() != 1
+    assert noted() == 1
+    write_params(project, rho=0.25)
+    assert noted() != 1
+    assert json.loads(file.read_text())["parameters"]["rho"] == 0.25
+    monkeypatch.setattr(batch.parameter_files, "code_fingerprint", lambda: "other code")
+    assert noted() != 1
+    assert noted() == 1
+
+
+def test_a_kernel_is_reached_through_sockets_of_its_own(project, monkeypatch):
+    cell = "from ipykernel.kernelapp import IPKernelApp\nprint(IPKernelApp.instance().transport)"
+    (project / "notebooks" / "00_toy.ipynb").write_text(notebook(TOY, cell))
+    output = project / "runs" / "00_toy.ipynb"
+    batch.run_notebook("00_toy", {"seed": 0}, output, project)
+    assert "ipc" in outputs(output)
+    long = project / ("long" * 30)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    batch.run_notebook("00_toy", {"seed": 0}, output, project)
+    assert "tcp" in outputs(output)
+
+
+TINY = """
+import pandas as pd
+from nt_utils.files import project_root
+from nt_utils.study.run import begin
+from nt_utils.scoring.importance import importance
+from tests.tiny import tiny_lm
+run = begin("00_toy", globals())
+scores = importance(tiny_lm(), ["one prompt", "and another"], positions="all")
+rows = [(*site, float(x)) for site in scores.space.sites() for x in scores.get(*site).mean(0)]
+run.table("scores", pd.DataFrame(rows, columns=["layer", "kind", "score"]))
+run.finish()
+"""
+
+
+def test_the_same_seed_gives_the_same_tables(tmp_path, monkeypatch):
+    """Byte for byte, in processes of their own; seconds and times stand elsewhere."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the cells take their model from tests/
+    cells = notebook('model = "testbed"  # m\n' + TOY.split("\n", 2)[2] + 'runs = ""  # r\nn_test = 4  # n\n', TINY)
+    tables = []
+    for name in ("a", "b"):
+        project = tmp_path / name
+        (project / "notebooks").mkdir(parents=True)
+        (project / "nt_utils").mkdir()
+        (project / "notebooks" / "00_toy.ipynb").write_text(cells)
+        output = project / "runs" / "toy" / "seed-0" / "00_toy.ipynb"
+        batch.run_notebook("00_toy", {"study": "toy", "preset": "default"}, output, project)
+        tables.append({p.name: p.read_bytes() for p in (output.parent / "tables").iterdir()})
+    assert len(tables[0]["00_scores.csv"].splitlines()) > 100
+    assert tables[0] == tables[1]

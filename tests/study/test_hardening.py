@@ -1,0 +1,275 @@
+"""Bad input everywhere: one clear line that names the fault, nothing half-written, refused before work begins."""
+
+import json
+import math
+import time
+
+import pytest
+import torch
+
+from nt_utils import models, selection
+from nt_utils.data import attacks, corpus, sources
+from nt_utils.data.records import Prompt, PromptSet
+from nt_utils.errors import InputError
+from nt_utils.evaluation import metrics
+from nt_utils.evaluation.generation import generate
+from nt_utils.evaluation.suite import corpus_suite, evaluate, make_suite
+from nt_utils.files import project_root, study_name
+from nt_utils.interventions import Deactivate
+from nt_utils.interventions.export import fold, read_adapter, write_adapter
+from nt_utils.interventions.modulation import Modulation, Recipe, assign, dial, preset
+from nt_utils.interventions.trainable import LoRA, Only
+from nt_utils.interventions.tuning import tune
+from nt_utils.neurons import POOL, NeuronScores, NeuronSet
+from nt_utils.scoring.attribution import Case, attribution
+from nt_utils.scoring.fluctuation import Fluctuation, fluctuation
+from nt_utils.scoring.importance import importance
+from nt_utils.study import batch, ledger, parameters
+from nt_utils.study.parameters import notebook_parameters
+from nt_utils.study.run import begin
+from nt_utils.units import UnitMap
+from tests.tiny import hooks_left, tiny_lm
+
+ROOT = project_root()
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+SECONDS = 5.0
+
+
+def parameter_cell(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return "".join(next(c for c in cells if "parameters" in c["metadata"].get("tags", []))["source"])
+
+
+def refused(call, folder=None):
+    """The one line with which a call is refused; ``folder`` must be as it was."""
+    before = sorted(folder.rglob("*")) if folder else []
+    start = time.perf_counter()
+    with pytest.raises(InputError) as error:
+        call()
+    assert time.perf_counter() - start < SECONDS
+    text = str(error.value)
+    assert text and "\n" not in text
+    assert (sorted(folder.rglob("*")) if folder else []) == before
+    return text
+
+
+# ------------------------------------------------------------------------------------- parameters of notebooks
+
+
+def wrong_values(rule):
+    """Values no parameter of this rule may have: wrong type, out of range, no choice, NaN, empty."""
+    yield from ((), {}, b"x")
+    if rule.kind is str:
+        yield from (7, 1.5, True, ["text"], *(["no such choice"] if rule.choices else []))
+    elif rule.kind is bool:
+        yield from ("yes", 1, 0.0)
+    elif rule.kind is list:
+        yield from ("0.1", 0.1, [], ["x"], [None], [math.nan] if rule.items is float else [1.5])
+        yield from ([rule.low - 1] if rule.low is not None else [None], [rule.high * 2 + 1] if rule.high else ["y"])
+    else:
+        yield from ("many", True, [1], math.nan, math.inf if rule.kind is int or rule.high else "inf")
+        if rule.low is not None:
+            yield rule.kind(rule.low - 1)
+        if rule.high is not None:
+            yield rule.kind(rule.high * 2 + 1)
+    if not rule.presets:
+        yield None
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_parameter_of_every_notebook_refuses_wrong_values(path, tmp_path):
+    own, values, tried = parameter_cell(path), {}, 0
+    exec(own, values)
+    values["runs"] = str(tmp_path / "runs")
+    for name in notebook_parameters(path):
+        for wrong in wrong_values(parameters.PARAMETERS[name]):
+            text = refused(lambda bad={**values, name: wrong}: begin(path.stem, bad, [own]), tmp_path)
+            assert text.startswith(f"{name}: "), text
+            tried += 1
+    assert tried > 60
+
+
+#: What only a look at files, names or combinations can refuse: overrides -> what the line says.
+COMBINATIONS = [
+    ({"model": "./no-such-folder"}, "no folder ./no-such-folder"),
+    ({"model": ""}, "model: got ''"),
+    ({"study": "a/b"}, "study: got 'a/b'"),
+    ({"study": ".."}, "study: got '..'"),
+    ({"harmful": "prompts.csv:goal"}, "benign: got 'testbed' with harmful="),
+    ({"harmful": "none.csv:goal", "benign": "none.csv:goal"}, "harmful: none.csv"),
+    ({"harmful": "hub:x", "benign": "hub:x"}, "harmful: "),
+    ({"harmful": "no-such-source", "benign": "no-such-source"}, "harmful: unknown prompt set 'no-such-source'"),
+    ({"harmful_test": "advbench"}, "harmful_test: got 'advbench'"),
+    ({"attacks": "nonsense"}, "attacks: unknown attack 'nonsense'"),
+    ({"runs": "/proc/nothing"}, "runs: /proc/nothing"),
+]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_wrong_combinations_are_refused(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own, values = parameter_cell(path), {}
+    exec(own, values)
+    known = notebook_parameters(path)
+    for number, (overrides, said) in enumerate(COMBINATIONS):
+        if set(overrides) - set(known):
+            continue
+        bad = {**values, "runs": str(tmp_path / "runs"), "study": f"s{number}"} | overrides
+        start = time.perf_counter()
+        with pytest.raises(InputError) as error:
+            begin(path.stem, bad, [own])
+        text = str(error.value)
+        assert said in text and "\n" not in text, (overrides, text)
+        assert time.perf_counter() - start < SECONDS
+    files = [p for p in (tmp_path / "runs").rglob("*") if p.is_file()] if (tmp_path / "runs").exists() else []
+    assert not files, "a refused run leaves no file"
+
+
+# ---------------------------------------------------------------------------------------------- public functions
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory):
+    """What the table's calls work on."""
+    lm, folder = tiny_lm(), tmp_path_factory.mktemp("things")
+    space = lm.view.space
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NT_CACHE", str(folder / "cache"))
+        scores = importance(lm, ["a", "bb", "c"], path=folder / "scores.safetensors", progress=False)
+    neurons = NeuronSet.from_flat(space, range(10), POOL)
+    rank = selection.mean_importance(scores)
+    other = tiny_lm("gpt2")
+    text = folder / "text.csv"
+    text.write_text("goal,target\nHow?,Sure\n")
+    (folder / "empty.csv").write_text("")
+    (folder / "broken.json").write_text("{")
+    (folder / "junk.safetensors").write_bytes(b"junk" * 40)
+    (folder / "model").mkdir()
+    prompts = PromptSet([Prompt(f"How {i}?", refusal="No.", helpful="Yes.") for i in range(6)], "p")
+    mod = Modulation(neurons, neurons - neurons, torch.full((10,), 1.5))
+    return {
+        "lm": lm,
+        "space": space,
+        "scores": scores,
+        "neurons": neurons,
+        "rank": rank,
+        "other": other,
+        "folder": folder,
+        "prompts": prompts,
+        "mod": mod,
+        "foreign": NeuronSet.from_flat(other.view.space, [0], POOL),
+    }
+
+
+#: A wrong call of a public function, and a piece of the line it is refused with.
+CALLS = [
+    (lambda t: models.load(str(t["folder"] / "none")), "no folder"),
+    (lambda t: models.load(str(t["folder"] / "model")), "holds no config.json"),
+    (lambda t: models._choose_dtype("int3", None, None), "dtype: got 'int3'"),
+    (lambda t: t["lm"].encode([]), "at least one text"),
+    (lambda t: t["lm"].encode("one text"), "need a list"),
+    (lambda t: t["lm"].encode(["x" * 4000]), "context holds 128"),
+    (lambda t: t["lm"].encode(["a"], ["b", "c"]), "responses: got 2 for 1"),
+    (lambda t: t["lm"].view.projection(9, "q"), "layer: got 9"),
+    (lambda t: t["lm"].view.projection(0, "z"), "kind: got 'z'"),
+    (lambda t: importance(t["lm"], [], progress=False), "at least one"),
+    (lambda t: importance(t["lm"], ["a"], kinds=("q", "q"), progress=False), "kinds: got"),
+    (lambda t: importance(t["lm"], ["a"], kinds="q", progress=False), "kinds: got"),
+    (lambda t: importance(t["lm"], ["a"], positions="first", progress=False), "positions: got 'first'"),
+    (lambda t: importance(t["lm"], ["a"], batch_size=0, progress=False), "batch_size: got 0"),
+    (lambda t: fluctuation(t["lm"], [], progress=False), "at least one"),
+    (lambda t: fluctuation(t["lm"], ["a"], batch_size=0, progress=False), "batch_size: got 0"),
+    (lambda t: fluctuation(t["lm"], ["a"], ["b", "c"], progress=False), "responses"),
+    (lambda t: attribution(t["lm"], [], progress=False), "cases: the list is empty"),
+    (lambda t: attribution(t["lm"], [Case(Prompt("a"), Prompt("a"), "x")], progress=False), "is not attacked"),
+    (lambda t: attribution(t["lm"], [Case(Prompt("a"), Prompt("b"), "x")], method="magic"), "method: got 'magic'"),
+    (lambda t: attribution(t["lm"], [Case(Prompt("a"), Prompt("b"), "x")], steps=0), "steps: got 0"),
+    (lambda t: attribution(t["lm"], [Case(Prompt("a"), Prompt("b"), "x")], kinds=("q",)), "kinds: got ['q']"),
+    (lambda t: Case(Prompt("a"), Prompt("b"), " "), "wanted: the response is empty"),
+    (lambda t: NeuronScores.load(t["folder"] / "none"), "no such file"),
+    (lambda t: NeuronScores.load(t["folder"] / "junk.safetensors"), "damaged or not a safetensors file"),
+    (lambda t: NeuronSet.load(t["folder"] / "scores.safetensors"), "not a nt_utils.neurons file"),
+    (lambda t: UnitMap.load(t["folder"] / "scores.safetensors"), "not a nt_utils.units file"),
+    (lambda t: Fluctuation.load(t["folder"] / "junk.safetensors"), "damaged"),
+    (lambda t: Modulation.load(t["folder"]), "no such file"),
+    (lambda t: NeuronSet.from_flat(t["space"], [10**6], POOL), "indices: must lie"),
+    (lambda t: NeuronSet.from_flat(t["space"], [-1], POOL), "indices: must lie"),
+    (lambda t: t["neurons"] | t["foreign"], "two architectures"),
+    (lambda t: t["scores"].get(9, "q"), "layers 0 to 1"),
+    (lambda t: t["scores"].subset([]), "rows: need"),
+    (lambda t: t["scores"].subset([5]), "rows: need"),
+    (lambda t: t["rank"].top(0), "n: got 0"),
+    (lambda t: t["rank"].top(2.5), "n: got 2.5"),
+    (lambda t: t["rank"].top(True), "n: got True"),
+    (lambda t: t["rank"].top_share(0), "share: got 0"),
+    (lambda t: t["rank"].top_share(math.nan), "share: got nan"),
+    (lambda t: selection.consistent(t["scores"], 0), "k: got 0"),
+    (lambda t: selection.consistent(t["scores"], 3, rho=1.5), "rho: got 1.5"),
+    (lambda t: selection.consistent(t["scores"], 3, per="layer"), "per: got 'layer'"),
+    (lambda t: selection.threshold(t["scores"], -1), "epsilon: got -1"),
+    (lambda t: selection.threshold(t["scores"], math.nan), "epsilon: got nan"),
+    (lambda t: selection.matched_random(t["neurons"], draws=0), "draws: got 0"),
+    (lambda t: selection.matched_random(t["neurons"] - t["neurons"]), "empty"),
+    (lambda t: Deactivate(t["neurons"] - t["neurons"]), "the set is empty"),
+    (lambda t: Deactivate(t["foreign"]).active(t["lm"]).__enter__(), "architecture"),
+    (lambda t: generate(t["lm"], "text"), "single prompt"),
+    (lambda t: generate(t["lm"], ["a"], max_new_tokens=0), "max_new_tokens"),
+    (lambda t: generate(t["lm"], ["a"], batch_size=-1), "batch_size"),
+    (lambda t: generate(t["lm"], ["a"], max_new_tokens=500), "context of 128"),
+    (lambda t: corpus_suite("train-dev"), "split"),
+    (lambda t: corpus_suite().only("nothing"), "nothing"),
+    (lambda t: evaluate(t["lm"], corpus_suite(), max_new_tokens=-1, cache=False, progress=False), "max_new_tokens"),
+    (lambda t: make_suite(harmful="none.csv:goal", benign=t["prompts"]), "none.csv"),
+    (lambda t: Modulation(t["neurons"], t["neurons"], torch.ones(20)), "in both sets"),
+    (lambda t: Modulation(t["neurons"], t["neurons"] - t["neurons"], torch.full((10,), -1.0)), "alpha: got -1"),
+    (lambda t: Modulation(t["neurons"], t["neurons"] - t["neurons"], torch.full((10,), math.nan)), "alpha: got nan"),
+    (lambda t: Modulation(t["neurons"], t["neurons"] - t["neurons"], torch.ones(3)), "one value for each of the 10"),
+    (lambda t: assign(t["rank"], t["rank"], 0, 0), "0 + 0 neurons"),
+    (lambda t: assign(t["rank"], t["rank"], 10**6, 1), "n_safety: got 1000000"),
+    (lambda t: dial(t["rank"], t["rank"], 1, 1, -1), "strength: got -1"),
+    (lambda t: dial(t["rank"], t["rank"], 1, 1, "full"), "strength: got 'full'"),
+    (lambda t: preset("careful", t["rank"], t["rank"]), "preset: got 'careful'"),
+    (lambda t: Recipe(method="third"), "method: got 'third'"),
+    (lambda t: Recipe(bounds=(2, 1)), "bounds: got (2, 1)"),
+    (lambda t: Recipe(iterations=0), "iterations"),
+    (lambda t: tune(t["lm"], Only(t["neurons"]), learning_rate=0.1, steps=1), "both are empty"),
+    (lambda t: tune(t["lm"], Only(t["neurons"]), harmful=t["prompts"], learning_rate=0, steps=1), "learning_rate"),
+    (lambda t: tune(t["lm"], Only(t["neurons"]), harmful=t["prompts"], learning_rate=0.1, steps=0), "steps: got 0"),
+    (lambda t: tune(t["lm"], Only(t["foreign"]), harmful=t["prompts"], learning_rate=0.1, steps=1), "architecture"),
+    (
+        lambda t: tune(t["lm"], Only(t["neurons"], sides="all"), harmful=t["prompts"], learning_rate=0.1, steps=1),
+        "sides",
+    ),
+    (lambda t: tune(t["lm"], LoRA(rank=0), harmful=t["prompts"], learning_rate=0.1, steps=1), "rank: got 0"),
+    (lambda t: fold(t["lm"], t["mod"], t["folder"]), "exists"),
+    (lambda t: read_adapter(t["lm"], t["folder"] / "model"), "holds no adapter_model"),
+    (lambda t: write_adapter(t["other"], t["mod"], t["folder"] / "new"), "made for architecture"),
+    (lambda t: sources.load_prompts(str(t["folder"] / "none.csv") + ":goal"), "none.csv"),
+    (lambda t: sources.load_prompts(str(t["folder"] / "text.csv") + ":aim"), "aim"),
+    (lambda t: sources.load_prompts(str(t["folder"] / "empty.csv") + ":goal"), "empty.csv"),
+    (lambda t: sources.load_prompts(str(t["folder"] / "broken.json") + ":goal"), "broken.json"),
+    (lambda t: sources.load_prompts(""), "source"),
+    (lambda t: attacks.attack("nonsense"), "nonsense"),
+    (lambda t: corpus.pairs(0), "n"),
+    (lambda t: corpus.pairs(4, "weekend"), "split"),
+    (lambda t: corpus.pairs(4, language="fr"), "language"),
+    (lambda t: PromptSet([], "empty").take(-1), "n must be 0 or more"),
+    (lambda t: metrics.wilson(3, 2), "3"),
+    (lambda t: ledger.verdict(0, 1), "exactly one"),
+    (lambda t: ledger.verdict(0, 1, above=0.5, below=0.5), "exactly one"),
+    (lambda t: ledger.collect([t["folder"]]), "no findings"),
+    (lambda t: batch.parse_seeds("0 one"), "seeds: got"),
+    (lambda t: batch.parse_seeds("-1"), "seeds: got"),
+    (lambda t: notebook_parameters(t["folder"] / "broken.json"), "broken.json"),
+    (lambda t: study_name("///"), "study: got"),
+]
+
+
+@pytest.mark.parametrize(("call", "said"), CALLS, ids=range(len(CALLS)))
+def test_a_wrong_call_ends_in_one_line(call, said, things, monkeypatch):
+    monkeypatch.setenv("NT_CACHE", str(things["folder"] / "cache"))
+    fingerprint = things["lm"].weights_fingerprint
+    text = refused(lambda: call(things), things["folder"])
+    assert said in text
+    assert things["lm"].weights_fingerprint == fingerprint
+    assert hooks_left(things["lm"].model) == 0

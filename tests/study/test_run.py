@@ -1,0 +1,285 @@
+"""Parameters, run folders, atomic writes and provenance."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from nt_utils.errors import InputError
+from nt_utils.files import atomic, cached, project_root, study_name
+from nt_utils.study import parameters
+from nt_utils.study.parameters import TESTBEDS, from_notebook, notebook_parameters
+from nt_utils.study.run import LONG, Run
+from tests.tiny import tiny_lm
+
+ROOT = project_root()
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+def cells(path):
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+# ----------------------------------------------------------------------------------------------- parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("seed", "zero", "a whole number from 0"),
+        ("seed", -1, "a whole number from 0"),
+        ("seed", True, "a whole number"),
+        ("seed", 1.5, "a whole number"),
+        ("rho", 0, "from 0.01 to 1"),
+        ("rho", 1.01, "from 0.01 to 1"),
+        ("rho", float("nan"), "from 0.01 to 1"),
+        ("share", "1%", "a number"),
+        ("preset", "fast", "'quick', 'default', 'full'"),
+        ("dtype", "int8", "'float32'"),
+        ("batch_size", 0, "from 1"),
+        ("model", None, "text"),
+        ("model", 7, "text"),
+        ("dose", 0.1, "a list"),
+        ("dose", [], "a list"),
+        ("dose", [0.1, "x"], "a number"),
+        ("dose", [0.1, 2.0], "from 1e-06 to 1"),
+        ("subset_sizes", [1], "at least 2"),
+        ("n_detect", 3, "at least 4"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_allowed(name, value, allowed):
+    with pytest.raises(InputError) as error:
+        parameters.check_parameters({name: value})
+    text = str(error.value)
+    assert text.startswith(f"{name}: got")
+    assert allowed in text
+    assert "\n" not in text
+
+
+def test_none_takes_the_presets_value_and_tuples_become_lists():
+    for preset, draws in zip(parameters.PRESETS, parameters.PARAMETERS["draws"].presets, strict=True):
+        assert parameters.check_parameters({"preset": preset, "draws": None}).draws == draws
+    p = parameters.check_parameters({"draws": 7, "dose": (0.1, 1), "rho": 1})
+    assert (p.draws, p.dose, p.rho) == (7, [0.1, 1.0], 1.0)
+    assert isinstance(p.rho, float)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(InputError, match="modle: unknown parameter"):
+        parameters.check_parameters({"modle": "x"})
+
+
+OWN = "model = 'testbed'\nseed = 0  # seed\nruns = ''"
+
+
+def test_the_injected_cell_may_only_name_parameters_of_the_notebook():
+    values = {"model": "m", "seed": 3, "runs": "", "x": 1}
+    got = from_notebook([OWN, '# Parameters\nmodel = "m"\nseed = 3\n', "current"], values)
+    assert got == {"model": "m", "seed": 3, "runs": ""}
+    with pytest.raises(InputError, match="sead: unknown parameter; this notebook has model, seed, runs"):
+        from_notebook([OWN, "# Parameters\nsead = 3\n", "current"], values)
+
+
+def test_other_cells_of_a_session_do_not_count():
+    values = {"model": "m", "seed": 3, "runs": "", "x": 1}
+    assert from_notebook([OWN, "x = 1", "!ls", "run = 3"], values) == {"model": "m", "seed": 3, "runs": ""}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_parameter_of_every_notebook_is_known_valid_and_seen_by_papermill(path):
+    from papermill import inspect_notebook
+
+    seen = inspect_notebook(str(path))
+    names = notebook_parameters(path)
+    assert names
+    assert set(seen) == set(names) <= set(parameters.PARAMETERS)
+    namespace: dict = {}
+    exec(
+        "".join(
+            cells(path)[[("parameters" in c["metadata"].get("tags", [])) for c in cells(path)].index(True)]["source"]
+        ),
+        namespace,
+    )
+    parameters.check_parameters({name: namespace[name] for name in names})
+    assert all(seen[name]["help"] for name in names), "every parameter is explained in its comment"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_thin_and_without_outputs(path):
+    code = [c for c in cells(path) if c["cell_type"] == "code"]
+    assert "parameters" in code[0]["metadata"].get("tags", [])
+    assert f'studies.begin("{path.stem}", globals())' in "".join(code[1]["source"])
+    assert "run.finish()" in "".join(code[-1]["source"])
+    assert not [cell for cell in code if cell["outputs"] or cell["execution_count"] is not None]
+    for cell in code[1:]:  # the parameters are declarations, one a line
+        assert len("".join(cell["source"]).splitlines()) <= 30
+        assert ".style." not in "".join(cell["source"]), "a table is shown by run.show, with a caption"
+
+
+# --------------------------------------------------------------------------------------------------- folders
+
+
+def test_study_names():
+    assert study_name("testbed") == "testbed"
+    assert study_name("meta-llama/Llama-2-7b-chat-hf", preset="quick") == "llama-2-7b-chat-hf-quick"
+    assert study_name("/data/My Model/") == "my-model"
+    assert study_name("x", "mine") == "mine"
+    for bad in ("../up", "a/b", ".hidden"):
+        with pytest.raises(InputError, match="study"):
+            study_name("x", bad)
+
+
+def test_atomic_keeps_the_old_file_when_the_block_fails(tmp_path):
+    path = tmp_path / "a" / "t.csv"
+    with atomic(path) as tmp:
+        tmp.write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic(path) as tmp:
+        tmp.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert [p.name for p in path.parent.iterdir()] == ["t.csv"]
+
+
+def make_run(folder, **parameters):
+    p = SimpleNamespace(model="testbed", seed=0, **parameters)
+    return Run("01_safety_neurons", p, folder)
+
+
+def test_a_runs_tables_findings_timings_and_provenance(tmp_path):
+    run = make_run(tmp_path)
+    run.table("rates", pd.DataFrame({"a": [1 / 3]}))
+    assert (tmp_path / "tables" / "01_rates.csv").read_text() == "a\n0.333333\n"
+    with run.timed("scoring"):
+        pass
+    run.claim("c", "s", (0.6, 0.55, 0.7, 10), "SN", "4", above=0.5)
+    run.claim("c", "s", (0.6, 0.45, 0.7, 10), "SN", "4", above=0.5)
+    run.record("model weights", "abc")
+    run.finish()
+    rows = pd.read_csv(tmp_path / "findings" / "01_safety_neurons.csv")
+    assert rows["verdict"].tolist() == ["undecided"]
+    assert rows["model"].tolist() == ["testbed"]
+    note = json.loads((tmp_path / "provenance" / "01_safety_neurons.json").read_text())
+    assert note["finished"]
+    assert note["facts"] == {"model weights": "abc"}
+    assert note["versions"]["torch"]
+    assert note["parameters"] == {"model": "testbed", "seed": 0}
+    assert pd.read_csv(tmp_path / "timings" / "01_safety_neurons.csv")["step"].tolist() == ["scoring"]
+
+
+def test_a_shown_table_has_a_caption_no_index_and_a_box_when_it_is_long(tmp_path):
+    run = make_run(tmp_path)
+    frame = pd.DataFrame({"arm": ["a", "b"], "value": [1 / 3, None], "n": [1, 2]}, index=[5, 5])
+    page = run.show(frame, "What it is.", {"value": "{:.1f}"}).to_html()
+    assert "<caption>What it is.</caption>" in page
+    assert ">0.3<" in page
+    assert ">nan<" not in page
+    assert ">5<" not in page
+    assert "max-height" not in page
+    assert page == run.show(frame, "What it is.", {"value": "{:.1f}"}).to_html()  # no random names
+    assert "max-height" in run.show(pd.concat([frame] * LONG), "").to_html()
+    run.claim("c", "s", (0.6, 0.55, 0.7, 10), "SN", "4", above=0.5)
+    assert "<caption>Findings" in run.findings_table().to_html()
+
+
+def test_a_quick_run_says_so_in_its_findings_and_draws_png_alone(tmp_path):
+    table = pd.DataFrame(
+        {"set": ["direct"], "model": ["aligned"], "value": [0.1], "low": [0.0], "high": [0.2], "n": [8]}
+    )
+    for preset, mark, pictures in (("quick", " (quick)", {".png"}), ("default", "", {".png", ".pdf", ".svg"})):
+        run = make_run(tmp_path / preset / "seed-0", preset=preset)
+        assert run.claim("c", "s", (0.6, 0.55, 0.7, 10), "SN", "4", above=0.5)["model"] == f"testbed{mark}"
+        run.figure("behaviour", table.assign(metric="direct ASR"))
+        drawn = {file.suffix for file in (run.folder / "figures").iterdir()}
+        assert drawn == {".csv", ".md", ".tex", *pictures}
+
+
+def test_source_combinations_that_do_not_go_together_are_refused(tmp_path):
+    for values, message in (
+        ({"harmful": "a.csv:x", "benign": "testbed"}, "benign: got 'testbed' with harmful='a.csv:x'"),
+        ({"harmful": "testbed", "benign": "a.csv:x"}, "benign: got 'a.csv:x'"),
+        ({"harmful": "testbed", "benign": "testbed", "harmful_test": "a.csv:x"}, "harmful_test: got"),
+        ({"harmful": "testbed", "benign": "testbed", "second_language": "a.csv:x"}, "second_language: got"),
+        ({"harmful": "testbed", "benign": "testbed", "attacks": "nonsense"}, "nonsense"),
+    ):
+        with pytest.raises(InputError, match=message):
+            make_run(tmp_path, **values).check_inputs()
+    make_run(tmp_path, harmful="testbed", benign="testbed", second_language="testbed", attacks="").check_inputs()
+
+
+def test_two_models_do_not_share_a_folder(tmp_path):
+    make_run(tmp_path).finish()
+    make_run(tmp_path).check_inputs()
+    other = Run("00_model_under_study", SimpleNamespace(model="org/testbed", seed=0), tmp_path)
+    with pytest.raises(InputError, match="holds results of model 'testbed'"):
+        other.check_inputs()
+
+
+def test_a_run_drops_what_an_earlier_one_left(tmp_path):
+    old = make_run(tmp_path)
+    old.table("gone", pd.DataFrame({"a": [1]}))
+    stale = tmp_path / "tables" / "01_gone.csv"
+    os.utime(stale, (1, 1))
+    run = make_run(tmp_path)
+    run.table("kept", pd.DataFrame({"a": [1]}))
+    run.finish()
+    assert [p.name for p in (tmp_path / "tables").iterdir()] == ["01_kept.csv"]
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "runs").write_text("a file, not a folder")
+    run = make_run(tmp_path / "runs" / "testbed")
+    with pytest.raises(InputError, match=r"runs: .* cannot be written"):
+        run.check_inputs()
+
+
+def test_cached_artifacts_are_made_once_per_key(tmp_path):
+    made = []
+
+    def make(path):
+        made.append(path)
+        path.write_text(str(len(made)))
+        return path.read_text()
+
+    def load(path):
+        if path.read_text() == "damaged":
+            raise InputError("damaged")
+        return path.read_text()
+
+    path = tmp_path / "n" / "a.txt"
+    assert [cached(path, load, make, {"k": k}) for k in (1, 1, 2, 2)] == ["1", "1", "2", "2"]
+    path.write_text("damaged")
+    assert cached(path, load, make, {"k": 2}) == "3"
+
+
+def test_importing_the_package_stays_cheap():
+    code = "import sys, nt_utils, nt_utils.study.run, nt_utils.study.batch; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_testbed_comes_in_its_size(tmp_path, monkeypatch):
+    from nt_utils import models, testbed
+
+    asked, loaded = [], []
+
+    def build(seed, size):
+        asked.append((seed, size))
+        return SimpleNamespace(aligned=f"{size}-aligned", unaligned=f"{size}-unaligned", gate={"passed": False})
+
+    monkeypatch.setattr(testbed, "build", build)
+    monkeypatch.setattr(models, "load", lambda source, **_: loaded.append(source) or tiny_lm())
+    for name, size in TESTBEDS.items():
+        p = {"base_model": "auto", "dtype": "auto", "device_map": "auto", "system_prompt": "", "harmful": "testbed"}
+        run = Run("00_model_under_study", SimpleNamespace(model=name, seed=1, **p), tmp_path / name)
+        run.load("model")
+        run.load("base_model")
+        assert run.is_testbed
+        assert not run.is_enforced, "a gate that is missed enforces nothing"
+        assert loaded[-2:] == [f"{size}-aligned", f"{size}-unaligned"]
+        assert set(asked) == {(1, size)}
+        assert size in testbed.RECIPES
+        asked.clear()
