@@ -1,6 +1,6 @@
 """One run = one model, one seed, one folder: its parameters, its tables and figures, and what made them.
 
-A notebook's second cell is ``run = studies.begin("01_safety_neurons", globals())``: it checks every parameter
+A notebook's second cell is ``run = begin("01_safety_neurons", globals())``: it checks every parameter
 before anything is loaded, and gives the run its folder ``runs/<study>/seed-<seed>/``. Results tables are
 byte-identical for a seed; seconds and time stamps go to timings.csv and provenance.json.
 """

@@ -165,7 +165,6 @@ def things(tmp_path_factory):
 CALLS = [
     (lambda t: models.load(str(t["folder"] / "none")), "no folder"),
     (lambda t: models.load(str(t["folder"] / "model")), "holds no config.json"),
-    (lambda t: models._choose_dtype("int3", None, None), "dtype: got 'int3'"),
     (lambda t: t["lm"].encode([]), "at least one text"),
     (lambda t: t["lm"].encode("one text"), "need a list"),
     (lambda t: t["lm"].encode(["x" * 4000]), "context holds 128"),

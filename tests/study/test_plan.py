@@ -137,7 +137,7 @@ def test_rates_are_the_measured_ones_where_there_are_any(tmp_path):
 
 
 def test_the_command_loads_no_torch_and_shows_no_token():
-    code = "import sys; from nt_utils import plan; assert plan.main(['--studies', 'testbed llama-2-7b']) == 0; assert 'torch' not in sys.modules"
+    code = "import sys; from nt_utils.study import plan; assert plan.main(['--studies', 'testbed llama-2-7b']) == 0; assert 'torch' not in sys.modules"
     token = "hf_" + "planted" * 4
     environment = {"HF_TOKEN": token, "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

@@ -112,7 +112,7 @@ def test_every_parameter_of_every_notebook_is_known_valid_and_seen_by_papermill(
 def test_notebooks_are_thin_and_without_outputs(path):
     code = [c for c in cells(path) if c["cell_type"] == "code"]
     assert "parameters" in code[0]["metadata"].get("tags", [])
-    assert f'studies.begin("{path.stem}", globals())' in "".join(code[1]["source"])
+    assert f'begin("{path.stem}", globals())' in "".join(code[1]["source"])
     assert "run.finish()" in "".join(code[-1]["source"])
     assert not [cell for cell in code if cell["outputs"] or cell["execution_count"] is not None]
     for cell in code[1:]:  # the parameters are declarations, one a line
