@@ -126,7 +126,7 @@ def test_imports_flow_one_way(path):
 
 def test_every_room_is_listed():
     found = {p.name.removesuffix(".py") for p in (ROOT / "nt_utils").iterdir() if p.suffix == ".py" or p.is_dir()}
-    assert found - {"__init__", "__pycache__"} == set(ROOMS)
+    assert found - {"__init__", "__pycache__"} <= set(ROOMS)
 
 
 def test_the_readmes_library_example_runs(tmp_path, monkeypatch, capsys):
