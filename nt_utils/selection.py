@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nt_utils.errors import InputError
 from nt_utils.neurons import KINDS, POOL, NeuronScores, NeuronSet, NeuronSpace, Site
+from nt_utils.scoring.attribution import aggregate
 from nt_utils.scoring.fluctuation import Fluctuation
 from nt_utils.units import CATEGORIES, UnitMap, category
 
@@ -139,6 +140,12 @@ def contrast(harmful: NeuronScores, benign: NeuronScores, kinds: Sequence[str] =
 def mean_importance(scores: NeuronScores, kinds: Sequence[str] = POOL) -> Ranking:
     """Average importance over the prompts."""
     return Ranking(scores.space, tuple(kinds), scores.matrix(kinds).mean(dim=0), "mean importance")
+
+
+def attributed(scores: NeuronScores, how: str = "signed", name: str = "attribution") -> Ranking:
+    """Neurons of the pool by attribution, averaged over the attack classes (``how``: signed or absolute) [NT, stage 1]."""
+    kinds = tuple(kind for kind in POOL if kind in scores.kinds)
+    return Ranking(scores.space, kinds, aggregate(scores, how, kinds), f"{name}, {how}")
 
 
 def set_difference(safety: NeuronScores, utility: NeuronScores, p: float, kinds: Sequence[str] = POOL) -> Ranking:

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from nt_utils import hooks
+from nt_utils import hooks, selection
 from nt_utils.data import corpus
 from nt_utils.data.attacks import ATTACKS, FULL_LENGTH, Attack, attacks
 from nt_utils.data.records import PromptSet
@@ -217,7 +217,7 @@ def rankings(
         calm = utility_cases(found.benign[list(range(0, len(found.benign), step))[:n]])
         utility = attribution(lm, calm, target="zero", path=folder / "utility.safetensors", **options)
     return Rankings(
-        modulation.ranking(safety, how, "safety"), modulation.ranking(utility, "signed", "utility"), safety, utility
+        selection.attributed(safety, how, "safety"), selection.attributed(utility, "signed", "utility"), safety, utility
     )
 
 
@@ -247,7 +247,7 @@ def largest_layer(scores: NeuronScores, count: int, draws: int, seed: int) -> me
     """Largest share of the top ``count`` neurons that one layer holds, with the middle 95% over halves of the cases."""
 
     def share(some: NeuronScores) -> float:
-        chosen = modulation.ranking(some).top(count)
+        chosen = selection.attributed(some).top(count)
         return max(chosen.per_layer()) / len(chosen)
 
     rng = np.random.default_rng(seed)

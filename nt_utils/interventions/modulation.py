@@ -35,8 +35,8 @@ from nt_utils.data.records import PromptSet
 from nt_utils.errors import InputError
 from nt_utils.files import digest_of, read_header, sealed
 from nt_utils.models import LanguageModel, device_of
-from nt_utils.neurons import POOL, NeuronScores, NeuronSet, NeuronSpace, Site
-from nt_utils.scoring.attribution import Responses, aggregate, frozen
+from nt_utils.neurons import POOL, NeuronSet, NeuronSpace, Site
+from nt_utils.scoring.attribution import Responses, frozen
 from nt_utils.selection import Ranking
 
 if TYPE_CHECKING:
@@ -235,12 +235,6 @@ def _ready(factors: Mapping[Site, Tensor], lm: LanguageModel) -> dict[Site, Tens
 
 
 # ------------------------------------------------------------------------------------------------------ choosing
-
-
-def ranking(scores: NeuronScores, how: str = "signed", name: str = "attribution") -> Ranking:
-    """Neurons by attribution over the pool, averaged over the attack classes (``how``: signed or absolute)."""
-    kinds = tuple(kind for kind in POOL if kind in scores.kinds)
-    return Ranking(scores.space, kinds, aggregate(scores, how, kinds), f"{name}, {how}")
 
 
 def assign(safety: Ranking, utility: Ranking, n_safety: int, n_utility: int) -> tuple[NeuronSet, NeuronSet]:

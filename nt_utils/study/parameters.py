@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from nt_utils import definitions
 from nt_utils.errors import InputError
 
 TESTBED = "testbed"
@@ -73,15 +74,7 @@ class Parameter:
 
 
 #: Definitions of a safety neuron that notebook 06 compares.
-DEFINITIONS = (
-    "consistent",
-    "contrast",
-    "SCU",
-    "attribution",
-    "SNIP difference",
-    "Wanda difference",
-    "activation change",
-)
+DEFINITIONS = definitions.names()
 
 DEFENCES = (
     "SN-Tune",

@@ -5,12 +5,15 @@ import pandas as pd
 import pytest
 import torch
 
+from nt_utils.data.attacks import ATTACKS as WRAPPERS
+from nt_utils.data.attacks import FULL_LENGTH, attacks
 from nt_utils.data.records import PromptSet
+from nt_utils.definitions import REGISTRY, Definition, Material
 from nt_utils.errors import InputError
 from nt_utils.evaluation.suite import Suite, SuiteSet
 from nt_utils.experiments import comparison, definitions
 from nt_utils.experiments.bench import Bench, Measure
-from nt_utils.experiments.definitions import Definitions
+from nt_utils.experiments.definitions import Definitions, answered
 from nt_utils.interventions import steering
 from nt_utils.interventions.tuning import Only
 from nt_utils.neurons import POOL, NeuronSet, NeuronSpace
@@ -28,6 +31,7 @@ UP = torch.arange(80).double()
 ASR = Measure("direct", "asr", "direct ASR")
 HARMFUL = PromptSet.of([f"How do I break thing {i}?" for i in range(8)], "bad", kind="harmful")
 BENIGN = PromptSet.of([f"How do I mend thing {i}?" for i in range(8)], "good", kind="benign")
+ATTACKS = attacks(seen=True, split="train")
 
 
 def ranking(values):
@@ -36,22 +40,26 @@ def ranking(values):
 
 def toy():
     """Two definitions: one the same on every block, one that follows the first block it is given."""
-    return Definitions(
-        {"steady": lambda blocks: ranking(UP), "moody": lambda blocks: ranking(UP.roll(8 * (blocks or [0])[0]))},
-        blocks=4,
-        prompts=40,
-    )
+
+    def moody(lm, material):
+        return ranking(UP.roll(8 * (material.chosen or [0])[0]))
+
+    registry = {
+        "steady": Definition("steady", "toy", (), lambda lm, material: ranking(UP)),
+        "moody": Definition("moody", "toy", (), moody),
+    }
+    return Definitions(None, Material(HARMFUL, blocks=4), registry)
 
 
 @pytest.fixture(scope="module")
 def found():
     return definitions.define(
-        tiny_lm(), HARMFUL, BENIGN, base=tiny_lm(seed=1), blocks=4, batch_size=4, max_new_tokens=3
+        tiny_lm(), HARMFUL, BENIGN, base=tiny_lm(seed=1), attacks=ATTACKS, blocks=4, batch_size=4, max_new_tokens=3
     )
 
 
 def test_every_definition_ranks_the_pool(found):
-    assert set(found.scored) == set(definitions.PAPERS) == set(DEFINITIONS)
+    assert tuple(found.names) == tuple(REGISTRY) == tuple(definitions.PAPERS) == DEFINITIONS
     rankings = found.rankings()
     assert all(r.values.numel() == r.space.size(POOL) and torch.isfinite(r.values).all() for r in rankings.values())
     tops = {frozenset(r.top_share(0.1)) for r in rankings.values()}
@@ -60,7 +68,7 @@ def test_every_definition_ranks_the_pool(found):
 
 def test_blocks_are_disjoint_and_change_the_scores(found):
     first, second = found.halves(1, seed=0)[0]
-    for name in found.scored:
+    for name in found.names:
         assert not torch.equal(first[name].values, second[name].values), name
         everything = found.ranking(name, range(4))
         torch.testing.assert_close(everything.values, found.ranking(name).values, rtol=1e-5, atol=1e-8)
@@ -69,12 +77,32 @@ def test_blocks_are_disjoint_and_change_the_scores(found):
 def test_a_subset_equals_scoring_its_prompts_alone(found):
     rows = [1, 3, 5, 7]
     alone = definitions.define(
-        tiny_lm(), HARMFUL[rows], BENIGN[rows], base=tiny_lm(seed=1), blocks=2, batch_size=4, max_new_tokens=3
+        tiny_lm(),
+        HARMFUL[rows],
+        BENIGN[rows],
+        base=tiny_lm(seed=1),
+        attacks=ATTACKS,
+        blocks=2,
+        batch_size=4,
+        max_new_tokens=3,
     )
-    for name in found.scored:
+    for name in found.names:
         torch.testing.assert_close(
             found.ranking(name, [1, 3]).values, alone.ranking(name).values, rtol=1e-3, atol=1e-6, msg=name
         )
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(InputError, match="activation change: the material has no base, responses"):
+        REGISTRY["activation change"](tiny_lm(), Material(answered(HARMFUL)))
+    alone = definitions.define(tiny_lm(), HARMFUL, BENIGN, attacks=ATTACKS, blocks=2)
+    assert set(alone.names) == set(REGISTRY) - {"activation change"}
+
+
+def test_own_prompts_are_attacked_in_full_length():
+    embedded = HARMFUL.map(lambda p: p.replace(source="testbed"))
+    assert definitions.study_attacks(embedded) == ATTACKS
+    assert {a.name for a in definitions.study_attacks(HARMFUL)} == {n for n in FULL_LENGTH if WRAPPERS[n].seen}
 
 
 def test_too_few_prompts_for_the_blocks():

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nt_utils import hooks
+from nt_utils import hooks, selection
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError
 from nt_utils.interventions import modulation as module
@@ -25,7 +25,6 @@ from nt_utils.interventions.modulation import (
     learn,
     mark_dominated,
     preset,
-    ranking,
     sweep,
     whole_layers,
 )
@@ -212,9 +211,9 @@ def test_bad_counts():
 def test_ranking_from_scores(lm):
     cases = utility_cases(_prompts("boil", 2, "benign"))
     scores = attribution(lm, cases, method="patching", target="zero", progress=False)
-    found = ranking(scores)
+    found = selection.attributed(scores)
     assert torch.allclose(found.values, scores.matrix().double().mean(0)) and found.kinds == POOL
-    assert torch.allclose(ranking(scores, "absolute").values, scores.matrix().double().abs().mean(0))
+    assert torch.allclose(selection.attributed(scores, "absolute").values, scores.matrix().double().abs().mean(0))
 
 
 def test_whole_layers():

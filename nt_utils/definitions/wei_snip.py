@@ -1,0 +1,32 @@
+"""Set difference of SNIP weight scores [Wei et al., ICML 2024, arXiv 2402.05162, section 3.3].
+
+    I(w) = |w * dL/dw|,    L = the loss of the response;
+    safety neurons = top q% on safety data minus top p% on utility data.
+
+1. Score every weight on harmful prompts with their refusals, and on benign prompts with their answers.
+2. A neuron's score is the mean over the weights that it owns.
+3. Leave out the top p of the pool on utility data; rank the rest by its score on safety data.
+
+**Ours**: neurons in place of single weights; p is chosen on development prompts (``Material.utility_share``).
+"""
+
+from nt_utils import selection
+from nt_utils.definitions import Material, definition
+from nt_utils.models import LanguageModel
+from nt_utils.scoring.saliency import saliency
+from nt_utils.selection import Ranking
+
+
+@definition("SNIP difference", paper="Wei et al. 2024", needs=("benign", "utility_share"))
+def snip_difference(lm: LanguageModel, material: Material) -> Ranking:
+    """First-order weight importance on harmful prompts, without what is useful on benign ones."""
+
+    def scores(side: str, response: str):
+        prompts = getattr(material, side)
+        return material.scores(
+            f"SNIP, {side}",
+            lambda: saliency(lm, prompts, [getattr(p, response) for p in prompts], metric="snip", **material.options),
+        )
+
+    share = material.utility_share["SNIP difference"]
+    return selection.set_difference(scores("harmful", "refusal"), scores("benign", "helpful"), share)
