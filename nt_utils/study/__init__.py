@@ -1,5 +1,6 @@
-"""Everything that runs studies: parameters, run folders, claims, the ledger, seeds, sweeps, plans, reports, batches."""
+"""Everything that runs studies: parameters, runs, subjects, claims, the ledger, seeds, plans, reports, batches."""
 
 from nt_utils.study.run import Run, begin
+from nt_utils.study.subject import Subject
 
-__all__ = ["Run", "begin"]
+__all__ = ["Run", "Subject", "begin"]

@@ -13,7 +13,8 @@ from nt_utils.errors import InputError
 from nt_utils.files import atomic, cached, project_root, study_name
 from nt_utils.study import parameters
 from nt_utils.study.parameters import TESTBEDS, from_notebook, notebook_parameters
-from nt_utils.study.run import LONG, Run
+from nt_utils.study.run import Run
+from nt_utils.study.subject import Subject, check_inputs
 from tests.tiny import tiny_lm
 
 ROOT = project_root()
@@ -170,21 +171,6 @@ def test_a_runs_tables_findings_timings_and_provenance(tmp_path):
     assert pd.read_csv(tmp_path / "timings" / "01_safety_neurons.csv")["step"].tolist() == ["scoring"]
 
 
-def test_a_shown_table_has_a_caption_no_index_and_a_box_when_it_is_long(tmp_path):
-    run = make_run(tmp_path)
-    frame = pd.DataFrame({"arm": ["a", "b"], "value": [1 / 3, None], "n": [1, 2]}, index=[5, 5])
-    page = run.show(frame, "What it is.", {"value": "{:.1f}"}).to_html()
-    assert "<caption>What it is.</caption>" in page
-    assert ">0.3<" in page
-    assert ">nan<" not in page
-    assert ">5<" not in page
-    assert "max-height" not in page
-    assert page == run.show(frame, "What it is.", {"value": "{:.1f}"}).to_html()  # no random names
-    assert "max-height" in run.show(pd.concat([frame] * LONG), "").to_html()
-    run.claim("c", "s", (0.6, 0.55, 0.7, 10), "SN", "4", above=0.5)
-    assert "<caption>Findings" in run.findings_table().to_html()
-
-
 def test_a_quick_run_says_so_in_its_findings_and_draws_png_alone(tmp_path):
     table = pd.DataFrame(
         {"set": ["direct"], "model": ["aligned"], "value": [0.1], "low": [0.0], "high": [0.2], "n": [8]}
@@ -206,16 +192,17 @@ def test_source_combinations_that_do_not_go_together_are_refused(tmp_path):
         ({"harmful": "testbed", "benign": "testbed", "attacks": "nonsense"}, "nonsense"),
     ):
         with pytest.raises(InputError, match=message):
-            make_run(tmp_path, **values).check_inputs()
-    make_run(tmp_path, harmful="testbed", benign="testbed", second_language="testbed", attacks="").check_inputs()
+            check_inputs(make_run(tmp_path, **values).parameters)
+    fine = make_run(tmp_path, harmful="testbed", benign="testbed", second_language="testbed", attacks="")
+    check_inputs(fine.parameters)
 
 
 def test_two_models_do_not_share_a_folder(tmp_path):
     make_run(tmp_path).finish()
-    make_run(tmp_path).check_inputs()
+    make_run(tmp_path).check_folder()
     other = Run("00_model_under_study", SimpleNamespace(model="org/testbed", seed=0), tmp_path)
     with pytest.raises(InputError, match="holds results of model 'testbed'"):
-        other.check_inputs()
+        other.check_folder()
 
 
 def test_a_run_drops_what_an_earlier_one_left(tmp_path):
@@ -233,7 +220,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "runs").write_text("a file, not a folder")
     run = make_run(tmp_path / "runs" / "testbed")
     with pytest.raises(InputError, match=r"runs: .* cannot be written"):
-        run.check_inputs()
+        run.check_folder()
 
 
 def test_cached_artifacts_are_made_once_per_key(tmp_path):
@@ -256,7 +243,7 @@ def test_cached_artifacts_are_made_once_per_key(tmp_path):
 
 
 def test_importing_the_package_stays_cheap():
-    code = "import sys, nt_utils, nt_utils.study.run, nt_utils.study.batch; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
+    code = "import sys, nt_utils, nt_utils.study, nt_utils.study.batch; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 
@@ -275,10 +262,11 @@ def test_every_testbed_comes_in_its_size(tmp_path, monkeypatch):
     for name, size in TESTBEDS.items():
         p = {"base_model": "auto", "dtype": "auto", "device_map": "auto", "system_prompt": "", "harmful": "testbed"}
         run = Run("00_model_under_study", SimpleNamespace(model=name, seed=1, **p), tmp_path / name)
-        run.load("model")
-        run.load("base_model")
-        assert run.is_testbed
-        assert not run.is_enforced, "a gate that is missed enforces nothing"
+        subject = Subject(run)
+        subject.load("model")
+        subject.load("base_model")
+        assert subject.is_testbed
+        assert not subject.is_enforced, "a gate that is missed enforces nothing"
         assert loaded[-2:] == [f"{size}-aligned", f"{size}-unaligned"]
         assert set(asked) == {(1, size)}
         assert size in testbed.RECIPES
