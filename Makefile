@@ -27,7 +27,7 @@ BIN := $(PREFIX)/bin
 LISTS := $(shell (cat pyproject.toml constraints.txt; echo "$(CURDIR) $(TORCH_INDEX)") | cksum | cut -d' ' -f1)
 READY := $(PREFIX)/.nt-utils-$(LISTS)
 
-.PHONY: study plan test lab browser figures publish report bench bench-gpu lint clean help env env-test env-dev env-browser
+.PHONY: study plan test lab browser figures publish docs report bench bench-gpu lint clean help env env-test env-dev env-browser
 
 study: env ## run the study: executed notebooks, tables and figures in runs/<study>/seed-<seed>/
 	@$(BIN)/python -m nt_utils.study.batch study --studies "$(STUDY)" --seeds "$(SEEDS)" --preset "$(PRESET)" --cores "$(CORES)"
@@ -50,6 +50,9 @@ figures: env ## redraw every figure in figures/ from its table
 publish: PRESET = full
 publish: env ## collect the runs' findings into figures/ and README.md
 	@$(BIN)/python -m nt_utils.study.ledger publish --studies "$(STUDY)" --seeds "$(SEEDS)" --preset "$(PRESET)"
+
+docs: env-dev ## build the pages of docs/ into build/site, with their links checked
+	@$(BIN)/python -m nt_utils.study.docs && $(BIN)/mkdocs build --strict --quiet
 
 report: env ## one self-contained HTML of an executed study: runs/<study>/seed-<seed>/report.html
 	@$(BIN)/python -m nt_utils.study.report --studies "$(STUDY)" --seeds "$(SEEDS)" --preset "$(PRESET)"

@@ -12,7 +12,7 @@ import yaml
 from packaging.specifiers import SpecifierSet
 
 from nt_utils.files import project_root
-from nt_utils.study import batch
+from nt_utils.study import batch, docs
 from nt_utils.study.parameters import notebook_parameters
 from tests import newcomer
 
@@ -241,3 +241,8 @@ def test_functions_are_short(path):
             body = node.body[1:] if ast.get_docstring(node) else node.body
             lines = node.end_lineno - body[0].lineno + 1 if body else 0
             assert lines <= 50, f"{node.name}: {lines} lines"
+
+
+def test_the_page_of_definitions_is_generated_from_their_files():
+    page = (ROOT / "docs" / "definitions.md").read_text(encoding="utf-8")
+    assert page == docs.definitions_page(ROOT / "nt_utils" / "definitions"), "make docs"
