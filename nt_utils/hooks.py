@@ -1,8 +1,8 @@
 """The only place where hooks are registered: capture, ablate, scale and replace as context managers.
 
 A site is (layer, kind): the output channels of q, k and v (bias included, before any query/key norm and rotary
-embedding), the input channels of the attention's output projection (o) and of the down projection (ffn). Beside the
-sites there is the residual stream between the layers. Hooks are registered on entry and removed on exit whatever
+embedding), the input channels of the attention's output projection (o) and of the down projection (ffn), the output
+channels of the gate and up projections. Beside the sites there is the residual stream between the layers. Hooks are registered on entry and removed on exit whatever
 happens; they nest, the outer one acting first; no activation is edited in place; a selection that matches nothing is
 an error.
 """
@@ -57,8 +57,7 @@ def after_gradient(parameter: nn.Parameter, function: Callable) -> Callable:
 def _at_site(view: DecoderView, site: Site, edit: Edit) -> Callable:
     """A registration that hands ``edit`` the site's channels [batch, tokens, width]; None leaves them as they are."""
     layer, kind = site
-    view.space.width(site)  # raises on an unknown site
-    projection = view.projection(layer, kind)
+    projection = view.projection(layer, kind)  # raises on an unknown site
 
     def on_input(module: nn.Module, args: tuple) -> tuple | None:
         edited = edit(args[0])

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import struct
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,13 +122,15 @@ class ScoreWriter:
 
     The header is written first, then each row at its place (a memory map would count as memory until the system
     writes it back); the file takes its name only when it is complete and its header holds a digest of the scores.
+    Without a path it is a temporary file.
     """
 
     def __init__(self, path, space: NeuronSpace, kinds: Sequence[str], n_prompts: int, meta: Mapping | None = None):
         check_kinds(kinds)
         if n_prompts < 1:
             raise InputError("prompts: the list is empty; at least one prompt is needed")
-        self.path, self.space, self.kinds, self.n_prompts = Path(path), space, tuple(kinds), int(n_prompts)
+        path = Path(tempfile.mkdtemp(prefix="nt_scores_")) / "scores.safetensors" if path is None else Path(path)
+        self.path, self.space, self.kinds, self.n_prompts = path, space, tuple(kinds), int(n_prompts)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._tmp = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         offset, places = 0, {}

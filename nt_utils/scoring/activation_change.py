@@ -21,7 +21,7 @@ from nt_utils.data.records import Prompt
 from nt_utils.errors import InputError
 from nt_utils.models import LanguageModel, decoder
 from nt_utils.neurons import POOL, NeuronScores, ScoreWriter, check_kinds
-from nt_utils.scoring.attribution import Responses, _score_path
+from nt_utils.scoring.attribution import Responses
 from nt_utils.scoring.saliency import batches, check_pairs
 
 
@@ -59,7 +59,7 @@ def activation_change(
         )
     tokens = _token_counts(aligned, prompts, responses)
     meta = {"score": "activation change", "model": aligned.name, "unaligned": unaligned.name, "tokens": tokens}
-    with ScoreWriter(_score_path(path), space, kinds, len(prompts), meta) as writer:
+    with ScoreWriter(path, space, kinds, len(prompts), meta) as writer:
         for start, batch in batches(aligned, prompts, responses, batch_size, "activation change", progress):
             first, second = (_activations(lm, batch, space.sites(kinds)) for lm in (aligned, unaligned))
             writer.write(start, {site: _summed(batch, first[site] - second[site].to(first[site])) for site in first})

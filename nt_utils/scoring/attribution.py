@@ -30,12 +30,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -306,7 +304,7 @@ def attribution(
         "model": lm.name,
         "groups": [case.group for case in cases],
     }
-    with ScoreWriter(_score_path(path), lm.view.space, kinds, len(cases), meta) as writer:
+    with ScoreWriter(path, lm.view.space, kinds, len(cases), meta) as writer:
         with frozen(lm.model), _bar(len(cases), batch_size, len(sites), method, progress) as bar:
             for start in range(0, len(cases), batch_size):
                 runs = _Runs(lm, cases[start : start + batch_size], sites, target)
@@ -375,10 +373,6 @@ def _check(lm, cases, method, target, kinds, numbers: Mapping[str, int]) -> None
             raise InputError(f"cases: number {same[0]} is not attacked (its two texts are equal); use target='zero'")
     if lm.model.training:
         raise InputError("model: it is in training mode (dropout would change the scores); call model.eval() first")
-
-
-def _score_path(path) -> Path:
-    return Path(path) if path is not None else Path(tempfile.mkdtemp(prefix="nt_scores_")) / "attribution.safetensors"
 
 
 def _bar(n_cases: int, batch_size: int, n_sites: int, method: str, progress: bool):

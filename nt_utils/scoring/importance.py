@@ -22,19 +22,18 @@ only, so padding never enters a score.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nt_utils import hooks
-from nt_utils.errors import InputError, ModelError
+from nt_utils.errors import InputError
 from nt_utils.models import DecoderView, Encoded, LanguageModel, decoder
 from nt_utils.neurons import KINDS, NeuronScores, ScoreWriter, Site, check_kinds
+from nt_utils.scoring.attention import attention_through
 from nt_utils.scoring.fluctuation import Fluctuation
 
 POSITIONS = ("all", "last")
@@ -82,7 +81,7 @@ def importance(
     space = lm.view.space
     meta = {"score": "importance", "positions": positions, "model": lm.name}
     readers = _Readers(lm.view)
-    with ScoreWriter(_score_path(path), space, kinds, len(prompts), meta) as writer:
+    with ScoreWriter(path, space, kinds, len(prompts), meta) as writer:
         # Prompts of like length together, the longest first: less padding, and memory runs out at once or never.
         counts = lm.token_counts(prompts)
         order = sorted(range(len(prompts)), key=lambda i: -counts[i])
@@ -135,12 +134,6 @@ def _check_arguments(lm, prompts, kinds, positions, batch_size) -> None:
         raise InputError("model: it is in training mode (dropout would change the scores); call model.eval() first")
 
 
-def _score_path(path) -> Path:
-    if path is not None:
-        return Path(path)
-    return Path(tempfile.mkdtemp(prefix="nt_scores_")) / "importance.safetensors"
-
-
 def _bar(steps: range, progress: bool):
     from tqdm.auto import tqdm
 
@@ -148,41 +141,6 @@ def _bar(steps: range, progress: bool):
 
 
 # ------------------------------------------------------------------------------------------------------ engine
-
-_INTERFACE = "nt_utils_scoring"
-_active: list[_Engine] = []
-
-
-def _attention_function(module, query, key, value, attention_mask, scaling=None, softcap=None, **_ignored):
-    """What transformers calls in place of eager or sdpa attention while scores are taken."""
-    if not _active:
-        raise RuntimeError("the scoring attention was called outside of scoring")
-    return _active[-1].attention(module, query, key, value, attention_mask, scaling, softcap), None
-
-
-def _mask_function(*args, **more) -> Tensor | None:
-    """The model's own mask (causal, window, padding) as bool [batch, 1, queries, keys], never skipped."""
-    from transformers.masking_utils import sdpa_mask
-
-    return sdpa_mask(*args, **more | {"allow_is_causal_skip": False})
-
-
-@contextmanager
-def _own_attention(model) -> Iterator[None]:
-    """Let the model's attention run through ``_attention_function``; the configs are restored whatever happens."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(_INTERFACE, _attention_function)
-    AttentionMaskInterface.register(_INTERFACE, _mask_function)
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    before = {key: config._attn_implementation_internal for key, config in configs.items()}
-    try:
-        for config in configs.values():
-            config._attn_implementation_internal = _INTERFACE
-        yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation_internal = before[key]
 
 
 class _Readers:
@@ -251,10 +209,8 @@ class _Engine:
         self.spans = [(s, s + n) for s, n in zip(batch.starts, batch.lengths, strict=True)]
         self.firsts = [0 if last is None else max(n - last, 0) for n in batch.lengths]
         self.scores: dict[Site, Tensor] = {}
-        self._layer_of = {id(self.view.attention(i)): i for i in self._layers}
         self._rope: dict[int, tuple[Tensor, Tensor] | None] = {}
         self._raw: dict[Site, Tensor] = {}
-        self._called: set[int] = set()
         self._masks: dict[tuple[int, int], tuple] = {}
         self._grouped: dict[int, list[list[int]]] = {}
         self._spaces: list[Tensor] = []
@@ -265,7 +221,7 @@ class _Engine:
         with ExitStack() as stack:
             in_attention = set("qkv") & set(self.kinds)
             if in_attention:
-                stack.enter_context(_own_attention(self.view.model))
+                stack.enter_context(attention_through(self.view, self.attention))
                 stack.enter_context(hooks.observe([(self.view.attention(i), self._keep_rope(i)) for i in self._layers]))
             readers = {"o": self._read, "ffn": self._read}
             if self.view.family.qk_norm:
@@ -273,14 +229,7 @@ class _Engine:
             edits = {(i, kind): readers[kind](i, kind) for i in self._layers for kind in self.kinds if kind in readers}
             if edits:
                 stack.enter_context(hooks.edit(self.view, edits))
-            _active.append(self)
-            stack.callback(_active.pop)
             yield
-            if in_attention and self._called != set(self._layers):
-                raise ModelError(
-                    f"model: the attention of family {self.view.family_name!r} does not go through transformers' "
-                    "AttentionInterface, so its queries and keys cannot be read"
-                )
 
     @property
     def _layers(self) -> range:
@@ -320,11 +269,8 @@ class _Engine:
 
     # -- attention
 
-    def attention(self, module, query, key, value, mask, scaling, softcap) -> Tensor:
+    def attention(self, layer, query, key, value, mask, scaling, softcap) -> Tensor:
         """The attention's output [batch, tokens, heads, d]; takes the q, k and v scores on the way."""
-        layer = self._layer_of[id(module)]
-        self._called.add(layer)
-        scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         output = torch.zeros_like(query.transpose(1, 2))
         grams = self.readers.grams(layer, query.device)
         found: dict[str, dict[int, Tensor]] = {kind: {} for kind in "qkv" if kind in self.kinds}

@@ -25,7 +25,7 @@ from nt_utils.data.records import Prompt
 from nt_utils.errors import InputError
 from nt_utils.models import OWNED, LanguageModel, Projection, decoder
 from nt_utils.neurons import POOL, NeuronScores, ScoreWriter, Site, check_kinds
-from nt_utils.scoring.attribution import Responses, _score_path, frozen
+from nt_utils.scoring.attribution import Responses, frozen
 
 METRICS = ("snip", "wanda")
 
@@ -65,7 +65,7 @@ def saliency(
     check_pairs(lm, prompts, responses)
     work = {"snip": _snip, "wanda": _wanda}[metric]
     meta = {"score": f"saliency {metric}", "model": lm.name}
-    with ScoreWriter(_score_path(path), lm.view.space, kinds, len(prompts), meta) as writer, frozen(lm.model):
+    with ScoreWriter(path, lm.view.space, kinds, len(prompts), meta) as writer, frozen(lm.model):
         for start, batch in batches(lm, prompts, responses, batch_size, metric, progress):
             writer.write(start, work(lm, batch, lm.view.space.sites(kinds)))
         return writer.close()
