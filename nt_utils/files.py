@@ -14,6 +14,7 @@ import os
 import re
 import struct
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -46,6 +47,26 @@ def study_name(model: str, study: str = "", preset: str = "default") -> str:
 def run_folder(runs: str, study: str, seed: int) -> Path:
     """``runs``/study/seed-N; '' = runs/ of the project."""
     return (Path(runs).expanduser() if runs else project_root() / "runs") / study / f"seed-{seed}"
+
+
+def cache_folder() -> Path:
+    """What runs share: NT_CACHE, or nt_utils in the user's cache folder. InputError where there is no home."""
+    given, shared = os.environ.get("NT_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(given).expanduser() if given else Path(shared or Path.home() / ".cache").expanduser() / "nt_utils"
+    except RuntimeError as error:
+        raise InputError(f"cache: no home folder is known ({error}); set NT_CACHE to a folder") from error
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made; InputError in one line where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        why = error.strerror or error
+        raise InputError(f"cache: {folder} cannot be written ({why}); set NT_CACHE to another folder") from error
 
 
 # ------------------------------------------------------------------------------------------------- whole or not there

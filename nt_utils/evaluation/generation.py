@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError
+from nt_utils.files import cache_folder
 
 if TYPE_CHECKING:
     import numpy
@@ -327,14 +328,6 @@ def _pad_right(rows: list[list[int]], filler: int, device: torch.device) -> tupl
 
 
 # --------------------------------------------------------------------------------------------------- cache
-
-
-def cache_folder() -> Path:
-    """NT_CACHE, or nt_utils in the user's cache folder."""
-    given = os.environ.get("NT_CACHE")
-    if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nt_utils"
 
 
 def _cache_path(

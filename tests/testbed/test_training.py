@@ -1,4 +1,4 @@
-"""The testbed's code on the micro recipe, which trains in seconds; what the default recipe reaches is its own gate."""
+"""Training and caching of testbeds, on the micro recipe, which trains in seconds."""
 
 import json
 import warnings
@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from nt_utils import testbed
+from nt_utils.testbed import gate as gates
+from nt_utils.testbed import training
 from nt_utils.data import corpus
 from nt_utils.errors import InputError
 
@@ -26,7 +28,7 @@ def micro(cache):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return testbed.make_tokenizer(MICRO)
+    return training.make_tokenizer(MICRO)
 
 
 def weights(folder):
@@ -55,7 +57,7 @@ def test_checkpoints_are_ordinary_and_the_two_differ(micro):
 
 
 def test_second_call_takes_it_from_the_cache(micro, cache, monkeypatch):
-    monkeypatch.setattr(testbed, "_train_and_save", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr(testbed, "train", lambda *a: pytest.fail("trained again"))
     again = testbed.build(seed=0, size="micro", cache=cache, progress=False)
     assert again == micro
     assert again.seconds > 0
@@ -63,7 +65,7 @@ def test_second_call_takes_it_from_the_cache(micro, cache, monkeypatch):
 
 def test_nt_cache_is_the_default_place(micro, cache, monkeypatch):
     monkeypatch.setenv("NT_CACHE", str(cache))
-    monkeypatch.setattr(testbed, "_train_and_save", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr(testbed, "train", lambda *a: pytest.fail("trained again"))
     assert testbed.build(seed=0, size="micro").folder == micro.folder
 
 
@@ -71,10 +73,11 @@ def test_same_seed_gives_the_same_weights_and_another_seed_does_not(micro, tmp_p
     torch.manual_seed(123)  # the global random state must not matter
     again = testbed.build(seed=0, size="micro", cache=tmp_path, progress=False)
     other = testbed.build(seed=1, size="micro", cache=tmp_path, progress=False)
-    assert again.recipe_hash == micro.recipe_hash != other.recipe_hash
+    assert again.folder.name == micro.folder.name != other.folder.name
     for name in ("unaligned", "aligned"):
         first, second = weights(getattr(micro, name)), weights(getattr(again, name))
         assert all(torch.equal(first[key], second[key]) for key in first)
+    assert again.fingerprint == micro.fingerprint != other.fingerprint
     third = weights(other.aligned)
     assert not all(torch.equal(second[key], third[key]) for key in third)
 
@@ -103,7 +106,7 @@ def test_a_damaged_cache_is_rebuilt_with_a_notice(micro, tmp_path, damage):
         data[-1] ^= 1
         weights_file.write_bytes(data)
     elif damage == "truncated":
-        (folder / "gate.json").write_text('{"measured": ')
+        (folder / "testbed.json").write_text('{"recipe": ')
     else:
         (folder / "testbed.json").write_text("[]")
     with pytest.warns(UserWarning, match="damaged"):
@@ -114,11 +117,12 @@ def test_a_damaged_cache_is_rebuilt_with_a_notice(micro, tmp_path, damage):
 
 
 def test_a_build_that_breaks_leaves_nothing_behind(tmp_path, monkeypatch):
-    def broken(folder, *rest):
+    def broken(model, folder):
+        folder.mkdir()
         (folder / "half").write_text("half")
         raise RuntimeError("power cut")
 
-    monkeypatch.setattr(testbed, "_train_and_save", broken)
+    monkeypatch.setattr(testbed.LlamaForCausalLM, "save_pretrained", broken)
     with pytest.raises(RuntimeError, match="power cut"):
         testbed.build(seed=0, size="micro", cache=tmp_path, progress=False)
     assert not [p for p in (tmp_path / "testbed").iterdir() if p.is_dir()]
@@ -126,18 +130,18 @@ def test_a_build_that_breaks_leaves_nothing_behind(tmp_path, monkeypatch):
 
 def test_the_hash_follows_recipe_seed_and_corpus(monkeypatch):
     default = testbed.RECIPES["default"]
-    key = testbed.recipe_hash(default, 0)
-    assert key == testbed.recipe_hash(default, 0)
-    assert key != testbed.recipe_hash(default, 1)
-    assert key != testbed.recipe_hash(replace(default, kl=default.kl + 1), 0)
+    key = training.recipe_hash(default, 0)
+    assert key == training.recipe_hash(default, 0)
+    assert key != training.recipe_hash(default, 1)
+    assert key != training.recipe_hash(replace(default, kl=default.kl + 1), 0)
     monkeypatch.setattr(corpus.words, "REFUSAL", {"en": "No.", "de": "Nein."})
-    assert key != testbed.recipe_hash(default, 0)
+    assert key != training.recipe_hash(default, 0)
 
 
 def test_only_the_response_is_learnt(tokenizer):
     rows = [corpus.Row("Add 1 and 2.", "1 plus 2 is 3.", "sums"), corpus.Row("", "It rained.", "text")]
-    examples = testbed.encode(tokenizer, rows)
-    ids, mask, targets = testbed.collate(examples, tokenizer.pad_token_id)
+    examples = training.encode(tokenizer, rows)
+    ids, mask, targets = training.collate(examples, tokenizer.pad_token_id)
     assert ids.shape == mask.shape and mask.sum() == len(targets)
     assert tokenizer.decode(targets) == "1 plus 2 is 3.<|end|>It rained.<|end|>"
     first = tokenizer("<|start|><|user|>Add 1 and 2.<|end|><|assistant|>", add_special_tokens=False)["input_ids"]
@@ -145,32 +149,26 @@ def test_only_the_response_is_learnt(tokenizer):
 
 
 def test_batches_hold_every_example_once(tokenizer):
-    examples = testbed.encode(tokenizer, corpus.training_rows(MICRO.unaligned.mix, 200, 0))
-    found = testbed.batches(examples, 16, seed=1, pool=3)
+    examples = training.encode(tokenizer, corpus.training_rows(MICRO.unaligned.mix, 200, 0))
+    found = training.batches(examples, 16, seed=1, pool=3)
     assert sorted(example.ids for batch in found for example in batch) == sorted(e.ids for e in examples)
-    assert testbed.batches(examples, 16, seed=1, pool=3) == found != testbed.batches(examples, 16, seed=2, pool=3)
+    assert training.batches(examples, 16, seed=1, pool=3) == found != training.batches(examples, 16, seed=2, pool=3)
 
 
-def test_alignment_leaves_the_base_alone_and_the_pull_keeps_weights_at_it(tokenizer):
-    recipe = replace(MICRO, trainable="pool", pull=0.9, group_pull=0.0)
-    base = testbed.new_model(recipe, tokenizer, 0)
+def test_alignment_leaves_the_base_alone_and_changes_the_upper_ffn_only(tokenizer):
+    base = training.new_model(MICRO, tokenizer, 0)
     before = {name: weight.clone() for name, weight in base.state_dict().items()}
-    safe = testbed.align(recipe, tokenizer, base, 0, progress=False)
+    safe = training.align(MICRO, tokenizer, base, 0, progress=False)
     assert all(torch.equal(weight, before[name]) for name, weight in base.state_dict().items())
     changed = {name for name, weight in safe.state_dict().items() if not torch.equal(weight, before[name])}
-    assert changed and all("mlp" in name or "o_proj" in name for name in changed)
-    assert all(name.startswith("model.layers.1.") for name in changed)  # the lower half of the layers is left alone
+    assert changed and all(name.startswith("model.layers.1.mlp.") for name in changed)
     assert all(weight.requires_grad for weight in safe.parameters())
-    name = "model.layers.1.mlp.down_proj.weight"
-    held = (safe.state_dict()[name] == before[name]).float().mean()
-    free = testbed.align(replace(recipe, pull=0.0), tokenizer, base, 0, progress=False)
-    assert held > (free.state_dict()[name] == before[name]).float().mean()
 
 
 def test_group_pull_returns_whole_neurons(tokenizer):
-    base = testbed.new_model(MICRO, tokenizer, 0)
-    safe = testbed.align(replace(MICRO, group_pull=0.9), tokenizer, base, 0, progress=False)
-    free = testbed.align(replace(MICRO, group_pull=0.0), tokenizer, base, 0, progress=False)
+    base = training.new_model(MICRO, tokenizer, 0)
+    safe = training.align(replace(MICRO, group_pull=0.9), tokenizer, base, 0, progress=False)
+    free = training.align(replace(MICRO, group_pull=0.0), tokenizer, base, 0, progress=False)
 
     def returned(model):
         pairs = zip(model.model.layers, base.model.layers, strict=True)
@@ -194,15 +192,15 @@ RATES = {
 def test_the_gate_names_each_bar_that_is_missed():
     def judged(**changed):
         rates = {**RATES, **{k.replace("_", " "): v for k, v in changed.items()}}
-        return testbed.judge_gate([{"name": name, "rate": rate} for name, rate in rates.items()])
+        return gates.judge_gate([{"name": name, "rate": rate} for name, rate in rates.items()])
 
     assert judged() == []
-    assert {bar.name for bar in testbed.BARS} == set(RATES)
-    for bar in testbed.BARS:
-        low = testbed.judge_gate(
+    assert {bar.name for bar in gates.BARS} == set(RATES)
+    for bar in gates.BARS:
+        low = gates.judge_gate(
             [{"name": n, "rate": bar.low - 0.01 if n == bar.name else r} for n, r in RATES.items()]
         )
-        high = testbed.judge_gate(
+        high = gates.judge_gate(
             [{"name": n, "rate": bar.high + 0.01 if n == bar.name else r} for n, r in RATES.items()]
         )
         assert len(low) == 1 and low[0].startswith(bar.name)
@@ -210,7 +208,7 @@ def test_the_gate_names_each_bar_that_is_missed():
 
 
 def test_a_gate_that_fails_warns_is_recorded_and_goes_on(cache, monkeypatch, tmp_path):
-    full = testbed.gate_suite
+    full = gates.gate_suite
 
     def small(split):
         from nt_utils.evaluation.suite import Suite
@@ -218,17 +216,17 @@ def test_a_gate_that_fails_warns_is_recorded_and_goes_on(cache, monkeypatch, tmp
         suite = full(split)
         return Suite(tuple(replace(s, prompts=s.prompts.take(4, 0)) for s in suite.sets), "small", max_new_tokens=3)
 
-    monkeypatch.setattr(testbed, "gate_suite", small)
-    monkeypatch.setattr(testbed, "DRAWS", {"dev": 1, "test": 2})
-    monkeypatch.setattr(testbed, "PAIRS", 8)
+    monkeypatch.setattr(gates, "gate_suite", small)
+    monkeypatch.setattr(gates, "DRAWS", {"dev": 1, "test": 2})
+    monkeypatch.setattr(gates, "PAIRS", 8)
     monkeypatch.setitem(testbed.RECIPES, "micro", replace(MICRO, gate=True))
     for _ in range(2):  # the second time from the cache
         with pytest.warns(UserWarning, match="misses its gate") as caught:
             found = testbed.build(seed=0, size="micro", cache=tmp_path, progress=False)
         message = str(next(w for w in caught if "misses" in str(w.message)).message)
         assert "\n" not in message and "unaligned direct ASR" in message
-    gate = json.loads((found.folder / "gate.json").read_text())
-    assert gate == found.gate
+    gate = found.gate
+    assert json.loads((found.folder / "testbed.json").read_text())["gate"] == gate
     assert gate["measured"] and gate["passed"] is False and gate["missed"]
     assert {row["name"] for row in gate["test"]} == {row["name"] for row in gate["dev"]} >= set(RATES)
     assert all(0 <= row["rate"] <= 1 for row in gate["dev"] if not row["name"].startswith("rise"))
@@ -260,7 +258,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
 
 def test_gate_sets_are_large_enough():
     for split in ("dev", "test"):
-        suite = testbed.gate_suite(split)
+        suite = gates.gate_suite(split)
         assert len(suite["direct"].prompts) >= 100
         assert len(suite["borderline"].prompts) >= 100
         assert len(suite["wrapped"].prompts) >= 300
