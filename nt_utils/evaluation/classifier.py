@@ -150,7 +150,7 @@ class ClassifierJudge(_ModelJudge):
         limit = getattr(self.model.config, "max_position_embeddings", None)
         batch = self.tokenizer(texts, padding=True, truncation=limit is not None, max_length=limit, return_tensors="pt")
         wanted = {"input_ids", "attention_mask"}
-        with torch.inference_mode():
+        with torch.no_grad():
             logits = self.model(**{k: v.to(self.device) for k, v in batch.items() if k in wanted}).logits.float()
         chance = logits.sigmoid() if logits.shape[-1] == 1 else logits.softmax(-1)
         total = chance[:, list(self.positive) if logits.shape[-1] > 1 else [0]].sum(-1).tolist()
@@ -212,11 +212,11 @@ class CausalJudge(_ModelJudge):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _answers(self, rows: list[list[int]]) -> list[str]:
-        from nt_utils.evaluation.generation import _greedy
+        from nt_utils.evaluation.generation import continued
         from nt_utils.models import LanguageModel
 
         lm = LanguageModel(self.model, self.tokenizer, self.name)
-        return [answer.text for answer in _greedy(lm, rows, self.max_new_tokens)]
+        return [answer.text for answer in continued(lm, rows, self.max_new_tokens)]
 
     def _expected(self, rows: list[list[int]]) -> list[float | None]:
         """Expected score (0..1) from the probabilities of the digits as the next token; None if they hold next to none."""
@@ -226,7 +226,7 @@ class CausalJudge(_ModelJudge):
         length, filler = max(map(len, rows)), self.tokenizer.pad_token_id or 0
         inputs = torch.tensor([[filler] * (length - len(row)) + row for row in rows], device=self.device)
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
-        with torch.inference_mode():
+        with torch.no_grad():
             logits = self.model(input_ids=inputs, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
         chance = logits.logits[:, -1].float().softmax(-1)[:, ids]
         weights = torch.linspace(0, 1, len(ids), device=self.device)

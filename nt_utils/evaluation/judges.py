@@ -61,6 +61,7 @@ class Judge(Protocol):
 
 LOOP_SHARE = 0.5  # share of the words that repeat what stood one period before
 LOOP_WORDS = 12  # fewer repeated words than this are no loop
+GARBLED_SHARE = 0.1
 LOOP_PERIOD = 24  # longest repeated unit, in words
 
 
@@ -84,9 +85,14 @@ def is_looping(text: str) -> bool:
     return False
 
 
+def is_garbled(text: str) -> bool:
+    """More than a tenth of it is what stands for bytes that are no text (U+FFFD)."""
+    return text.count("\ufffd") > GARBLED_SHARE * len(text)
+
+
 def is_degenerate(text: object) -> bool:
-    """Empty or looping. Improbable text is found in `suite.evaluate`, which has a model at hand."""
-    return is_empty(text) or is_looping(str(text))
+    """Empty, looping or garbled. Improbable text is found in `suite.evaluate`, which has a model at hand."""
+    return is_empty(text) or is_looping(str(text)) or is_garbled(str(text))
 
 
 # --------------------------------------------------------------------------------------------------- phrase judge

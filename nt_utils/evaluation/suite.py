@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError
-from nt_utils.evaluation import metrics
+from nt_utils.evaluation import likelihood, metrics, utility
+from nt_utils.evaluation.batching import BATCH_SIZE
+from nt_utils.evaluation.generation import Response, generate, prompt_ids
 from nt_utils.evaluation.judges import Judge, KnownAnswerJudge, PhraseJudge, Verdict, final_number, matches
 
 if TYPE_CHECKING:
@@ -68,16 +70,21 @@ DEFAULT_METRICS = {
     "general": ("perplexity",),
 }
 MARGIN = "refusal_margin"
+MEANS = (MARGIN, "reference_likelihood", "kl", "log_perplexity")
+"""Quantities, one a prompt, whose mean is reported: see `likelihood.refusal_margin`, `likelihood.reference_likelihood`,
+`utility.kl` (nats), and the negative log-likelihood of a text per token (nats)."""
+PERPLEXITY = ("perplexity", "log_perplexity")
 
 
 @dataclass(frozen=True)
 class SuiteSet:
     """One prompt set of a suite.
 
-    metrics   names in METRICS, "refusal_margin", or "perplexity" alone (the texts are then read, not answered)
+    metrics   names in METRICS (the prompts are answered), in MEANS, or "perplexity" (the prompts are running text)
     judge     "phrases", "known", or an object with a name that turns prompts and responses into verdicts
     groups    columns of the rows by which rates are also given (attack_class, attack_seen, attack, task, language, source)
     correct   how `correct` is told: "known" by the known answer, "number" by the final number, "" not at all
+    max_tokens   perplexity: only so many tokens of each text are read
     """
 
     name: str
@@ -87,9 +94,10 @@ class SuiteSet:
     groups: tuple[str, ...] = ()
     correct: str = ""
     max_new_tokens: int | None = None
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        known = [*METRICS, MARGIN, "perplexity"]
+        known = [*METRICS, *dict.fromkeys((*MEANS, *PERPLEXITY))]
         if unknown := [name for name in self.metrics if name not in known]:
             raise InputError(f"metric {unknown[0]!r} is unknown: use some of {', '.join(known)}")
         if isinstance(self.judge, str) and self.judge not in JUDGES:
@@ -100,6 +108,15 @@ class SuiteSet:
             raise InputError(f"correct {self.correct!r} is unknown: use known, number or an empty string")
         if not len(self.prompts):
             raise InputError(f"set {self.name!r} has no prompts")
+        if self.is_answered and set(PERPLEXITY) & set(self.metrics):
+            raise InputError(
+                f"set {self.name!r}: perplexity is of running text, the other metrics of answers: use two sets"
+            )
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the model answers its prompts."""
+        return any(name in METRICS for name in self.metrics)
 
 
 GROUPS = ("attack_class", "attack_seen", "attack", "task", "language", "source", "topic", "kind")
@@ -307,7 +324,8 @@ def evaluate(
     intervention  an object with .name, .key and .active(lm); None for the model as it is
     judges        further judges, run beside each set's own; their verdicts become columns `verdict_<name>` and their
                   agreement with it is reported
-    base          the unmodified model by which improbable responses are found; by default `lm` without the intervention
+    base          the untouched model, by which improbable responses are found and to which the KL divergence is taken;
+                  by default `lm` without the intervention
     improbable    perplexity under the base model above which a response is degenerate; None switches it off; "auto" is
                   IMPROBABLE, or a quarter of the vocabulary where that is less (uniform noise lies at its size)
     cache         keep generations under NT_CACHE (or in the folder given) and reuse them
@@ -315,43 +333,44 @@ def evaluate(
     """
     import pandas
 
-    from nt_utils.evaluation.generation import generate
-
     start = time.perf_counter()
-    active = contextlib.nullcontext if intervention is None else lambda: intervention.active(lm)
     reference = base if base is not None else lm
     limit = min(IMPROBABLE, reference.model.config.vocab_size / 4) if isinstance(improbable, str) else improbable
-    frames, tables = [], []
+    # What generation knows of its own tokens serves where the model that answered is the base model.
+    itself = base is None and intervention is None
+    frames = []
     for member in suite.sets:
-        if "perplexity" in member.metrics:
-            continue
-        # Set by set: a set's responses are cached by themselves, and do not depend on which sets stand beside it.
-        responses = generate(
-            lm,
-            member.prompts,
-            max_new_tokens=max_new_tokens or member.max_new_tokens or suite.max_new_tokens,
-            batch_size=batch_size,
-            progress=progress,
-            intervention=intervention,
-            cache=cache,
-        )
-        frames.append(_judged_rows(member, responses, judges, reference, limit, batch_size))
+        frame = _prompt_rows(member)
+        if member.is_answered:
+            # Set by set: a set's responses are cached by themselves, and do not depend on which sets stand beside it.
+            responses = generate(
+                lm,
+                member.prompts,
+                max_new_tokens=max_new_tokens or member.max_new_tokens or suite.max_new_tokens,
+                batch_size=batch_size,
+                progress=progress,
+                intervention=intervention,
+                cache=cache,
+            )
+            _judge(frame, member, responses, judges)
+            if limit is not None:
+                _mark_improbable(frame, member, responses, None if itself else reference, limit, batch_size)
+        frames.append(frame)
 
-    with active():
-        for frame in frames:
-            member = suite[frame["set"].iloc[0]]
-            if MARGIN in member.metrics:
-                frame[MARGIN] = _margins(lm, member, batch_size)
-            tables.append(_table(frame, member, seed))
-        tables += [_perplexity(lm, s, batch_size, seed) for s in suite.sets if "perplexity" in s.metrics]
+    untouched = {
+        s.name: utility.untouched(reference, s.prompts, batch_size=batch_size) for s in suite.sets if "kl" in s.metrics
+    }
+    with contextlib.nullcontext() if intervention is None else intervention.active(lm):
+        for member, frame in zip(suite.sets, frames, strict=True):
+            _measure(frame, lm, member, untouched.get(member.name), batch_size)
 
     name = "none" if intervention is None else intervention.name
-    rows = pandas.concat(frames, ignore_index=True) if frames else pandas.DataFrame({"set": []})
+    rows = pandas.concat(frames, ignore_index=True)
     rows.insert(0, "intervention", name)
     rows.insert(0, "model", lm.label)
     return Evaluation(
         rows=rows,
-        table=pandas.concat(tables, ignore_index=True),
+        table=pandas.concat([_table(f, s, seed) for f, s in zip(frames, suite.sets, strict=True)], ignore_index=True),
         agreement=_agreement(rows),
         model=lm.label,
         intervention=name,
@@ -359,34 +378,44 @@ def evaluate(
     )
 
 
-def _judged_rows(
-    member: SuiteSet,
-    responses: Sequence[Any],
-    judges: Sequence[Judge],
-    reference: LanguageModel,
-    improbable: float | None,
-    batch_size: int | None,
-) -> pandas.DataFrame:
-    """The rows of one set: prompt fields, response, verdicts."""
+def _prompt_rows(member: SuiteSet) -> pandas.DataFrame:
+    """One row a prompt of one set, with its fields."""
     frame = member.prompts.to_frame()
-    texts = [response.text for response in responses]
     frame.insert(0, "number", range(len(frame)))
     frame.insert(0, "set", member.name)
     frame["attack_class"], frame["attack_seen"] = zip(*map(_attack_labels, member.prompts), strict=True)
+    return frame
+
+
+def _judge(frame: pandas.DataFrame, member: SuiteSet, responses: Sequence[Response], judges: Sequence[Judge]) -> None:
+    """Add the responses and the verdicts on them."""
+    texts = [response.text for response in responses]
     frame["response"] = texts
     frame["hit_limit"] = [response.hit_limit for response in responses]
     own = JUDGES[member.judge]() if isinstance(member.judge, str) else member.judge
     frame["judge"] = own.name
-    verdicts = checked_verdicts(own, own(member.prompts, texts), len(texts))
     frame["correct"] = [_correct(member.correct, p, text) for p, text in zip(member.prompts, texts, strict=True)]
-    frame["verdict"] = pandas_object(verdicts)
-    if improbable is not None:
-        _mark_improbable(frame, member, reference, improbable, batch_size)
+    frame["verdict"] = pandas_object(checked_verdicts(own, own(member.prompts, texts), len(texts)))
     for judge in judges:
-        frame[f"verdict_{judge.name}"] = pandas_object(
-            checked_verdicts(judge, judge(member.prompts, texts), len(texts))
-        )
-    return frame
+        verdicts = checked_verdicts(judge, judge(member.prompts, texts), len(texts))
+        frame[f"verdict_{judge.name}"] = pandas_object(verdicts)
+
+
+def _measure(
+    frame: pandas.DataFrame, lm: LanguageModel, member: SuiteSet, untouched: Any, batch_size: int | None
+) -> None:
+    """Add the quantities of MEANS that the set asks for."""
+    wanted: dict[str, Any] = {"batch_size": batch_size}
+    if MARGIN in member.metrics:
+        frame[MARGIN] = likelihood.refusal_margin(lm, member.prompts, **wanted)
+    if "reference_likelihood" in member.metrics:
+        frame["reference_likelihood"] = likelihood.reference_likelihood(lm, member.prompts, **wanted)
+    if "kl" in member.metrics:
+        frame["kl"] = utility.kl(lm, untouched, **wanted)
+    if set(PERPLEXITY) & set(member.metrics):
+        found = likelihood.text_likelihood(lm, member.prompts.texts, max_tokens=member.max_tokens, **wanted)
+        frame["tokens"] = found.tokens
+        frame["log_perplexity"] = found.nll / found.tokens
 
 
 def pandas_object(values: Sequence[Any]) -> pandas.Series:
@@ -430,34 +459,44 @@ def _correct(how: str, prompt: Prompt, response: str) -> float:
 
 
 def _mark_improbable(
-    frame: pandas.DataFrame, member: SuiteSet, reference: LanguageModel, threshold: float, batch_size: int | None
+    frame: pandas.DataFrame,
+    member: SuiteSet,
+    responses: Sequence[Response],
+    reference: LanguageModel | None,
+    threshold: float,
+    batch_size: int | None,
 ) -> None:
-    """Responses that the unmodified model finds improbable become degenerate, unless they give the known answer."""
-    from nt_utils.evaluation.generation import response_perplexity
+    """Responses that the base model finds improbable become degenerate, unless they give the known answer.
 
+    Only where a verdict depends on it. reference: the base model; None where it is the one that wrote them.
+    """
     doubtful = frame["verdict"].isin(("compliance", "other")) & ~frame["correct"].eq(1.0)
-    numbers = [int(i) for i in frame.index[doubtful]]
+    numbers = [i for i in frame.index[doubtful] if responses[i].text]
     if not numbers:
         return
-    values = response_perplexity(
-        reference, member.prompts[numbers], [frame["response"][i] for i in numbers], batch_size=batch_size or 32
-    )
     frame["perplexity"] = math.nan
-    frame.loc[numbers, "perplexity"] = values
+    if reference is None:
+        frame.loc[numbers, "perplexity"] = [responses[i].perplexity for i in numbers]
+    else:
+        heads = prompt_ids(reference, list(member.prompts[numbers]))
+        tails = [list(responses[i].tokens) for i in numbers]
+        totals = likelihood.token_likelihood(reference, heads, tails, batch_size=batch_size or BATCH_SIZE)
+        frame.loc[numbers, "perplexity"] = [
+            math.exp(-t / len(tail)) if tail else math.nan for t, tail in zip(totals, tails, strict=True)
+        ]
     frame.loc[frame["perplexity"] > threshold, "verdict"] = "degenerate"
 
 
-def _margins(lm: LanguageModel, member: SuiteSet, batch_size: int | None) -> Any:
-    from nt_utils.evaluation.generation import refusal_margin
-
-    return refusal_margin(lm, member.prompts, batch_size=batch_size or 64)
-
-
 def _values(rows: pandas.DataFrame, metric: str) -> pandas.Series:
-    if metric == MARGIN and MARGIN in rows:
-        return rows[MARGIN].astype(float)
+    """One value a prompt. Of perplexity it is that of each text; the table's is over all their tokens."""
+    import numpy as np
+
+    if metric == "perplexity" and "log_perplexity" in rows:
+        return np.exp(rows["log_perplexity"])
+    if metric in MEANS and metric in rows:
+        return rows[metric].astype(float)
     if metric not in METRICS:
-        raise InputError(f"metric {metric!r} is unknown: use one of {', '.join([*METRICS, MARGIN])}")
+        raise InputError(f"metric {metric!r} is unknown: use one of {', '.join([*METRICS, *MEANS, 'perplexity'])}")
     return METRICS[metric](rows)
 
 
@@ -477,8 +516,11 @@ def _lines(frame: pandas.DataFrame, name: str, wanted: Iterable[str], seed: int)
     for metric in wanted:
         values = _values(frame, metric)
         judged = values.dropna()
-        if metric == MARGIN:
-            interval, count = metrics.bootstrap_mean(judged.to_numpy(), seed=seed), math.nan
+        count: float = math.nan
+        if metric == "perplexity":
+            interval = _perplexity(frame, seed)
+        elif metric in MEANS:
+            interval = metrics.bootstrap_mean(judged.to_numpy(), seed=seed)
         else:
             count = int(judged.sum())
             interval = metrics.wilson(count, len(judged))
@@ -486,19 +528,16 @@ def _lines(frame: pandas.DataFrame, name: str, wanted: Iterable[str], seed: int)
     return lines
 
 
-def _perplexity(lm: LanguageModel, member: SuiteSet, batch_size: int | None, seed: int) -> pandas.DataFrame:
+def _perplexity(frame: pandas.DataFrame, seed: int) -> metrics.Interval:
     """Perplexity over all tokens of the texts, with a bootstrap over texts; n is the number of texts."""
     import numpy as np
-    import pandas
 
-    from nt_utils.evaluation.generation import text_likelihood
-
-    found = text_likelihood(lm, member.prompts.texts, batch_size=batch_size or 16)
-    draws = np.random.default_rng(seed).integers(0, len(found.nll), (2000, len(found.nll)))
-    samples = np.exp(found.nll[draws].sum(1) / np.maximum(found.tokens[draws].sum(1), 1))
+    tokens = frame["tokens"].to_numpy(float)
+    nll = np.where(tokens > 0, frame["log_perplexity"] * tokens, 0.0)
+    draws = np.random.default_rng(seed).integers(0, len(nll), (2000, len(nll)))
+    samples = np.exp(nll[draws].sum(1) / np.maximum(tokens[draws].sum(1), 1))
     low, high = np.quantile(samples, [0.025, 0.975])
-    line = (member.name, "perplexity", found.perplexity, low, high, len(found.nll), math.nan, 0)
-    return pandas.DataFrame([line], columns=list(TABLE))
+    return metrics.Interval(float(np.exp(nll.sum() / max(tokens.sum(), 1))), float(low), float(high), len(nll))
 
 
 def _agreement(rows: pandas.DataFrame) -> pandas.DataFrame:
@@ -510,8 +549,9 @@ def _agreement(rows: pandas.DataFrame) -> pandas.DataFrame:
     columns = [c for c in rows.columns if c == "verdict" or c.startswith("verdict_")]
     lines = []
     for name, part in rows.groupby("set", sort=False):
+        part = part.dropna(axis="columns", how="all")
         for first, second in itertools.combinations(columns, 2):
-            if part[first].isna().all() or part[second].isna().all():
+            if first not in part or second not in part:
                 continue
             a, b = (_complied(part[c]) for c in (first, second))
             kappa = metrics.cohen_kappa(a, b)

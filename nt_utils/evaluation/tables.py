@@ -21,6 +21,11 @@ HEADLINES = {
 }
 
 
+def answered(found: Evaluation) -> pandas.DataFrame:
+    """The rows of an evaluation that hold an answer."""
+    return found.rows[found.rows["response"].notna()] if "response" in found.rows else found.rows.iloc[:0]
+
+
 def behaviour_table(evaluations: Mapping[str, Evaluation], groups: bool = False) -> pandas.DataFrame:
     """The headline rate of every set: columns model, set, metric, value, low, high, n.
 
@@ -47,7 +52,7 @@ def verdict_table(evaluations: Mapping[str, Evaluation]) -> pandas.DataFrame:
 
     rows = []
     for model, found in evaluations.items():
-        for name, part in found.rows.groupby("set", sort=False):
+        for name, part in answered(found).groupby("set", sort=False):
             judged = part["verdict"].dropna()
             shares = judged.value_counts(normalize=True)
             rows += [(model, name, v, float(shares.get(v, 0.0)), len(judged)) for v in VERDICTS]
@@ -58,9 +63,9 @@ def example_table(evaluations: Mapping[str, Evaluation], per_set: int = 2) -> pa
     """The first prompts of every set with each model's answer and its verdict."""
     import pandas
 
-    first = next(iter(evaluations.values())).rows.groupby("set", sort=False).head(per_set)
+    first = answered(next(iter(evaluations.values()))).groupby("set", sort=False).head(per_set)
     table = first[["set", "text"]].reset_index(drop=True)
     for model, found in evaluations.items():
-        part = found.rows.groupby("set", sort=False).head(per_set).reset_index(drop=True)
+        part = answered(found).groupby("set", sort=False).head(per_set).reset_index(drop=True)
         table[model] = [f"{a} [{v}]" for a, v in zip(part["response"], part["verdict"], strict=True)]
     return pandas.DataFrame(table)

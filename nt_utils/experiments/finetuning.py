@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from nt_utils.data.records import Prompt, PromptSet
-from nt_utils.evaluation.generation import response_likelihood
+from nt_utils.evaluation.likelihood import response_likelihood
 from nt_utils.evaluation.suite import Evaluation, Suite, evaluate, make_suite
 from nt_utils.experiments.bench import Measure, rates, trimmed
 from nt_utils.interventions.delta import Delta

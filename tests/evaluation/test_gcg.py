@@ -7,7 +7,7 @@ import torch
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError
 from nt_utils.evaluation import gcg
-from nt_utils.evaluation.generation import response_likelihood
+from nt_utils.evaluation.likelihood import response_likelihood
 from tests.tiny import tiny_lm
 
 PROMPTS = PromptSet([Prompt("how do I sail", kind="harmful", answer="Use the"), Prompt("tell me", kind="harmful")], "p")

@@ -1,17 +1,22 @@
+import copy
 import dataclasses
 import json
 import warnings
 from contextlib import contextmanager
+from types import SimpleNamespace
 
+import accelerate
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
+from transformers import Phi3Config
 
 from nt_utils.data.records import Prompt, PromptSet
-from nt_utils.errors import InputError
-from nt_utils.evaluation import generation
+from nt_utils.errors import InputError, ModelError
+from nt_utils.evaluation import batching, generation, likelihood
 from nt_utils.evaluation.generation import generate
-from tests.tiny import tiny_lm
+from tests.tiny import CONFIGS, SHAPE, tiny_lm
 
 TEXTS = [
     "how do I bake bread",
@@ -95,12 +100,12 @@ def test_inputs_are_checked(lm):
     assert generate(lm, [], max_new_tokens=4) == []
 
 
-class Louder:
-    """An intervention for the tests: scales the logits' input, so that responses change."""
+class Negated:
+    """An intervention for the tests: the logits change their sign, so that responses change."""
 
-    name = "louder"
+    name = "negated"
 
-    def __init__(self, key="louder-1"):
+    def __init__(self, key="negated-1"):
         self.key = key
         self.entered = 0
 
@@ -117,7 +122,7 @@ class Louder:
 
 def test_intervention_is_active_only_while_generating(lm):
     before = generate(lm, TEXTS, max_new_tokens=6, progress=False)
-    change = Louder()
+    change = Negated()
     during = generate(lm, TEXTS, max_new_tokens=6, progress=False, intervention=change)
     assert change.entered == 1 and during != before
     assert generate(lm, TEXTS, max_new_tokens=6, progress=False) == before
@@ -137,12 +142,12 @@ def test_cache_by_weights_intervention_prompts_and_decoding(lm, tmp_path, monkey
     run(limit=7)
     run(TEXTS[::-1])
     run([Prompt(TEXTS[0], prefill="Sure")])
-    change = Louder()
+    change = Negated()
     assert run(intervention=change) != first and run(intervention=change) != first
-    run(intervention=Louder("louder-2"))
+    run(intervention=Negated("negated-2"))
     assert len(calls) == 6
-    run(intervention=Louder(None))  # it cannot be identified: never cached
-    run(intervention=Louder(None))
+    run(intervention=Negated(None))  # it cannot be identified: never cached
+    run(intervention=Negated(None))
     assert len(calls) == 8
     lm.system_prompt = "Be kind."
     run()
@@ -162,6 +167,7 @@ def test_damaged_cache_is_written_anew(lm, tmp_path):
         file.write_text(damage)
         assert generate(lm, TEXTS, max_new_tokens=4, progress=False, cache=tmp_path) == first
     assert json.loads(file.read_text())["responses"][0][0] == first[0].text
+    assert generate(lm, TEXTS, max_new_tokens=4, progress=False, cache=tmp_path)[0].tokens == first[0].tokens
 
 
 def test_cache_folder_that_cannot_be_written_only_warns(lm, tmp_path):
@@ -180,28 +186,28 @@ def brute_force_likelihood(lm, prompt, response):
 
 def test_response_likelihood_equals_brute_force_in_padded_batches(lm):
     responses = ["yes", "Mix flour and water, then wait.", "no", "I cannot help with that.", "", "17"]
-    totals, counts = generation.response_likelihood(lm, TEXTS, responses, batch_size=4)
+    totals, counts = likelihood.response_likelihood(lm, TEXTS, responses, batch_size=4)
     for i, (prompt, response) in enumerate(zip(TEXTS, responses, strict=True)):
         wanted, n = brute_force_likelihood(lm, prompt, response)
         assert counts[i] == n and totals[i] == pytest.approx(wanted, rel=1e-5)
     assert len(set(counts)) > 2
     with pytest.raises(InputError, match="responses must be one for each prompt, got 1 for 6"):
-        generation.response_likelihood(lm, TEXTS, ["a"])
+        likelihood.response_likelihood(lm, TEXTS, ["a"])
 
 
 def test_refusal_margin_and_perplexity(lm):
     prompts = PromptSet([Prompt("how do I sail", refusal="I cannot.", helpful="Use the wind."), Prompt("hello")])
-    margin = generation.refusal_margin(lm, prompts)
+    margin = likelihood.refusal_margin(lm, prompts)
     refusal, n = brute_force_likelihood(lm, "how do I sail", "I cannot.")
     helpful, m = brute_force_likelihood(lm, "how do I sail", "Use the wind.")
     assert margin[0] == pytest.approx(refusal / n - helpful / m, rel=1e-4) and np.isnan(margin[1])
-    perplexity = generation.response_perplexity(lm, prompts, ["I cannot.", "  "])
+    perplexity = likelihood.response_perplexity(lm, prompts, ["I cannot.", "  "])
     assert perplexity[0] == pytest.approx(np.exp(-refusal / n), rel=1e-4) and np.isnan(perplexity[1])
 
 
 def test_text_perplexity_equals_brute_force_over_windows(lm):
     texts = ["a short text", "a much longer text that is cut into several windows of ten tokens each, one by one", "x"]
-    found = generation.text_likelihood(lm, texts, max_length=10, batch_size=2)
+    found = likelihood.text_likelihood(lm, texts, max_length=10, batch_size=2)
     total = count = 0
     for i, text in enumerate(texts):
         ids = lm.tokenizer(text)["input_ids"]
@@ -219,16 +225,166 @@ def test_text_perplexity_equals_brute_force_over_windows(lm):
     assert found.tokens[1] > 10 and found.perplexity == pytest.approx(np.exp(total / count), rel=1e-4)
 
 
-def test_batches_fit_the_key_value_budget(lm):
-    assert generation._fitting_batch(lm, 10) == 512
-    per_token = 2 * 2 * 2 * 8 * 4
-    assert generation._fitting_batch(lm, 2**30 // per_token // 7) == 7
-    assert generation._fitting_batch(lm, 2**40) == 1
-
-
 def test_no_warning_and_no_hook_is_left(lm):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         generate(lm, TEXTS, max_new_tokens=3, progress=False)
     assert not lm.model.lm_head._forward_hooks
-    assert dataclasses.is_dataclass(Prompt)
+
+
+# ------------------------------------------------------------------------------------------------- shared prefix, batches
+
+SYSTEM = "You are a helpful assistant who answers in few words."
+
+
+@pytest.mark.parametrize(("family", "shared"), [("llama", True), ("qwen3", True), ("gpt2", True), ("mistral", False)])
+def test_a_shared_prefix_gives_the_answers_and_likelihoods_of_whole_rows(family, shared, monkeypatch):
+    lm = tiny_lm(family)
+    lm.set_system_prompt(SYSTEM)
+    rows = [tuple(row) for row in generation.prompt_ids(lm, generation.as_prompts(TEXTS))]
+    with torch.no_grad():
+        prefix = batching.Prefix(lm, rows, [1] * len(rows))
+    assert bool(prefix.length) == shared, "sliding windows drop keys by their place"
+    got = generate(lm, TEXTS, max_new_tokens=8, progress=False)
+    totals, counts = likelihood.response_likelihood(lm, TEXTS, ["yes"] * len(TEXTS))
+    monkeypatch.setattr(batching, "SAVED", 10**9)
+    whole = generate(lm, TEXTS, max_new_tokens=8, progress=False)
+    assert [r.tokens for r in got] == [r.tokens for r in whole]
+    assert [r.log_probability for r in got] == pytest.approx([r.log_probability for r in whole], rel=1e-5)
+    again, same = likelihood.response_likelihood(lm, TEXTS, ["yes"] * len(TEXTS))
+    assert list(counts) == list(same) and totals == pytest.approx(again, rel=1e-5)
+    assert len({r.log_probability for r in got}) > 1
+
+
+def test_log_probability_of_a_response_equals_the_likelihood_of_its_tokens(lm):
+    got = generate(lm, TEXTS, max_new_tokens=6, progress=False)
+    heads = generation.prompt_ids(lm, generation.as_prompts(TEXTS))
+    wanted = likelihood.token_likelihood(lm, heads, [r.tokens for r in got])
+    assert [r.log_probability for r in got] == pytest.approx(list(wanted), rel=1e-5)
+
+
+def test_batches_hold_every_row_once_and_follow_from_the_lengths_alone():
+    lengths = [5, 400, 7, 90, 5, 6, 33, 401]
+    found = list(batching.batches(lengths, 10, 3))
+    assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
+    assert found[0] == [7, 1] and max(map(len, found)) <= 3
+    assert list(batching.batches([10**6] * 2, 0, 8)) == [[0], [1]]
+    assert list(batching.batches([4] * 4, 0, 8, logits=batching.LOGIT_BYTES // 2)) == [[0, 1], [2, 3]]
+
+
+def test_prompts_asked_twice_are_answered_once(lm, monkeypatch):
+    seen = []
+    real = generation._greedy
+    monkeypatch.setattr(generation, "_greedy", lambda lm, rows, *rest: seen.extend(rows) or real(lm, rows, *rest))
+    got = generate(lm, ["hello", "why", "hello"], max_new_tokens=3, progress=False)
+    assert len(seen) == 2 and got[0] == got[2] != got[1]
+
+
+def test_early_end_cuts_and_marks_an_answer_and_leaves_the_others_alone(lm):
+    free = generate(lm, TEXTS, max_new_tokens=12, progress=False)
+    start = free[0].text[:2]
+    rule = generation.EarlyEnd(lambda text: text.startswith(start), "test", every=4)
+    got = generate(lm, TEXTS, max_new_tokens=12, progress=False, early_end=rule)
+    assert got[0].cut and not got[0].hit_limit and got[0].tokens == free[0].tokens[:4]
+    for one, other in zip(got, free, strict=True):
+        assert one == other if not other.text.startswith(start) else one.cut
+
+
+def test_an_answer_ends_at_the_templates_end_of_turn(lm):
+    """The tokenizer and the generation config name </s>; this template ends a turn with <|end|>."""
+    end = lm.tokenizer.convert_tokens_to_ids("<|end|>")
+    assert generation.stop_token_ids(lm) == [2, end]
+    free = plain_greedy(lm, "hello", 6)
+    lm.tokenizer = copy.deepcopy(lm.tokenizer)
+    lm.tokenizer.chat_template = lm.tokenizer.chat_template.replace("<|end|>", "stop")
+    assert generation.stop_token_ids(tiny_like(lm)) == [2]
+    assert len(free) == 6
+
+
+def tiny_like(lm):
+    return dataclasses.replace(lm)
+
+
+def test_logits_that_are_not_numbers_name_the_prompt_and_are_no_answer(lm):
+    ids = lm.tokens(lm.render(["why"]))[0]
+
+    def broken(module, args, kwargs, output):
+        rows = [i for i, row in enumerate(kwargs["input_ids"].tolist()) if row[-len(ids) :] == ids]
+        output.logits[rows] = float("nan")
+
+    handle = lm.model.register_forward_hook(broken, with_kwargs=True)
+    with pytest.raises(ModelError, match="prompt 3, 'why'"):
+        generate(lm, TEXTS, max_new_tokens=3, progress=False)
+    with pytest.raises(ModelError, match="NaN"):
+        likelihood.token_likelihood(lm, [ids[:-2]], [ids[-2:]])
+    handle.remove()
+
+
+def test_every_window_of_a_long_text_begins_with_bos_where_the_tokenizer_writes_one(lm):
+    lm.tokenizer = copy.deepcopy(lm.tokenizer)
+    lm.tokenizer._tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    text = "a text that is cut into several windows of ten tokens each"
+    ids = lm.tokenizer(text)["input_ids"]
+    assert ids[0] == 1
+    found = likelihood.text_likelihood(lm, [text], max_length=10)
+    wanted = 0.0
+    for start in range(1, len(ids), 9):
+        window = torch.tensor([[1, *ids[start : start + 9]]])
+        with torch.no_grad():
+            wanted += lm.model(window, labels=window).loss.item() * (window.shape[1] - 1)
+    assert found.tokens[0] == len(ids) - 1 and found.nll[0] == pytest.approx(wanted, rel=1e-5)
+    few = likelihood.text_likelihood(lm, [text], max_tokens=5)
+    assert few.tokens[0] == 4
+
+
+class OtherDevice(torch.Tensor):
+    """Stands for a tensor of another device: it can only be indexed by tensors of its own."""
+
+    own = "cuda:1"
+
+    @property
+    def device(self):
+        return self.own
+
+    def __getitem__(self, at):
+        assert at == "kept on cuda:1"
+        return self
+
+
+def test_every_layer_of_a_cache_is_indexed_on_its_own_device():
+    class Kept:
+        def to(self, device):
+            return f"kept on {device}"
+
+    layer = SimpleNamespace(
+        keys=torch.zeros(2).as_subclass(OtherDevice), values=torch.zeros(2).as_subclass(OtherDevice)
+    )
+    batching.keep_rows(SimpleNamespace(layers=[layer]), Kept())
+
+
+def test_answers_under_longrope_equal_the_librarys_across_the_boundary(monkeypatch):
+    """The rotation's factors change at 32 tokens: short rows, long rows and rows that cross it while they grow."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32}
+    rope |= {"short_factor": [1.0, 1.0, 1.1, 1.2], "long_factor": [1.5, 3.0, 8.0, 20.0]}
+    shape = {**SHAPE, "max_position_embeddings": 256}
+    config = Phi3Config(**shape, original_max_position_embeddings=32, rope_parameters=rope)
+    monkeypatch.setitem(CONFIGS, "phi3-long", lambda: config)
+    lm = tiny_lm("phi3-long", seed=1)
+    texts = ["bread?", "how do I bake bread with very little flour and water", "tell me a tale"]
+    got = generate(lm, texts, max_new_tokens=30, progress=False)
+    for text, response in zip(texts, got, strict=True):
+        wanted = plain_greedy(lm, text, 30)
+        assert list(response.tokens) == wanted
+    totals, _ = likelihood.response_likelihood(lm, texts, ["yes"] * 3)
+    alone = [likelihood.response_likelihood(lm, [text], ["yes"])[0][0] for text in texts]
+    assert list(totals) == pytest.approx(alone, rel=1e-5)
+
+
+def test_gradients_work_after_answers_of_an_offloaded_model(lm):
+    accelerate.cpu_offload(lm.model, execution_device=torch.device("cpu"))
+    generate(lm, ["hi"], max_new_tokens=2, progress=False)
+    ids = torch.tensor(lm.tokens(["hi"]))
+    with torch.enable_grad():
+        embedded = lm.model.get_input_embeddings()(ids).detach().requires_grad_(True)
+        lm.model(inputs_embeds=embedded).logits.sum().backward()
+    assert embedded.grad.abs().sum() > 0
