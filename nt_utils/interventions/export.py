@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from nt_utils.errors import InputError, ModelError
+from nt_utils.errors import InputError
 from nt_utils.interventions.modulation import Modulation
 from nt_utils.models import DecoderView, LanguageModel
 from nt_utils.neurons import POOL, NeuronSet, Site
@@ -40,10 +40,10 @@ def folded(lm: LanguageModel, modulation: Modulation) -> Iterator[LanguageModel]
 
     Raises:
         InputError: a modulation of another architecture.
-        ModelError: weights that are offloaded (a meta tensor cannot be folded).
+        ModelError: an adapter layer, or weights that are offloaded (a meta tensor cannot be folded).
     """
     _check_architecture(lm, modulation)
-    parameters = {site: _parameter(lm.view, site) for site in modulation.factors}
+    parameters = {site: lm.view.projection(*site).parameter for site in modulation.factors}
     before = {site: parameter.data for site, parameter in parameters.items()}
     try:
         for site, parameter in parameters.items():
@@ -68,15 +68,6 @@ def fold(lm: LanguageModel, modulation: Modulation, folder) -> Path:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return target
-
-
-def _parameter(view: DecoderView, site: Site) -> nn.Parameter:
-    parameter = view.projection(*site).module.get_parameter("weight")
-    if parameter.is_meta:
-        raise ModelError(
-            f"model: the weights of layer {site[0]}, {site[1]} are offloaded; load the model whole to fold"
-        )
-    return parameter
 
 
 def _scaled(view: DecoderView, site: Site, weight: Tensor, factors: Tensor) -> Tensor:

@@ -94,6 +94,8 @@ def _check(lm: LanguageModel, pruning: Prune) -> None:
     found = pruning.neurons.space.architecture
     if found != lm.view.space.architecture:
         raise InputError(f"neurons: found on architecture {found}; the model at hand is {lm.view.space.architecture}")
+    for site in pruning.neurons.masks:
+        _ = lm.view.projection(*site).parameter  # an adapter layer is refused
 
 
 # ------------------------------------------------------------------------------------------------------- export

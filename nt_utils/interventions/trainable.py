@@ -359,9 +359,7 @@ def _places(view: DecoderView, neurons: NeuronSet, sides: str) -> list[_Place]:
                 continue
             projection = view.projection(layer, role)
             module, index = projection.module, mask.nonzero().flatten()
-            weight = module.get_parameter("weight")
-            if weight.is_meta:
-                raise InputError(f"model: {paths[module]} is offloaded; load the model on devices that hold it")
+            weight = projection.parameter
             _check_whole(weight, f"{paths[module]}.weight")
             if side == "input" and projection.rows is not None:
                 rows = projection.rows

@@ -1,25 +1,38 @@
-"""Everything about models: loading them, their families, and one handle on their projections."""
+"""Everything about models: loading them, their families, prompts and token ids, and one handle on their projections."""
 
-from nt_utils.models.families import FAMILIES, FUSED, OWNED, Family, check_family
-from nt_utils.models.language import Encoded, LanguageModel, pad
-from nt_utils.models.loading import check_source, load
-from nt_utils.models.view import DecoderView, Projection, decoder, device_of, is_sharded, tensor_of
+from nt_utils.errors import InputError, ModelError
+from nt_utils.models.families import FAMILIES, FUSED, OWNED, Family, check_family, context_of
+from nt_utils.models.language import LanguageModel
+from nt_utils.models.loading import check_source, load, load_prompter, parse_arguments
+from nt_utils.models.locate import located
+from nt_utils.models.prompting import DATE, TEMPLATES, Encoded, Prompter, pad
+from nt_utils.models.view import DecoderView, Projection, decoder, device_of, effective, is_sharded, tensor_of
 
 __all__ = [
-    "DecoderView",
-    "Encoded",
+    "DATE",
     "FAMILIES",
     "FUSED",
-    "Family",
-    "LanguageModel",
     "OWNED",
+    "TEMPLATES",
+    "DecoderView",
+    "Encoded",
+    "Family",
+    "InputError",
+    "LanguageModel",
+    "ModelError",
     "Projection",
+    "Prompter",
     "check_family",
     "check_source",
+    "context_of",
     "decoder",
     "device_of",
+    "effective",
     "is_sharded",
     "load",
+    "load_prompter",
+    "located",
     "pad",
+    "parse_arguments",
     "tensor_of",
 ]

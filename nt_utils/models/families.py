@@ -124,3 +124,20 @@ def check_family(config) -> Family:
     if getattr(config, "quantization_config", None):
         raise ModelError("model: its weights are quantised; load an unquantised checkpoint")
     return FAMILIES[name]
+
+
+def context_of(config) -> tuple[int | None, str]:
+    """The longest sequence in tokens whose computation does not depend on the sequences beside it, and what sets it.
+
+    That is the config's context (None for no limit); less where the rotary embedding of *all* prompts of a batch, and of
+    all tokens in the cache, changes with the longest one (longrope, dynamic NTK): the length up to which it does not.
+    """
+    config = config.get_text_config()
+    limit, why = getattr(config, "max_position_embeddings", None), "the model's context holds"
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in [rope, *(value for value in rope.values() if isinstance(value, dict))]:  # one, or one per kind of layer
+        kind, beside = part.get("rope_type"), getattr(config, "original_max_position_embeddings", None)
+        original = part.get("original_max_position_embeddings") or beside
+        if kind in ("longrope", "dynamic") and original and (limit is None or original < limit):
+            limit, why = original, f"with the model's {kind} rotary embedding results depend on the batch beyond"
+    return limit, why

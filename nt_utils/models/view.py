@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import is_parametrized
+from transformers.pytorch_utils import Conv1D
 
-from nt_utils.errors import InputError, ModelError
-from nt_utils.models.families import FUSED, check_family
+from nt_utils.errors import InputError, ModelError, first_line
+from nt_utils.models.families import FUSED, check_family, context_of
 from nt_utils.neurons import KINDS, NeuronSpace
 
 if TYPE_CHECKING:
@@ -24,28 +27,54 @@ class Projection:
     """One logical projection, possibly some rows of a fused module.
 
     Attributes:
-        module: the module that holds the weight.
+        module: what the model calls; hooks belong here. An adapter layer is one module with its base layer inside.
         rows: which of the module's output channels belong to this projection; None = all.
-        transposed: the module stores its weight [inputs, outputs] (GPT-2's Conv1D).
+        name: what messages call it.
     """
 
     module: nn.Module
     rows: slice | Tensor | None = None
-    transposed: bool = False
+    name: str = "a projection"
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored [inputs, outputs] (GPT-2's Conv1D)."""
+        return isinstance(getattr(self.module, "base_layer", self.module), Conv1D)
 
     @property
     def weight(self) -> Tensor:
-        """[outputs, inputs], as nn.Linear keeps it; a view where the layout allows it."""
-        weight = tensor_of(self.module, "weight")
-        assert weight is not None, "a projection has a weight: the view checked it"
-        weight = weight.t() if self.transposed else weight
+        """The effective weight [outputs, inputs], as nn.Linear keeps it; a view where the layout allows it."""
+        linear = effective(self.module, self.name)
+        weight = tensor_of(linear, "weight")
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+            raise ModelError(
+                f"model: {self.name} holds {getattr(weight, 'dtype', type(weight).__name__)} weights; quantised weights "
+                "cannot be scored exactly: load the model in float32, bfloat16 or float16"
+            )
+        weight = weight.t() if isinstance(linear, Conv1D) else weight
         return weight if self.rows is None else weight[self._rows(weight)]
 
     @property
     def bias(self) -> Tensor | None:
-        """[outputs] or None."""
-        bias = tensor_of(self.module, "bias")
+        """The effective bias [outputs] or None."""
+        bias = tensor_of(effective(self.module, self.name), "bias")
         return bias if bias is None or self.rows is None else bias[self._rows(bias)]
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The whole module's weight as it is stored, to be written to.
+
+        Raises:
+            ModelError: the module computes with something else too (an adapter, a parametrisation), or is offloaded.
+        """
+        weight = self.module._parameters.get("weight") if _is_linear(self.module) else None
+        if weight is None:
+            raise ModelError(
+                f"model: {self.name} is an adapter layer or a parametrisation ({_kind(self.module)}); merge it first"
+            )
+        if weight.is_meta:
+            raise ModelError(f"model: the weights of {self.name} are offloaded; load the model whole to change them")
+        return weight
 
     def take(self, output: Tensor) -> Tensor:
         """This projection's channels of the module's output [..., all outputs]."""
@@ -62,6 +91,69 @@ class Projection:
 
     def _rows(self, like: Tensor):
         return self.rows.to(like.device) if isinstance(self.rows, Tensor) else self.rows
+
+
+def effective(module: nn.Module, name: str = "a projection") -> nn.Module:
+    """The plain linear module whose weight and bias are what ``module`` computes with.
+
+    The module itself where it is one (a torch parametrisation counts: its weight is computed on every reading); of an
+    adapter layer (PEFT) a copy with the active adapters merged, checked against the layer's own output.
+
+    Raises:
+        ModelError: the module is neither, or its adapter is no change of the weight.
+    """
+    if _is_linear(module):
+        return module
+    if hasattr(module, "modules_to_save"):
+        active = () if module.disable_adapters else module.active_adapters
+        saved = [module.modules_to_save[key] for key in active if key in module.modules_to_save]
+        return effective(saved[0] if saved else module.original_module, name)
+    if not hasattr(module, "get_base_layer"):
+        raise ModelError(
+            f"model: {name} is {_kind(module)}, whose weight is not what it computes with; needed: a plain linear layer "
+            "(remove what wraps it, or make it permanent)"
+        )
+    try:
+        return _merged(module)
+    except Exception as error:  # PEFT's methods raise errors of many kinds where they cannot be merged
+        raise ModelError(
+            f"model: {name} is an adapter layer ({_kind(module)}); merge it first ({first_line(error)})"
+        ) from error
+
+
+def _merged(layer) -> nn.Module:
+    """The base layer of a copy of an adapter layer, with what is active merged into its weight."""
+    layer = copy.deepcopy(layer).eval()
+    for part in layer.modules():
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+    base = layer.get_base_layer()
+    wide = base.weight.shape[0 if isinstance(base, Conv1D) else 1]
+    probe = torch.randn(4, wide, generator=torch.Generator().manual_seed(0)).to(base.weight.device, base.weight.dtype)
+    with torch.no_grad():
+        output = layer(probe)
+        if layer.disable_adapters and layer.merged:
+            layer.unmerge()
+        elif not layer.disable_adapters and not layer.merged:
+            layer.merge()
+        error = (base(probe) - output).norm() / output.norm()
+    if not _is_linear(base) or not error <= 100 * torch.finfo(output.dtype).eps:
+        raise ModelError("what it adds is no change of its base layer's weight")
+    return base
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module computes ``x W + b`` with the very weight it shows."""
+    kind = Conv1D if isinstance(module, Conv1D) else nn.Linear
+    own_forward = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")  # accelerate's only moves tensors
+    if not isinstance(module, kind) or type(module).forward is not kind.forward or own_forward:
+        return False
+    # Pruning and the older weight norm keep "weight" as an attribute that a hook writes at each call.
+    return "weight" in module._parameters or is_parametrized(module, "weight")
+
+
+def _kind(module: nn.Module) -> str:
+    return f"{type(module).__module__.split('.')[-2]}.{type(module).__name__}".replace("nn.", "")
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor | None:
@@ -117,10 +209,8 @@ class DecoderView:
         self.num_heads: int = config.num_attention_heads
         self.num_kv_heads: int = getattr(config, "num_key_value_heads", None) or self.num_heads
         self.head_dim: int = getattr(config, "head_dim", None) or self.hidden_size // self.num_heads
-        self.context_length: int | None = getattr(config, "max_position_embeddings", None)
         self.layers = self._find_layers()
         self._fused_rows = FUSED[self.family.fused](self) if self.family.fused else {}
-        self._table = [self._projections(layer) for layer in range(self.num_layers)]
         self._check_widths()
 
     # -- parts
@@ -146,30 +236,23 @@ class DecoderView:
             )
         return part
 
-    def _projection(self, layer: int, path: str, rows=None) -> Projection:
-        module = self._part(layer, path)
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dtype.itemsize < 2:
-            kind = getattr(weight, "dtype", type(weight).__name__)
-            raise ModelError(
-                f"model: layer {layer}, {path} holds {kind} weights; quantised weights cannot be scored exactly: "
-                "load the model in float32, bfloat16 or float16"
-            )
-        return Projection(module, rows, transposed=type(module).__name__ == "Conv1D")
-
     def _projections(self, layer: int) -> dict[str, Projection]:
+        """The projections as they are now: an adapter may have taken a module's place since the last reading."""
         family = self.family
+
+        def at(path: str, rows=None) -> Projection:
+            return Projection(self._part(layer, path), rows, f"layer {layer}, {path}")
+
         paths = dict(zip("qkv", family.qkv * 3 if len(family.qkv) == 1 else family.qkv, strict=False))
-        table = {kind: self._projection(layer, paths[kind], self._fused_rows.get(kind)) for kind in "qkv"}
-        table["o"] = self._projection(layer, family.o)
-        table["ffn"] = self._projection(layer, family.down)
-        width = table["ffn"].weight.shape[1]
+        table = {kind: at(paths[kind], self._fused_rows.get(kind)) for kind in "qkv"}
+        table |= {"o": at(family.o), "ffn": at(family.down)}
         if family.gated and len(family.ffn_in) == 1:
-            table["gate"] = self._projection(layer, family.ffn_in[0], slice(0, width))
-            table["up"] = self._projection(layer, family.ffn_in[0], slice(width, 2 * width))
+            width = self.config.intermediate_size
+            table["gate"] = at(family.ffn_in[0], slice(0, width))
+            table["up"] = at(family.ffn_in[0], slice(width, 2 * width))
         else:
             names = ("gate", "up") if family.gated else ("up",)
-            table.update({n: self._projection(layer, p) for n, p in zip(names, family.ffn_in, strict=True)})
+            table |= {name: at(path) for name, path in zip(names, family.ffn_in, strict=True)}
         return table
 
     def _check_widths(self) -> None:
@@ -179,11 +262,13 @@ class DecoderView:
             "v": (self.num_kv_heads * self.head_dim, self.hidden_size),
             "o": (self.hidden_size, self.num_heads * self.head_dim),
         }
-        for layer, table in enumerate(self._table):
+        for layer in range(self.num_layers):
+            table = self._projections(layer)
+            shapes = {role: tuple(projection.weight.shape) for role, projection in table.items()}
             for kind, shape in wanted.items():
-                if tuple(table[kind].weight.shape) != shape:
+                if shapes[kind] != shape:
                     raise ModelError(
-                        f"model: layer {layer}, projection {kind} has shape {tuple(table[kind].weight.shape)}; "
+                        f"model: layer {layer}, projection {kind} has shape {shapes[kind]}; "
                         f"the config of family {self.family_name!r} asks for {shape}"
                     )
 
@@ -193,9 +278,10 @@ class DecoderView:
         """The projection behind a kind (q, k, v, o, ffn = the down projection) or ``gate`` / ``up``."""
         if not 0 <= layer < self.num_layers:
             raise InputError(f"layer: got {layer}; the model has layers 0 to {self.num_layers - 1}")
-        if role not in self._table[layer]:
-            raise InputError(f"kind: got {role!r}; this model has {', '.join(self._table[layer])}")
-        return self._table[layer][role]
+        table = self._projections(layer)
+        if role not in table:
+            raise InputError(f"kind: got {role!r}; this model has {', '.join(table)}")
+        return table[role]
 
     def weight(self, layer: int, role: str) -> Tensor:
         """Weight [outputs, inputs]: a neuron is a row for q, k, v (gate, up) and a column for o and ffn."""
@@ -221,6 +307,11 @@ class DecoderView:
         return device_of(self.model.get_input_embeddings())
 
     @property
+    def context_length(self) -> int | None:
+        """The longest sequence in tokens (:func:`~nt_utils.models.families.context_of`)."""
+        return context_of(self.config)[0]
+
+    @property
     def gated(self) -> bool:
         """Whether the feed-forward block has a gate beside its up projection."""
         return self.family.gated
@@ -239,7 +330,7 @@ class DecoderView:
         def row(role: str) -> int:
             return self.weight(0, role).shape[1] + (self.bias(0, role) is not None)
 
-        into = [role for role in ("gate", "up") if role in self._table[0]]
+        into = [role for role in ("gate", "up") if role in self._projections(0)]
         owned = {kind: row(kind) for kind in "qkv"}
         return {**owned, "o": self.hidden_size, "ffn": self.hidden_size + sum(map(row, into))}
 

@@ -1,0 +1,96 @@
+"""The precision of the weights, and whether they fit: decided before anything is loaded."""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM
+
+from nt_utils.errors import InputError, ModelError
+
+#: Parameters of a model from which on "auto" times both precisions; smaller ones are float32 without a measurement.
+TIMED_FROM = 50_000_000
+
+
+def choose_dtype(dtype: str | torch.dtype, config, *, on_cpu: bool) -> tuple[torch.dtype | str, str]:
+    """The precision that weights are loaded in, and why.
+
+    "auto" keeps the checkpoint's on an accelerator. On a CPU a checkpoint in half precision becomes float32, or, from
+    ``TIMED_FROM`` parameters on, whichever of float32 and bfloat16 runs a forward pass faster on this machine: what must
+    be the same everywhere names its dtype. A float32 checkpoint is never rounded.
+
+    Raises:
+        InputError: no such dtype.
+        ModelError: the weights need more memory than the machine has (CPU only).
+    """
+    parameters = _parameters(config)
+    stored = getattr(config, "dtype", None)
+    if dtype != "auto":
+        chosen = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
+        if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point or chosen.itemsize < 2:
+            raise InputError(f"dtype: got {dtype!r}; allowed: auto, float32, bfloat16, float16")
+        reason = "as asked"
+    elif not on_cpu:
+        return stored or "auto", "the checkpoint's"
+    elif stored not in (torch.float16, torch.bfloat16):
+        chosen, reason = torch.float32, "the checkpoint's"
+    elif parameters < TIMED_FROM:
+        chosen, reason = torch.float32, "small model"
+    elif 4 * parameters > 0.8 * _memory()[0]:
+        chosen, reason = torch.bfloat16, "float32 does not fit the memory"
+    else:
+        seconds = {kind: _seconds(config, kind) for kind in (torch.float32, torch.bfloat16)}
+        chosen = min(seconds, key=lambda kind: seconds[kind])
+        reason = ", ".join(f"{str(kind)[6:]} {value:.3f} s" for kind, value in seconds.items()) + " for two layers"
+    if on_cpu:
+        needed, (total, free) = chosen.itemsize * parameters, _memory()
+        if needed > free:
+            raise ModelError(
+                f"model: its weights take {needed / 2**30:.1f} GiB in {str(chosen)[6:]}; of {total / 2**30:.1f} GiB of memory "
+                f"{free / 2**30:.1f} are free: name a smaller dtype or model, or a device_map that offloads"
+            )
+    return chosen, reason
+
+
+def _parameters(config) -> int:
+    """How many parameters a config asks for, tied ones counted once."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _memory() -> tuple[int, int]:
+    """Bytes of memory that this process may have, and that are free of them (a container's limit counts)."""
+    machine = psutil.virtual_memory()
+    total, free = machine.total, machine.available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        cached = next(int(line.split()[1]) for line in (group / "memory.stat").open() if line.startswith("file "))
+        total, free = min(total, limit), min(free, limit - used + cached)
+    except (OSError, ValueError, StopIteration):  # no such limit here
+        pass
+    return total, free
+
+
+def _seconds(config, dtype: torch.dtype) -> float:
+    """Seconds of a forward pass over 4 rows of 64 tokens through two layers of a config's shape, the best of three."""
+    small: Any = copy.deepcopy(config)
+    small.num_hidden_layers, small.vocab_size, small.dtype = 2, 256, dtype
+    small.pad_token_id = small.bos_token_id = small.eos_token_id = None
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[:2]
+    model = AutoModelForCausalLM.from_config(small, dtype=dtype).eval()
+    ids = torch.zeros(4, 64, dtype=torch.long)
+    best = float("inf")
+    with torch.no_grad():
+        for _ in range(4):
+            start = time.perf_counter()
+            model(ids, use_cache=False)
+            best = min(best, time.perf_counter() - start)
+    return best
