@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nt_utils import hooks, selection
-from nt_utils.data import corpus
+from nt_utils.data import corpus, splits
 from nt_utils.data.attacks import ATTACKS, FULL_LENGTH, Attack, attacks
 from nt_utils.data.records import PromptSet
 from nt_utils.evaluation import metrics
@@ -63,14 +63,16 @@ BORDERLINE_SHARE = 0.6  # of the benign rows that alpha is learnt from
 class Material:
     """The prompts that NeuronTune learns from; every one has its refusal and its helpful answer.
 
-    plain      harmful requests without attack; wrappers: representatives of the seen attack classes for attribution
-    benign     benign and borderline requests, some inside the same wrappers
+    plain      harmful requests without attack, to attribute; plain_benign: benign and borderline ones, likewise
+    wrappers   representatives of the seen attack classes for attribution
+    benign     benign and borderline requests to learn from, some inside the same wrappers
     tasks      attack class -> attacked harmful requests; "direct" holds requests without attack
     dev        (tasks, benign) of a split apart: what decides when to stop
     unseen     unseen attack class -> a few requests, to adapt to; learning never sees them
     """
 
     plain: PromptSet
+    plain_benign: PromptSet
     wrappers: tuple[Attack, ...]
     benign: PromptSet
     tasks: dict[str, PromptSet]
@@ -91,83 +93,90 @@ def material(n: int, seed: int = 0) -> Material:
             found.setdefault(attack.attack_class, []).append(attack)
         return found
 
-    def tasks(split: str, count: int) -> dict[str, PromptSet]:
+    def tasks(use: str, count: int) -> dict[str, PromptSet]:
+        split = splits.EMBEDDED_SPLITS[use]
         found = {
-            name: corpus.corpus("harmful", split, attack=chosen).take(count, seed)
+            name: splits.rows(corpus.corpus("harmful", split, attack=chosen), use, count, seed)
             for name, chosen in wordings(split, True).items()
         }
         direct = corpus.corpus("harmful", split) + corpus.corpus("harmful", split, "de")
-        return found | {"direct": direct.take(count, seed)}
+        return found | {"direct": splits.rows(direct, use, count, seed)}
 
     return Material(
-        plain=corpus.corpus("harmful", "train").take(n, seed),
+        plain=splits.rows(corpus.corpus("harmful", "train"), "detect", n, seed),
+        plain_benign=_benign("detect", 4 * n, seed),
         wrappers=tuple(attacks(seen=True, split="train")),
-        benign=_benign("train", 4 * n, seed),
-        tasks=tasks("train", n),
-        dev=(tasks("dev", 8), _benign("dev", 16, seed)),
+        benign=_benign("tune", 4 * n, seed),
+        tasks=tasks("tune", n),
+        dev=(tasks("develop", 8), _benign("develop", 16, seed)),
         unseen={
-            name: corpus.corpus("harmful", "dev", attack=chosen).take(8, seed)
+            name: splits.rows(corpus.corpus("harmful", "dev", attack=chosen), "develop", 8, seed)
             for name, chosen in wordings("dev", False).items()
         },
     )
 
 
-def _benign(split: str, n: int, seed: int) -> PromptSet:
+def _benign(use: str, n: int, seed: int) -> PromptSet:
     """Borderline requests, benign ones in and without wrappers, and other tasks."""
-    rest = n - round(BORDERLINE_SHARE * n)
+    rest, split = n - round(BORDERLINE_SHARE * n), splits.EMBEDDED_SPLITS[use]
     parts = [
-        corpus.corpus("borderline", split).take(n - rest, seed),
-        corpus.utility(max(1, rest // 20), split, seed).take(rest // 2, seed),
-        corpus.corpus("benign", split, attack="seen").take(rest // 4, seed),
-        corpus.corpus("benign", split).take(max(1, rest // 8), seed),
-        corpus.corpus("benign", split, "de").take(max(1, rest // 8), seed),
+        (corpus.corpus("borderline", split), n - rest),
+        (corpus.utility(max(1, rest // 5), split, seed), rest // 2),
+        (corpus.corpus("benign", split, attack="seen"), rest // 4),
+        (corpus.corpus("benign", split), max(1, rest // 8)),
+        (corpus.corpus("benign", split, "de"), max(1, rest // 8)),
     ]
-    return PromptSet([p for part in parts for p in part if p.helpful and p.refusal], f"testbed-mixed-{split}")
+    found = [p for part, count in parts for p in splits.rows(part, use, count, seed) if p.helpful and p.refusal]
+    return PromptSet(found, f"testbed-mixed-{use}")
 
 
 def given_material(
     lm: LanguageModel,
-    harmful: PromptSet,
-    benign: PromptSet,
-    borderline: PromptSet | None = None,
+    detect: tuple[PromptSet, PromptSet],
+    tune: tuple[PromptSet, PromptSet],
+    develop: tuple[PromptSet, PromptSet],
     *,
-    seed: int = 0,
     max_new_tokens: int = 64,
     batch_size: int | None = None,
 ) -> Material:
-    """From prompts of any source: full-length attacks, every fifth prompt for validation.
+    """From prompts of any source, with full-length attacks.
 
     Missing refusals and compliances are stock phrases; missing helpful answers are the model's own (so that utility
     means: answers as before).
+
+    Args:
+        detect, tune, develop: harmful and benign prompts to attribute, to learn from, and to decide on when to stop.
     """
     from nt_utils.evaluation.generation import generate
 
-    calm = benign + borderline if borderline is not None else benign
-    answers = [""] * len(calm)
-    if not all(calm.column("helpful")):
-        options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": False, "cache": True}
-        answers = [response.text for response in generate(lm, calm, **options)]
-    known = [
-        p.replace(helpful=p.helpful or own, refusal=p.refusal or REFUSAL)
-        for p, own in zip(calm, answers, strict=True)
-        if (p.helpful or own).strip()
-    ]
-    calm = PromptSet(known, calm.name)
-    bad = harmful.map(lambda p: p.replace(helpful=p.helpful or COMPLIANCE, refusal=p.refusal or REFUSAL))
-    wrappers = tuple(a for name in FULL_LENGTH if (a := ATTACKS[name]).seen)
-    others = [a for name in FULL_LENGTH if not (a := ATTACKS[name]).seen]
+    def known(benign: PromptSet) -> PromptSet:
+        answers = [""] * len(benign)
+        if not all(benign.column("helpful")):
+            options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": False, "cache": True}
+            answers = [response.text for response in generate(lm, benign, **options)]
+        kept = [
+            p.replace(helpful=p.helpful or own, refusal=p.refusal or REFUSAL)
+            for p, own in zip(benign, answers, strict=True)
+            if (p.helpful or own).strip()
+        ]
+        return PromptSet(kept, benign.name)
+
+    def refused(harmful: PromptSet) -> PromptSet:
+        return harmful.map(lambda p: p.replace(helpful=p.helpful or COMPLIANCE, refusal=p.refusal or REFUSAL))
 
     def attacked(prompts: PromptSet, by: Attack) -> PromptSet:
         return prompts.map(by.apply, f"{prompts.name}-{by.name}")
 
-    halves = [[i for i in range(len(s)) if (i % 5 == 4) == late] for s in (bad, calm) for late in (False, True)]
-    train, dev = bad[halves[0]], bad[halves[1]]
+    wrappers = tuple(a for name in FULL_LENGTH if (a := ATTACKS[name]).seen)
+    others = [a for name in FULL_LENGTH if not (a := ATTACKS[name]).seen]
+    plain, train, dev = (refused(harmful) for harmful, _ in (detect, tune, develop))
     return Material(
-        plain=train,
+        plain=plain,
+        plain_benign=known(detect[1]),
         wrappers=wrappers,
-        benign=calm[halves[2]],
+        benign=known(tune[1]),
         tasks={a.attack_class: attacked(train, a) for a in wrappers} | {"direct": train},
-        dev=({a.attack_class: attacked(dev, a) for a in wrappers} | {"direct": dev}, calm[halves[3]]),
+        dev=({a.attack_class: attacked(dev, a) for a in wrappers} | {"direct": dev}, known(develop[1])),
         unseen={a.attack_class: attacked(dev[:8], a) for a in representatives(others)},
     )
 
@@ -213,8 +222,8 @@ def rankings(
     target = "attacked" if attack_aware else "zero"
     safety = attribution(lm, cases, target=target, path=folder / f"safety_{target}.safetensors", **options)
     if utility is None:
-        step = max(1, len(found.benign) // n)
-        calm = utility_cases(found.benign[list(range(0, len(found.benign), step))[:n]])
+        step = max(1, len(found.plain_benign) // n)
+        calm = utility_cases(found.plain_benign[list(range(0, len(found.plain_benign), step))[:n]])
         utility = attribution(lm, calm, target="zero", path=folder / "utility.safetensors", **options)
     return Rankings(
         selection.attributed(safety, how, "safety"), selection.attributed(utility, "signed", "utility"), safety, utility
@@ -337,8 +346,8 @@ def layer_scaling(by: Ranking, factors: Sequence[float], measure: Callable[[Inte
 
 def refusal_directions(lm: LanguageModel, found: Material) -> Tensor:
     """The refusal direction at every place, from plain harmful and benign requests, float32 [layers + 1, hidden]."""
-    calm = found.benign.filter(kind="benign", attack="", task=lambda task: task in ("", "how-to"))
-    calm = calm if len(calm) else found.benign
+    calm = found.plain_benign.filter(kind="benign", attack="", task=lambda task: task in ("", "how-to"))
+    calm = calm if len(calm) else found.plain_benign
     return steering.mean_difference(lm, found.plain.texts, calm.texts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,11 @@ class Parameter:
         return value
 
     def _in_range(self, value: float) -> bool:
-        return value == value and (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+        return (
+            math.isfinite(value)
+            and (self.low is None or value >= self.low)
+            and (self.high is None or value <= self.high)
+        )
 
     def _allowed(self) -> str:
         words = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}[self.kind]

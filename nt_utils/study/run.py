@@ -37,7 +37,7 @@ def begin(notebook: str, values: Mapping[str, Any], history: list[str] | None = 
     p = check_parameters(from_notebook(history, values))
     run = Run(notebook, p, run_folder(p.runs, study_name(p.model, p.study, p.preset), p.seed))
     run.check_folder()
-    check_inputs(p)
+    check_inputs(run)
     run.provenance()
     if run.is_quick:
         print(f"{run.label}, seed {p.seed}, PRESET QUICK: few prompts and steps, to try things out, not for results")

@@ -7,35 +7,48 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import random
 from functools import cached_property
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from nt_utils.data import attacks, corpus, sources, tasks
+from nt_utils.data import attacks, corpus, sources, splits
+from nt_utils.data.records import PromptSet
+from nt_utils.data.splits import Splits
 from nt_utils.errors import InputError
 from nt_utils.files import cached, study_name
 from nt_utils.study.parameters import EMBEDDED, QUICK_TOKENS, SOURCES, TESTBEDS
 from nt_utils.study.provenance import code_fingerprint
 
 if TYPE_CHECKING:
+    from nt_utils.evaluation.suite import Suite
     from nt_utils.study.run import Run
 
 
 # ------------------------------------------------------------------------------------------------------- checks
 
 
-def check_inputs(parameters: SimpleNamespace) -> None:
-    """Prompt sources, attacks and models: everything that can be refused before a model is loaded.
+#: What a notebook that has a parameter needs of its prompts: parameter -> (roles, use, least number).
+NEEDS = {
+    "n_detect": (("harmful", "benign", "general", "second_language"), "detect", 4),
+    "n_calibrate": (("harmful", "benign"), "detect", 16),
+    "n_tune": (("harmful", "benign"), "tune", 2),
+    "n_dev": (("harmful", "benign"), "develop", 4),
+    "n_test": (("harmful", "benign", "borderline", "general", "second_language"), "test", 4),
+    "n_task": (("new_task",), "tune", 4),
+}
+
+
+def check_inputs(run: Run) -> None:
+    """Prompt sources, numbers of prompts, attacks and models: everything that can be refused before a model is loaded.
 
     Raises InputError with one line that names the parameter.
     """
-    p = vars(parameters)
-    _check_sources(p)
+    parameters, given = run.parameters, vars(run.parameters)
+    _check_sources(given)
     for name in SOURCES:
-        if p.get(name, "") not in ("", EMBEDDED):
+        if given.get(name, "") not in ("", EMBEDDED):
             try:
-                sources.load_prompts(p[name], limit=4)
+                sources.load_prompts(given[name], limit=4)
             except InputError as error:
                 raise InputError(f"{name}: {error}") from error
     if not parameters.model.strip():
@@ -46,6 +59,25 @@ def check_inputs(parameters: SimpleNamespace) -> None:
             from nt_utils import models
 
             models.check_source(source)
+    _check_numbers(Subject(run))
+
+
+def _check_numbers(subject: Subject) -> None:
+    """Enough prompts for every use that this notebook has."""
+    given = vars(subject.parameters)
+    for name, (roles, use, least) in NEEDS.items():
+        for role in roles if name in given else ():
+            if role not in subject.splits:
+                continue
+            if not subject.is_embedded and given[role] != EMBEDDED:
+                found = subject.splits.require(role, use, least)
+                if found < given[name]:
+                    print(f"{role}: {found} prompts to {use} with, where {name} asks for {given[name]}")
+            elif role in ("harmful", "second_language") and use in ("detect", "tune"):
+                try:
+                    splits.pairs(given[name], use, "en" if role == "harmful" else "de", given["seed"])
+                except InputError as error:
+                    raise InputError(f"{name}: {str(error).removeprefix('n: ')}") from error
 
 
 def _check_sources(p: dict[str, Any]) -> None:
@@ -56,7 +88,12 @@ def _check_sources(p: dict[str, Any]) -> None:
             f"benign: got {p['benign']!r} with harmful={p['harmful']!r}; both are {EMBEDDED!r} or neither is"
         )
     if embedded and embedded[0]:
-        for name, allowed in (("harmful_test", ("",)), ("benign_test", ("",)), ("second_language", ("", EMBEDDED))):
+        for name, allowed in (
+            ("harmful_test", ("",)),
+            ("benign_test", ("",)),
+            ("second_language", ("", EMBEDDED)),
+            ("borderline", ("", EMBEDDED)),
+        ):
             if p.get(name, "") not in allowed:
                 raise InputError(
                     f"{name}: got {p[name]!r}; allowed with harmful={EMBEDDED!r}: {' or '.join(map(repr, allowed))}"
@@ -166,96 +203,75 @@ class Subject:
     # ----------------------------------------------------------------------------------------------- prompts
 
     @cached_property
-    def prompts(self) -> dict[str, Any]:
-        """Prompt sets by role: harmful, benign, general (to detect with) and, where there are any, second_harmful,
-        second_benign, harmful_test, benign_test and borderline. No detection prompt is a test prompt."""
-        p, sets = self.parameters, {}
-        n, seed = getattr(p, "n_detect", getattr(p, "n_calibrate", p.n_test)), p.seed
-        if p.harmful == EMBEDDED:
-            sets["harmful"], sets["benign"] = corpus.pairs(n, "train", "en", seed)
+    def splits(self) -> Splits:
+        """Which prompt serves what, in every notebook of this study."""
+        given = {name: source for name, source in vars(self.parameters).items() if name in SOURCES and source}
+        if not self.is_embedded:  # the embedded ones of these go with the embedded harmful prompts only
+            given = {k: v for k, v in given.items() if v != EMBEDDED or k not in ("borderline", "second_language")}
+        return Splits(given, self.parameters.seed)
+
+    def rows(self, role: str, use: str, n: int | None = None) -> PromptSet:
+        """Prompts of a role (harmful, benign, borderline, general, second_language, new_task) that serve a use: detect,
+        tune, develop or test. See :mod:`nt_utils.data.splits`."""
+        return self.splits.rows(role, use, n)
+
+    @property
+    def n_detect(self) -> int:
+        """How many prompts of each role neurons are found with."""
+        p = self.parameters
+        return getattr(p, "n_detect", getattr(p, "n_calibrate", p.n_test))
+
+    @cached_property
+    def prompts(self) -> dict[str, PromptSet]:
+        """What neurons are found with, by role: harmful, benign and, where the study has them, general, second_harmful and
+        second_benign."""
+        n, sets = self.n_detect, {}
+        if self.is_embedded:
+            sets["harmful"], sets["benign"] = splits.pairs(n, "detect", "en", self.parameters.seed)
         else:
-            sets |= self._split("harmful", n) | self._split("benign", n)
-        if getattr(p, "second_language", "") == EMBEDDED and self.is_embedded:
-            sets["second_harmful"], sets["second_benign"] = corpus.pairs(n, "train", "de", seed)
-        elif getattr(p, "second_language", "") not in ("", EMBEDDED):
-            halves = self._split("second_language", n)
-            sets |= {"second_harmful": halves["second_language"], "second_test": halves["second_language_test"]}
-        if getattr(p, "general", "") == EMBEDDED:
-            sets["general"] = corpus.general(n, "train", seed)
-        elif getattr(p, "general", ""):
-            sets["general"] = self._source("general", "general").take(n, seed)
-        if getattr(p, "borderline", "") not in ("", EMBEDDED):
-            sets["borderline"] = self._source("borderline", "borderline").take(p.n_test, seed)
+            sets = {role: self.rows(role, "detect", n) for role in ("harmful", "benign")}
+        if "second_language" in self.splits and self.is_embedded:
+            found = splits.pairs(n, "detect", "de", self.parameters.seed)
+            sets["second_harmful"], sets["second_benign"] = found
+        elif "second_language" in self.splits:
+            sets["second_harmful"] = self.rows("second_language", "detect", n)
+        if "general" in self.splits:
+            sets["general"] = self.rows("general", "detect", n)
         for role, chosen in sets.items():
-            self.run.record(
-                f"prompts {role}", {"n": len(chosen), "fingerprint": chosen.fingerprint[:16], "name": chosen.name}
-            )
+            known = {"n": len(chosen), "fingerprint": chosen.fingerprint[:16], "name": chosen.name}
+            self.run.record(f"prompts {role}", known)
         return sets
 
-    def _source(self, name: str, kind: str):
-        return sources.load_prompts(getattr(self.parameters, name), kind=kind)
-
-    def _split(self, name: str, n: int) -> dict[str, Any]:
-        """``name``: n rows to detect with; ``name_test``: n_test others, or rows of the source ``<name>_test``."""
-        kind = "harmful" if name == "second_language" else name
-        p = self.parameters
-        own = self._source(name, kind)
-        other = getattr(p, f"{name}_test", "")
-        if other and other != EMBEDDED:
-            seen = set(own.texts)
-            test = self._source(f"{name}_test", kind).filter(text=lambda text: text not in seen)
-            return {name: own.take(n, p.seed), f"{name}_test": test.take(p.n_test, p.seed)}
-        mixed = own.take(n + p.n_test, p.seed)
-        n = min(n, len(mixed) * n // (n + p.n_test))
-        if n < 2 or len(mixed) - n < 2:
-            raise InputError(
-                f"{name}: {getattr(p, name)} has {len(own)} prompts, too few to detect with some and test on others"
-            )
-        detect = set(mixed.take(n, p.seed + 1).texts)
-        parts = {
-            name: mixed.filter(text=lambda t: t in detect),
-            f"{name}_test": mixed.filter(text=lambda t: t not in detect),
-        }
-        return {role: part.rename(f"{part.name} ({role})") for role, part in parts.items()}
-
     @cached_property
-    def tuning_prompts(self) -> tuple[Any, Any]:
+    def tuning_prompts(self) -> tuple[PromptSet, PromptSet]:
         """Harmful prompts that learn their refusal and benign ones that learn their answer, n_tune of each.
 
-        They are detection prompts, as in [SN]; of the embedded benign ones half are how-to requests in the harmful
-        ones' wordings and half other tasks. Without a refusal of its own a prompt gets the parameter `refusal`.
+        Of the embedded benign ones half are how-to requests in the harmful ones' wordings and half other tasks. Without a
+        refusal of its own a prompt gets the parameter `refusal`.
         """
         p = self.parameters
-        if self.makes_units:  # not the rows that are left to choose on
-            harmful, benign = (rows.take(p.n_tune, p.seed) for rows in self.calibration_prompts)
-        else:
-            harmful, benign = (self.prompts[role].take(p.n_tune, p.seed) for role in ("harmful", "benign"))
         if not self.is_embedded:
-            harmful = harmful.map(lambda prompt: prompt if prompt.refusal else prompt.replace(refusal=p.refusal))
-            return harmful, benign
-        others = corpus.utility(20, "train", p.seed).take(p.n_tune - p.n_tune // 2, p.seed)
-        return harmful, self.prompts["benign"].take(p.n_tune // 2, p.seed) + others
+            return self._refused(self.rows("harmful", "tune", p.n_tune)), self.rows("benign", "tune", p.n_tune)
+        harmful, benign = splits.pairs(p.n_tune, "tune", "en", p.seed)
+        others = splits.rows(corpus.utility(60, "train", p.seed), "tune", p.n_tune - p.n_tune // 2, p.seed)
+        return harmful, splits.smallest(benign, p.n_tune // 2, p.seed) + others
 
     @cached_property
-    def calibration_prompts(self) -> tuple[Any, Any]:
-        """Harmful and benign prompts that unit maps are made from: the embedded pairs, or three quarters of own rows.
+    def calibration_prompts(self) -> tuple[PromptSet, PromptSet]:
+        """Harmful and benign prompts that unit maps are made from; harmful ones without a refusal get the parameter `refusal`."""
+        return self._refused(self.prompts["harmful"]), self.prompts["benign"]
 
-        The other rows are left to choose on (:meth:`suite`, split "dev"). Where the notebook has a text `refusal`, harmful
-        prompts without one of their own get it.
-        """
-        p, found = self.parameters, []
-        for kind in ("harmful", "benign"):
-            rows = self.prompts[kind]
-            found.append(rows if self.is_embedded else rows.take(3 * len(rows) // 4, p.seed))
-        text = getattr(p, "refusal", "")
-        return found[0].map(lambda prompt: prompt if prompt.refusal else prompt.replace(refusal=text)), found[1]
+    def _refused(self, prompts: PromptSet) -> PromptSet:
+        text = getattr(self.parameters, "refusal", "")
+        return prompts.map(lambda prompt: prompt if prompt.refusal else prompt.replace(refusal=text))
 
-    def suite(self, split: str = "test"):
-        """What the model is evaluated on: the embedded corpus's test split, or the given sources' test rows.
+    def learning_rows(self, use: str, n: int | None = None) -> tuple[PromptSet, PromptSet]:
+        """Given prompts of a use to learn a modulation from: harmful ones, and benign with borderline ones; n of each role."""
+        found = [self.rows(role, use, n) for role in ("harmful", "benign", "borderline") if role in self.splits]
+        return found[0], PromptSet([p for part in found[1:] for p in part], "benign")
 
-        Split "dev" is for choosing (learning rates, doses): n_dev prompts of the development split; of own sources
-        detection rows that are not tuned on, and borderline rows that are not test rows.
-        """
+    def suite(self, split: str = "test") -> Suite:
+        """What the model is evaluated on, n_test prompts of each kind; split "dev" is for choosing (learning rates, doses)."""
         from nt_utils.evaluation import suite as suites
 
         p = self.parameters
@@ -266,53 +282,28 @@ class Subject:
             sets = [dataclasses.replace(s, prompts=s.prompts.take(sizes.get(s.name, n), p.seed)) for s in whole.sets]
             limit = QUICK_TOKENS if self.run.is_quick else whole.max_new_tokens
             return suites.Suite(tuple(sets), whole.name, p.max_new_tokens or limit)
-        rows = self._test_rows() if split == "test" else self._dev_rows(n)
+        use = "test" if split == "test" else "develop"
+        found = {role: self.rows(role, use, n) for role in ("harmful", "benign", "borderline") if role in self.splits}
+        text = self.rows("general", "test", n) if use == "test" and "general" in self.splits else None
         built = suites.make_suite(
-            **rows,
+            harmful=found["harmful"],
+            benign=found["benign"],
+            borderline=found.get("borderline") or None,
+            text=text,
             attacks=_names(getattr(p, "attacks", "")),
             max_new_tokens=p.max_new_tokens or 256,
             name=study_name(p.model, p.study),
         )
-        if split == "test" and "second_test" in self.prompts:
-            second = suites.SuiteSet("direct-second", self.prompts["second_test"], ("asr", "refusal", "degenerate"))
-            built = dataclasses.replace(built, sets=(*built.sets, second))
+        if split == "test" and "second_language" in self.splits:
+            second = self.rows("second_language", "test", n)
+            asked_there = suites.SuiteSet("direct-second", second, ("asr", "refusal", "degenerate"))
+            built = dataclasses.replace(built, sets=(*built.sets, asked_there))
         return built
 
-    def _test_rows(self) -> dict[str, Any]:
-        roles = {"harmful": "harmful_test", "benign": "benign_test", "borderline": "borderline", "text": "general"}
-        return {kind: self.prompts.get(role) for kind, role in roles.items()}
-
-    def _dev_rows(self, n: int) -> dict[str, Any]:
-        """Rows to choose on: neither tuned on nor tested on."""
-        p, rows = self.parameters, {}
-        used = self.calibration_prompts if self.makes_units else self.tuning_prompts
-        for kind, tuned in zip(("harmful", "benign"), used, strict=True):
-            seen = set(tuned.texts)
-            rows[kind] = self.prompts[kind].filter(text=lambda text, seen=seen: text not in seen).take(n, p.seed)
-            if len(rows[kind]) < 4:
-                raise InputError(
-                    f"{kind}: {len(tuned)} of its {len(self.prompts[kind])} detection prompts are tuned on; "
-                    "too few are left to choose on"
-                )
-        if "borderline" in self.prompts:
-            seen = set(self.prompts["borderline"].texts)
-            rest = self._source("borderline", "borderline").filter(text=lambda text: text not in seen)
-            rows["borderline"] = rest.take(n, p.seed) if len(rest) >= 4 else None
-        return rows
-
     @cached_property
-    def new_task(self) -> tuple[Any, Any, Any]:
+    def new_task(self) -> tuple[PromptSet, PromptSet, PromptSet]:
         """Rows of `new_task` to fine-tune on (n_task), others to choose the rate on (n_dev) and to test on (n_test)."""
         p = self.parameters
-        if p.new_task == EMBEDDED:
-            sizes = {"train": p.n_task, "dev": p.n_dev, "test": p.n_test}
-            train, dev, test = (tasks.differences(n, split, p.seed) for split, n in sizes.items())
-            return train, dev, test
-        rows = self._source("new_task", "benign").filter(helpful=bool)
-        rows = rows.take(p.n_task + p.n_dev + p.n_test, p.seed)
-        if len(rows) < 12:
-            raise InputError(f"new_task: {p.new_task} has {len(rows)} prompts with an answer; at least 12 are needed")
-        first, second = (len(rows) * n // (p.n_task + p.n_dev + p.n_test) for n in (p.n_task, p.n_task + p.n_dev))
-        mixed = list(range(len(rows)))
-        random.Random(p.seed).shuffle(mixed)
-        return tuple(rows[part] for part in (mixed[:first], mixed[first:second], mixed[second:]))
+        sizes = {"tune": p.n_task, "develop": p.n_dev, "test": p.n_test}
+        train, dev, test = (self.rows("new_task", use, n) for use, n in sizes.items())
+        return train, dev, test

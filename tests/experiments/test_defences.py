@@ -73,7 +73,7 @@ def test_frozen_units_grow_from_the_critical_ones_and_hold_their_inputs(bench):
 
 
 def test_a_known_direction_is_not_computed_again(bench, monkeypatch):
-    found = modulation.given_material(bench.lm, HARMFUL, BENIGN, max_new_tokens=2)
+    found = modulation.given_material(bench.lm, *[(HARMFUL, BENIGN)] * 3, max_new_tokens=2)
     setting = defences.Setting([0.01], [0.001], [1], 1, [0.5], wanted=["refusal direction"])
     directions = modulation.refusal_directions(bench.lm, found)
     made = [defences.build(bench.lm, found, {}, {}, setting, 2)]
@@ -117,7 +117,7 @@ def test_the_worst_case_keeps_the_model_useful(monkeypatch, points, expected):
 def test_every_defence_is_built_and_judged(bench):
     pytest.importorskip("peft")
     lm = bench.lm
-    found = modulation.given_material(lm, HARMFUL, BENIGN, max_new_tokens=2)
+    found = modulation.given_material(lm, *[(HARMFUL, BENIGN)] * 3, max_new_tokens=2)
     sets = {"SN-Tune": neurons(lm), "RU budget": neurons(lm, 8)}
     setting = defences.Setting([0.01], [0.001], [1], 1, [0.5], batch_size=4)
     before = lm.weights_fingerprint

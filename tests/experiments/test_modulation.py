@@ -49,7 +49,7 @@ def found():
     tasks = {"roleplay": _prompts("be max", 3, "harmful"), "direct": _prompts("rob", 3, "harmful")}
     benign = _prompts("boil", 4, "benign", task="how-to")
     unseen = {"persona": _prompts("be ilse", 2, "harmful")}
-    return study.Material(tasks["direct"], (ATTACKS["roleplay.1"],), benign, tasks, (tasks, benign), unseen)
+    return study.Material(tasks["direct"], benign, (ATTACKS["roleplay.1"],), benign, tasks, (tasks, benign), unseen)
 
 
 @pytest.fixture
@@ -79,6 +79,7 @@ def test_the_material_keeps_splits_and_unseen_classes_apart():
     assert used == {"roleplay", "fiction", "prefix", "suppression"} == set(material.tasks) - {"direct"}
     assert len(material.unseen) == 8 and not set(material.unseen) & used
     assert all(p.refusal and p.helpful for p in learnt + held)
+    assert not {p.text for p in learnt} & {p.text for p in [*material.plain, *material.plain_benign]}
     share = np.mean([p.kind == "borderline" for p in material.benign])
     assert 0.5 < share < 0.7 and {len(t) for t in material.tasks.values()} == {20}
 
@@ -87,8 +88,9 @@ def test_given_prompts_get_stock_refusals_and_the_models_own_answers(lm, monkeyp
     monkeypatch.setenv("NT_CACHE", str(tmp_path))
     bad = PromptSet([Prompt(f"rob {i}", kind="harmful") for i in range(10)])
     calm = PromptSet([Prompt(f"boil {i}", kind="benign") for i in range(10)])
-    material = study.given_material(lm, bad, calm, max_new_tokens=4)
-    assert len(material.plain) == 8 and len(material.dev[0]["direct"]) == 2
+    parts = ((bad[:4], calm[:4]), (bad[4:8], calm[4:8]), (bad[8:], calm[8:]))
+    material = study.given_material(lm, *parts, max_new_tokens=4)
+    assert [len(s) for s in (material.plain, material.tasks["direct"], material.dev[0]["direct"])] == [4, 4, 2]
     assert set(material.plain.column("refusal")) == {study.REFUSAL}
     assert all(p.helpful.strip() for p in material.benign)
     assert set(material.tasks) == {"roleplay", "fiction", "suppression", "prefix", "direct"}

@@ -192,9 +192,9 @@ def test_source_combinations_that_do_not_go_together_are_refused(tmp_path):
         ({"harmful": "testbed", "benign": "testbed", "attacks": "nonsense"}, "nonsense"),
     ):
         with pytest.raises(InputError, match=message):
-            check_inputs(make_run(tmp_path, **values).parameters)
+            check_inputs(make_run(tmp_path, **values))
     fine = make_run(tmp_path, harmful="testbed", benign="testbed", second_language="testbed", attacks="")
-    check_inputs(fine.parameters)
+    check_inputs(fine)
 
 
 def test_two_models_do_not_share_a_folder(tmp_path):
