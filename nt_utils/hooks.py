@@ -3,19 +3,22 @@
 A site is (layer, kind): the output channels of q, k and v (bias included, before any query/key norm and rotary
 embedding), the input channels of the attention's output projection (o) and of the down projection (ffn), the output
 channels of the gate and up projections. Beside the sites there is the residual stream between the layers. Hooks are registered on entry and removed on exit whatever
-happens; they nest, the outer one acting first; no activation is edited in place; a selection that matches nothing is
-an error.
+happens; they nest, the outer one acting first; no activation is edited in place. A selection that matches nothing is an
+error, and so is a context none of whose hooks ran before it closed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nt_utils.errors import InputError
+from nt_utils.errors import InputError, ModelError
 from nt_utils.models import DecoderView, LanguageModel
 from nt_utils.neurons import NeuronSet, Site
 
@@ -23,39 +26,95 @@ Edit = Callable[[Tensor], Tensor | None]
 
 
 def _view(source: LanguageModel | DecoderView) -> DecoderView:
+    refuse_compiled(source.model)
     return source if isinstance(source, DecoderView) else source.view
 
 
+@dataclass(frozen=True)
+class Hook:
+    """A hook to come: ``add`` registers the function it is given on ``owner`` and returns a removable handle."""
+
+    owner: nn.Module | nn.Parameter
+    function: Callable
+    add: Callable[[Callable], Any]
+
+
 @contextmanager
-def registered(register: Iterable[Callable]) -> Iterator[None]:
-    """Call each ``register`` (which returns a removable handle) on entry, remove every handle on exit."""
-    handles = []
+def attached(hooks: Iterable[Hook], name: str = "hooks", must_run: bool = True) -> Iterator[None]:
+    """Register the hooks on entry, remove every one on exit.
+
+    ``must_run``: whether it is an error that none ran (a training may end before its first step).
+
+    Raises:
+        ModelError: on entry, where a module is compiled or scripted (torch may leave out hooks there without a word); on
+            exit without another error, where none of the hooks ran, so that ``name`` changed and saw nothing.
+    """
+    calls = 0
+
+    def counted(function: Callable) -> Callable:
+        def hook(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            return function(*args, **kwargs)
+
+        return hook
+
+    handles, hooks = [], list(hooks)
     try:
-        for add in register:
-            handles.append(add())
+        for hook in hooks:
+            if isinstance(hook.owner, nn.Module):
+                refuse_compiled(hook.owner)
+            handles.append(hook.add(counted(hook.function)))
         yield
+        if must_run and hooks and not calls:
+            raise ModelError(
+                f"{name}: none of its {len(hooks)} hooks ran before it was taken off, so it changed nothing; was the model "
+                "called, and is it the one that the hooks are on (a compiled copy leaves them out)?"
+            )
     finally:
         for handle in handles:
             handle.remove()
 
 
-def before(module: nn.Module, function: Callable) -> Callable:
-    """A registration of ``function(module, args)`` before each call of a module."""
-    return lambda: module.register_forward_pre_hook(function)
+def registered(model: nn.Module) -> list[tuple[str, Callable]]:
+    """The project's hooks on a model at this moment: (name of the module, hook)."""
+    return [
+        (name, hook)
+        for name, module in model.named_modules()
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        for hook in hooks.values()
+        if getattr(hook, "__module__", "") == __name__
+    ]
 
 
-def after(module: nn.Module, function: Callable, first: bool = False) -> Callable:
-    """A registration of ``function(module, args, output)`` after each call; ``first``: before the other hooks there."""
-    return lambda: module.register_forward_hook(function, prepend=first)
+def refuse_compiled(model: nn.Module) -> None:
+    """Raise ModelError where a module is compiled (torch.compile) or scripted (torch.jit): hooks may not run there."""
+    for name, module in model.named_modules():
+        compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        if compiled or isinstance(module, torch.jit.ScriptModule):
+            way = "torch.compile" if compiled else "torch.jit"
+            raise ModelError(
+                f"model: {name or type(module).__name__} is compiled by {way}, which leaves hooks out; give the plain model"
+            )
 
 
-def after_gradient(parameter: nn.Parameter, function: Callable) -> Callable:
-    """A registration of ``function(parameter)`` after each time its gradient was accumulated."""
-    return lambda: parameter.register_post_accumulate_grad_hook(function)
+def before(module: nn.Module, function: Callable) -> Hook:
+    """``function(module, args)`` before each call of a module."""
+    return Hook(module, function, module.register_forward_pre_hook)
 
 
-def _at_site(view: DecoderView, site: Site, edit: Edit) -> Callable:
-    """A registration that hands ``edit`` the site's channels [batch, tokens, width]; None leaves them as they are."""
+def after(module: nn.Module, function: Callable, first: bool = False) -> Hook:
+    """``function(module, args, output)`` after each call; ``first``: before the other hooks there."""
+    return Hook(module, function, partial(module.register_forward_hook, prepend=first))
+
+
+def after_gradient(parameter: nn.Parameter, function: Callable) -> Hook:
+    """``function(parameter)`` after each time its gradient was accumulated."""
+    return Hook(parameter, function, parameter.register_post_accumulate_grad_hook)
+
+
+def _at_site(view: DecoderView, site: Site, edit: Edit) -> Hook:
+    """A hook that hands ``edit`` the site's channels [batch, tokens, width]; None leaves them as they are."""
     layer, kind = site
     projection = view.projection(layer, kind)  # raises on an unknown site
 
@@ -73,12 +132,12 @@ def _at_site(view: DecoderView, site: Site, edit: Edit) -> Callable:
 
 
 @contextmanager
-def edit(source: LanguageModel | DecoderView, edits: Mapping[Site, Edit]) -> Iterator[None]:
+def edit(source: LanguageModel | DecoderView, edits: Mapping[Site, Edit], name: str = "edit") -> Iterator[None]:
     """Apply ``edits[site](activation [batch, tokens, width]) -> new activation`` at each site."""
     if not edits:
         raise InputError("sites: the selection is empty; nothing would be hooked")
     view = _view(source)
-    with registered([_at_site(view, site, function) for site, function in edits.items()]):
+    with attached([_at_site(view, site, function) for site, function in edits.items()], name):
         yield
 
 
@@ -86,14 +145,18 @@ def edit(source: LanguageModel | DecoderView, edits: Mapping[Site, Edit]) -> Ite
 def observe(calls: Iterable[tuple[nn.Module, Callable]]) -> Iterator[None]:
     """Call ``function(args, kwargs)`` before each call of a module (for readers outside the sites)."""
 
-    def register(module: nn.Module, function: Callable) -> Callable:
-        def hook(_module, args, kwargs):
+    def hook(module: nn.Module, function: Callable) -> Hook:
+        def read(_module, args, kwargs):
             function(args, kwargs)
 
-        return lambda: module.register_forward_pre_hook(hook, with_kwargs=True)
+        return _before_with_keywords(module, read)
 
-    with registered([register(module, function) for module, function in calls]):
+    with attached([hook(module, function) for module, function in calls], "observe"):
         yield
+
+
+def _before_with_keywords(module: nn.Module, function: Callable) -> Hook:
+    return Hook(module, function, partial(module.register_forward_pre_hook, with_kwargs=True))
 
 
 @contextmanager
@@ -110,7 +173,7 @@ def capture(source: LanguageModel | DecoderView, sites: Iterable[Site]) -> Itera
 
         return store
 
-    with edit(source, {site: keep(site) for site in sites}):
+    with edit(source, {site: keep(site) for site in sites}, "capture"):
         yield seen
 
 
@@ -125,7 +188,7 @@ def _check_width(view: DecoderView, site: Site, values: Tensor, name: str) -> No
 
 
 @contextmanager
-def scale(source: LanguageModel | DecoderView, factors: Mapping[Site, Tensor]) -> Iterator[None]:
+def scale(source: LanguageModel | DecoderView, factors: Mapping[Site, Tensor], name: str = "scale") -> Iterator[None]:
     """Multiply each site's channels by ``factors[site]`` [width]; gradients flow into the factors."""
     view = _view(source)
     for site, values in factors.items():
@@ -134,12 +197,12 @@ def scale(source: LanguageModel | DecoderView, factors: Mapping[Site, Tensor]) -
     def times(values: Tensor) -> Edit:
         return lambda x: x * _like(values, x)
 
-    with edit(view, {site: times(values) for site, values in factors.items()}):
+    with edit(view, {site: times(values) for site, values in factors.items()}, name):
         yield
 
 
 @contextmanager
-def ablate(source: LanguageModel | DecoderView, neurons: NeuronSet) -> Iterator[None]:
+def ablate(source: LanguageModel | DecoderView, neurons: NeuronSet, name: str = "ablate") -> Iterator[None]:
     """Set the channels of these neurons to 0 (bias included).
 
     Raises:
@@ -154,12 +217,14 @@ def ablate(source: LanguageModel | DecoderView, neurons: NeuronSet) -> Iterator[
     def zero(mask: Tensor) -> Edit:
         return lambda x: x.masked_fill(mask.to(x.device), 0)
 
-    with edit(view, {site: zero(mask) for site, mask in neurons.masks.items()}):
+    with edit(view, {site: zero(mask) for site, mask in neurons.masks.items()}, name):
         yield
 
 
 @contextmanager
-def replace(source: LanguageModel | DecoderView, values: Mapping[Site, tuple[Tensor, Tensor]]) -> Iterator[None]:
+def replace(
+    source: LanguageModel | DecoderView, values: Mapping[Site, tuple[Tensor, Tensor]], name: str = "replace"
+) -> Iterator[None]:
     """Put ``values`` in the masked channels.
 
     Args:
@@ -175,12 +240,12 @@ def replace(source: LanguageModel | DecoderView, values: Mapping[Site, tuple[Ten
     def put(mask: Tensor, new: Tensor) -> Edit:
         return lambda x: torch.where(mask.to(x.device), _like(new, x), x)
 
-    with edit(view, {site: put(*pair) for site, pair in values.items()}):
+    with edit(view, {site: put(*pair) for site, pair in values.items()}, name):
         yield
 
 
 @contextmanager
-def residual(source: LanguageModel | DecoderView, edits: Mapping[int, Edit]) -> Iterator[None]:
+def residual(source: LanguageModel | DecoderView, edits: Mapping[int, Edit], name: str = "residual") -> Iterator[None]:
     """Apply ``edits[place](stream [batch, tokens, hidden size]) -> new stream`` (None leaves it) between the layers.
 
     Place 0 is what enters the first layer, place n what leaves layer n - 1.
@@ -195,22 +260,26 @@ def residual(source: LanguageModel | DecoderView, edits: Mapping[int, Edit]) -> 
         if not 0 <= place <= view.num_layers:
             raise InputError(f"place: got {place}; the residual stream has places 0 to {view.num_layers}")
 
-    def register(place: int, function: Edit) -> Callable:
+    def hook(place: int, function: Edit) -> Hook:
         if place == 0:
-            return lambda: view.layers[0].register_forward_pre_hook(_on_input(function), with_kwargs=True)
+            return _before_with_keywords(view.layers[0], _on_input(function))
         return after(view.layers[place - 1], _on_first_output(function))
 
-    with registered([register(place, function) for place, function in edits.items()]):
+    with attached([hook(place, function) for place, function in edits.items()], name):
         yield
 
 
 @contextmanager
-def attention_output(source: LanguageModel | DecoderView, edits: Mapping[int, Edit]) -> Iterator[None]:
-    """Apply ``edits[layer]`` to what the layer's attention module gives out [batch, tokens, hidden size]."""
+def written(source: LanguageModel | DecoderView, function: Edit, name: str = "written") -> Iterator[None]:
+    """Apply ``function`` to everything that is written into the residual stream [batch, tokens, hidden size].
+
+    That is what enters the first layer, and what each attention and feed-forward block adds: behind its last norm where
+    the family has one there (Gemma 2 and 3, OLMo 2), so that nothing acts on it before it is added.
+    """
     view = _view(source)
-    if not edits:
-        raise InputError("layers: the selection is empty; nothing would be hooked")
-    with registered([after(view.attention(i), _on_first_output(function)) for i, function in edits.items()]):
+    writers = [view.writer(layer, kind) for layer in range(view.num_layers) for kind in ("o", "ffn")]
+    start = _before_with_keywords(view.layers[0], _on_input(function))
+    with attached([start, *(after(module, _on_first_output(function)) for module in writers)], name):
         yield
 
 

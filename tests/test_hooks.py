@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nt_utils import hooks
-from nt_utils.errors import InputError
+from nt_utils.errors import InputError, ModelError
 from nt_utils.neurons import NeuronSet
 from tests.tiny import hooks_left, neuron_entries, tiny_lm
 
@@ -128,12 +128,12 @@ def test_a_failing_registration_leaves_nothing(lm):
         pass
     assert hooks_left(lm.model) == 0
 
-    def fails():
+    def fails(_function):
         raise RuntimeError("no")
 
     module = lm.view.projection(0, "o").module
-    add = lambda: module.register_forward_hook(lambda *_: None)  # noqa: E731
-    with pytest.raises(RuntimeError, match="no"), hooks.registered([add, fails]):
+    good = hooks.after(module, lambda *_: None)
+    with pytest.raises(RuntimeError, match="no"), hooks.attached([good, hooks.Hook(module, print, fails)]):
         pass
     assert hooks_left(lm.model) == 0
 
@@ -173,4 +173,61 @@ def test_empty_and_foreign_selections_are_errors(lm):
         pass
     nothing = torch.zeros(32, dtype=torch.bool)
     with pytest.raises(InputError, match="no channel"), hooks.replace(lm, {(0, "q"): (nothing, torch.ones(32))}):
+        pass
+
+
+def _contexts(lm):
+    """Every way to put hooks on, none of which runs."""
+    some, width = _some(lm.view), lm.view.space.width((0, "o"))
+    mask, values = torch.ones(width, dtype=torch.bool), torch.zeros(width)
+    return {
+        "edit": hooks.edit(lm, {(0, "o"): lambda x: x}),
+        "capture": hooks.capture(lm, [(0, "o")]),
+        "scale": hooks.scale(lm, {(0, "o"): values}),
+        "ablate": hooks.ablate(lm, some),
+        "my name": hooks.ablate(lm, some, name="my name"),
+        "replace": hooks.replace(lm, {(0, "o"): (mask, values)}),
+        "residual": hooks.residual(lm, {1: lambda x: x}),
+        "written": hooks.written(lm, lambda x: x),
+        "observe": hooks.observe([(lm.view.layers[0], lambda args, kwargs: None)]),
+    }
+
+
+def test_a_context_none_of_whose_hooks_ran_is_an_error(lm):
+    for name, context in _contexts(lm).items():
+        with pytest.raises(ModelError, match=f"{name}: none of its .* hooks ran"), context:
+            pass
+    for context in _contexts(lm).values():  # what went wrong inside is what is reported
+        with pytest.raises(KeyError, match="inside"), context:
+            raise KeyError("inside")
+    assert hooks_left(lm.model) == 0
+    with hooks.ablate(lm, _some(lm.view)):
+        _logits(lm)
+
+
+def test_the_projects_hooks_are_listed_apart_from_others(lm):
+    other = lm.view.layers[0].register_forward_hook(lambda *_: None)
+    assert hooks.registered(lm.model) == []
+    with hooks.capture(lm, [(0, "o"), (1, "ffn")]):
+        assert len(hooks.registered(lm.model)) == 2
+        assert all("o_proj" in name or "down_proj" in name for name, _ in hooks.registered(lm.model))
+        _logits(lm)
+    other.remove()
+
+
+@pytest.mark.parametrize("part", ["model", "layer"])
+def test_compiled_models_are_refused(part):
+    lm = tiny_lm()
+    chosen = _some(lm.view)
+    if part == "model":
+        lm.model = torch.compile(lm.model, backend="eager")
+    else:
+        lm.view.layers[1].compile(backend="eager")
+    with pytest.raises(ModelError, match="compiled by torch.compile"), hooks.ablate(lm, chosen):
+        pass
+
+
+def test_scripted_modules_are_refused(lm):
+    scripted = torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2))
+    with pytest.raises(ModelError, match="torch.jit"), hooks.attached([hooks.after(scripted, print)]):
         pass

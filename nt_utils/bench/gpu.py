@@ -150,6 +150,6 @@ def _output(view: DecoderView, block, batch, neurons: NeuronSet | None, output: 
         output["last"] = result[0] if isinstance(result, tuple) else result
 
     zeroed = nullcontext() if neurons is None else hooks.ablate(view, neurons)
-    with torch.no_grad(), zeroed, hooks.registered([lambda: block.register_forward_hook(keep)]):
+    with torch.no_grad(), zeroed, hooks.attached([hooks.after(block, keep)]):
         decoder(view.model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     return output["last"]

@@ -48,4 +48,4 @@ class Deactivate:
     def active(self, lm: LanguageModel) -> AbstractContextManager:
         from nt_utils import hooks
 
-        return hooks.ablate(lm.view, self.neurons)
+        return hooks.ablate(lm.view, self.neurons, self.name)

@@ -124,7 +124,7 @@ class Modulation:
                 f"{lm.view.space.architecture}"
             )
         acting = {site: values for site, values in self.factors.items() if (values != 1).any()}
-        return hooks.scale(lm.view, _ready(acting, lm)) if acting else nullcontext()
+        return hooks.scale(lm.view, _ready(acting, lm), self.name) if acting else nullcontext()
 
     def save(self, path) -> Path:
         """Write one safetensors file; atomic."""

@@ -213,7 +213,7 @@ def averaged(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]
 
     A gradient that is accumulated over several backward passes is averaged each time, which leaves its average unchanged.
     """
-    return hooks.registered([hooks.after_gradient(parameter, _average) for parameter in parameters])
+    return hooks.attached([hooks.after_gradient(p, _average) for p in parameters], must_run=False)
 
 
 @dataclass(frozen=True)

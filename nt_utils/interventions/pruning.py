@@ -87,7 +87,9 @@ class Prune:
 
     def active(self, lm: LanguageModel) -> AbstractContextManager:
         _check(lm, self)
-        return hooks.replace(lm.view, {site: (mask, self.means[site]) for site, mask in self.neurons.masks.items()})
+        return hooks.replace(
+            lm.view, {site: (mask, self.means[site]) for site, mask in self.neurons.masks.items()}, self.name
+        )
 
 
 def _check(lm: LanguageModel, pruning: Prune) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,7 @@ class Steering:
         direction: float [hidden size], as :func:`mean_difference` gives it (its length counts when it is added).
         place: where it is added: 0 = what enters the first layer, n = what leaves layer n - 1.
         mode: "add" (``x + strength * direction`` at every token) or "ablate" (``x - strength * r r^T x`` with r of length
-            1, at every place and token; ``place`` then only says where the direction was found).
+            1, from everything that is written into the stream; ``place`` then only says where the direction was found).
         strength: 1 is the paper's in both modes; a negative one adds the opposite direction.
         architecture: of the model it was found on; "" leaves only the width to check.
         name: for tables.
@@ -74,25 +74,17 @@ class Steering:
                 f"is {view.space.architecture} with width {view.hidden_size}"
             )
         if self.mode == "add":
-            return hooks.residual(view, {self.place: self._add})
-        return self._ablated(lm)
-
-    @contextmanager
-    def _ablated(self, lm: LanguageModel) -> Iterator[None]:
-        layers = range(lm.view.num_layers)
-        with ExitStack() as stack:
-            stack.enter_context(
-                hooks.residual(lm.view, {place: self._project for place in (0, *(i + 1 for i in layers))})
-            )
-            stack.enter_context(hooks.attention_output(lm.view, dict.fromkeys(layers, self._project)))
-            yield
+            return hooks.residual(view, {self.place: self._add}, self.name)
+        return hooks.written(view, self._project, self.name)
 
     def _add(self, stream: Tensor) -> Tensor:
         return stream + self.strength * self.direction.to(stream.device, stream.dtype)
 
-    def _project(self, stream: Tensor) -> Tensor:
-        unit = (self.direction / self.direction.norm()).to(stream.device, stream.dtype)
-        return stream - self.strength * (stream @ unit)[..., None] * unit
+    def _project(self, written: Tensor) -> Tensor:
+        """In float32 whatever the model's precision: a unit vector in bfloat16 has not length 1."""
+        unit = (self.direction / self.direction.norm()).to(written.device)
+        wide = written.float()
+        return (wide - self.strength * (wide @ unit)[..., None] * unit).to(written.dtype)
 
 
 def last_token_means(lm: LanguageModel, prompts: Sequence[str], batch_size: int = 32) -> Tensor:

@@ -31,7 +31,7 @@ training hold the masters beside the model and are for resuming; a plain checkpo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -186,8 +186,8 @@ class _Slice:
         rewrite = self.write if self.sharded else None
         return _Tap.apply(output, args[0], *masters, self.index.to(output.device), self.side, self.transposed, rewrite)
 
-    def registrations(self) -> list[Callable]:
-        """For :func:`nt_utils.hooks.registered`; the tap comes before every other hook on the output."""
+    def taps(self) -> list[hooks.Hook]:
+        """For :func:`nt_utils.hooks.attached`; the tap comes before every other hook on the output."""
         return [hooks.before(self.module, self.before), hooks.after(self.module, self.after, first=True)]
 
     def parts(self) -> dict[str, Part]:
@@ -229,7 +229,8 @@ class Training:
             parameter.requires_grad_(parameter_name in self._whole)
         for part in self._slices:
             part.register()
-        self._hooks.enter_context(hooks.registered([add for part in self._slices for add in part.registrations()]))
+        taps = [hook for part in self._slices for hook in part.taps()]
+        self._hooks.enter_context(hooks.attached(taps, name, must_run=False))
         self._hooks.enter_context(averaged([m for part in self._slices if part.sharded for m in part.masters.values()]))
         lm.weights_changed()
 

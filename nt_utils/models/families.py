@@ -35,6 +35,7 @@ class Family:
 
     ``qkv``: three paths, or one path of a fused projection whose layout ``fused`` names (a key of ``FUSED``).
     ``ffn_in``: the projections into the feed-forward's hidden channels (gate and up; one fused; or one plain).
+    ``block_norms``: the norms behind the attention and behind the feed-forward block, where the family has them.
     ``gated``: whether a hidden channel has two rows in there (gate and up).
     """
 
@@ -49,16 +50,19 @@ class Family:
     qk_norm: str = ""
     q_norm: str = "self_attn.q_norm"
     k_norm: str = "self_attn.k_norm"
+    block_norms: tuple[str, ...] = ()
 
+
+BEHIND = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Family(),
     "qwen2": Family(),
     "qwen3": Family(qk_norm="head"),
-    "gemma2": Family(),
-    "gemma3_text": Family(qk_norm="head"),
-    "olmo2": Family(qk_norm="full"),
+    "gemma2": Family(block_norms=BEHIND),
+    "gemma3_text": Family(qk_norm="head", block_norms=BEHIND),
+    "olmo2": Family(qk_norm="full", block_norms=BEHIND),
     "granite": Family(),
     "phi3": Family(qkv=("self_attn.qkv_proj",), fused="in sequence", ffn_in=("mlp.gate_up_proj",)),
     "gpt_neox": Family(

@@ -295,6 +295,16 @@ class DecoderView:
         """The attention module (what is called with the block's input)."""
         return self._part(layer, self.family.attention)
 
+    def feed_forward(self, layer: int) -> nn.Module:
+        """The feed-forward module (what is called with the block's input)."""
+        return self._part(layer, self.family.down.rpartition(".")[0])
+
+    def writer(self, layer: int, kind: str) -> nn.Module:
+        """The module whose output the attention (``o``) or feed-forward block (``ffn``) adds to the residual stream."""
+        if self.family.block_norms:
+            return self._part(layer, self.family.block_norms[kind == "ffn"])
+        return self.feed_forward(layer) if kind == "ffn" else self.attention(layer)
+
     def qk_norm(self, layer: int) -> tuple[nn.Module, nn.Module] | None:
         """The query and key norms between projection and rotary embedding, or None."""
         if not self.family.qk_norm:

@@ -121,7 +121,7 @@ def _snip(lm: LanguageModel, batch: Responses, sites: Sequence[Site]) -> dict[Si
         return outputs[module]
 
     modules = _modules(lm, sites)
-    with torch.enable_grad(), hooks.registered([hooks.after(m, keep) for m in modules]):
+    with torch.enable_grad(), hooks.attached([hooks.after(m, keep) for m in modules]):
         loss = batch.loss(lm).sum()
     slopes = dict(zip(modules, torch.autograd.grad(loss, [outputs[m] for m in modules]), strict=True))
 
@@ -141,7 +141,7 @@ def _wanda(lm: LanguageModel, batch: Responses, sites: Sequence[Site]) -> dict[S
         rows = batch.rows.to(taken.device)
         norms[module] = taken.new_zeros(batch.size, taken.shape[1]).index_add(0, rows, taken).sqrt()
 
-    with torch.no_grad(), hooks.registered([hooks.before(m, keep) for m in _modules(lm, sites)]):
+    with torch.no_grad(), hooks.attached([hooks.before(m, keep) for m in _modules(lm, sites)]):
         decoder(lm.model)(**batch.batch.inputs, use_cache=False)
 
     def weights(projection: Projection, row: int) -> Tensor:

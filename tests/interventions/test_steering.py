@@ -77,15 +77,48 @@ def test_adding_shifts_the_stream_at_one_place(any_lm):
         torch.testing.assert_close(_hidden(any_lm)[0][0], plain[0] + VECTOR)
 
 
-def test_ablation_leaves_nothing_of_the_direction(any_lm):
-    unit = VECTOR / VECTOR.norm()
+#: What reads the stream between attention and feed-forward block; every other family: post_attention_layernorm.
+READERS = {
+    "gemma2": "pre_feedforward_layernorm",
+    "gemma3_text": "pre_feedforward_layernorm",
+    "olmo2": "mlp",
+    "gpt2": "ln_2",
+}
+
+
+def test_ablation_leaves_nothing_of_the_direction_anywhere(any_lm):
+    """Between embedding and head: before every layer, inside it, behind the last; in families with norms behind blocks too."""
+    unit, middle = VECTOR / VECTOR.norm(), []
+    reader = READERS.get(any_lm.view.family_name, "post_attention_layernorm")
+    watched = [(getattr(layer, reader), lambda args, kwargs: middle.append(args[0])) for layer in any_lm.view.layers]
     plain, _ = _hidden(any_lm)
-    with Steering(VECTOR, 1, "ablate").active(any_lm):
+    with Steering(VECTOR, 1, "ablate").active(any_lm), hooks.observe(watched):
         left, _ = _hidden(any_lm)
-    for place, stream in left.items():
-        assert (stream @ unit).abs().max() < 1e-4
-        assert (plain[place] @ unit).abs().max() > 0.01
+    assert len(middle) == any_lm.view.num_layers
+    for stream in (*left.values(), *middle):
+        assert (stream @ unit).abs().max() < 1e-5
+    for stream in plain.values():
+        assert (stream @ unit).abs().max() > 0.01
     assert hooks_left(any_lm.model) == 0
+
+
+def test_half_an_ablation_leaves_half_of_every_write():
+    lm, unit = tiny_lm(), VECTOR / VECTOR.norm()
+    plain, _ = _hidden(lm)
+    with Steering(VECTOR, 1, "ablate", strength=0.5).active(lm):
+        left, _ = _hidden(lm)
+    torch.testing.assert_close(left[0] @ unit, 0.5 * (plain[0] @ unit))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ablation_in_half_precision_leaves_rounding_alone(dtype):
+    lm, unit = tiny_lm(), VECTOR / VECTOR.norm()
+    lm.model.to(dtype)
+    plain, _ = _hidden(lm)
+    with Steering(VECTOR, 1, "ablate").active(lm):
+        left, _ = _hidden(lm)
+    for place in plain:
+        assert (left[place].float() @ unit).norm() < 4 * torch.finfo(dtype).eps * plain[place].float().norm()
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt_neox"])
@@ -158,9 +191,8 @@ def test_bad_places_and_models_are_refused():
     for wrong in (Steering(VECTOR, 1, architecture="other"), Steering(torch.ones(5), 1)):
         with pytest.raises(InputError, match="steering: made for architecture"):
             wrong.active(lm)
-    for empty in (hooks.residual, hooks.attention_output):
-        with pytest.raises(InputError, match="the selection is empty"), empty(lm, {}):
-            pass
+    with pytest.raises(InputError, match="the selection is empty"), hooks.residual(lm, {}):
+        pass
     assert hooks_left(lm.model) == 0
 
 

@@ -118,7 +118,9 @@ def test_every_family(any_lm):
             assert not effect.any() and not exact.get(*site).any() and not fine.get(*site).any()
             continue
         whole = [_patched_effect(lm, case, site, torch.ones(width, dtype=torch.bool)) for case in cases]
-        assert effect.tolist() == pytest.approx(whole, rel=1e-6, abs=1e-9)
+        assert effect.tolist() == pytest.approx(
+            whole, rel=1e-6, abs=1e-6
+        )  # norms and rotary angles are float32 in any model
         for index in (0, width - 1):
             single = [_patched_effect(lm, case, site, _one(width, index)) for case in cases]
             assert exact.get(*site)[:, index].tolist() == pytest.approx(single, rel=1e-4, abs=1e-8)
