@@ -34,9 +34,9 @@ rule all:
 
 
 def model_of(wildcards):
-    """The testbed must be trained before its notebooks start; other models are loaded by the notebooks."""
-    trained = FILES[RUNS[wildcards.folder].study].is_testbed
-    return [f"runs/{wildcards.folder}/seed-{wildcards.seed}/.testbed"] if trained else []
+    """A testbed whose weights are not shipped is trained before its notebooks start."""
+    trains = FILES[RUNS[wildcards.folder].study].trains(int(wildcards.seed))
+    return [f"runs/{wildcards.folder}/seed-{wildcards.seed}/.testbed"] if trains else []
 
 
 def others(wildcards):

@@ -10,6 +10,7 @@ A file gives parameters for every notebook that takes them and has three keys of
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import json
 import re
@@ -20,6 +21,7 @@ from typing import Any
 
 import yaml
 
+import nt_utils
 from nt_utils.errors import InputError
 from nt_utils.files import atomic, study_name
 from nt_utils.study import parameters
@@ -32,6 +34,13 @@ OF_THE_COMMAND = {"study": "STUDY=...", "seed": "SEEDS=...", "preset": "PRESET=.
 FACTS = ("gated", "tokenizer", "config")
 #: Notebooks that read what the others of their seed left: they come last.
 LAST = ("06_comparison",)
+
+
+@functools.cache
+def shipped_seeds() -> frozenset[str]:
+    """Seeds of the testbed whose weights come with the package, without loading torch."""
+    index = Path(nt_utils.__file__).parent / "testbed" / "weights" / "index.json"
+    return frozenset(json.loads(index.read_text(encoding="utf-8"))["seeds"]) if index.is_file() else frozenset()
 
 
 def notebooks(root: Path) -> list[str]:
@@ -68,10 +77,9 @@ class StudyFile:
         """The model under study."""
         return self.shared.get("model", TESTBED)
 
-    @property
-    def is_testbed(self) -> bool:
-        """Whether a testbed has to be trained before its notebooks start."""
-        return self.has_model and self.is_small
+    def trains(self, seed: int) -> bool:
+        """Whether a testbed of this seed has to be trained before its notebooks start: its weights are not shipped."""
+        return self.has_model and self.is_small and not (self.model == TESTBED and str(seed) in shipped_seeds())
 
     @property
     def is_small(self) -> bool:
