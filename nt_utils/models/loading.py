@@ -29,7 +29,7 @@ def check_source(source, revision: str | None = None):
 
     Returns the config. Raises ModelError in one line, before any weight is touched.
     """
-    source = located(source)
+    source = located(source, revision)
     path = Path(source)
     looks_local = str(source).startswith((".", "/", "~")) or str(source).count("/") > 1
     if not path.is_dir() and looks_local:
@@ -111,11 +111,11 @@ def load_prompter(
 
     Args and errors: as for :func:`load`.
     """
-    source = located(source)
+    name, source = str(source), located(source, revision)
     config = check_source(source, revision)
     tokenizer, template_name = _tokenizer(source, chat_template, revision)
     options = {"template_name": template_name, "template_arguments": parse_arguments(template_arguments), "date": date}
-    return Prompter(tokenizer, source, system_prompt, config=config, **options)
+    return Prompter(tokenizer, name, system_prompt, config=config, **options)
 
 
 def _tokenizer(source: str, chat_template: str, revision: str | None):
@@ -182,7 +182,7 @@ def load(
             that is cut; a tokenizer that does not fit the model; too little memory.
         InputError: another argument is not allowed.
     """
-    source = located(source)
+    name, source = str(source), located(source, revision)
     config = check_source(source, revision)
     base = _base_of_adapter(source, revision)
     tokenizer, template_name = _tokenizer(source, chat_template, revision)
@@ -195,7 +195,7 @@ def load(
     if base:
         model = _with_adapter(model, source, revision)
     options = {"template_name": template_name, "template_arguments": parse_arguments(template_arguments), "date": date}
-    lm = LanguageModel(model.eval(), tokenizer, source, system_prompt, **options)
+    lm = LanguageModel(model.eval(), tokenizer, name, system_prompt, **options)
     lm.dtype_reason = reason
     return lm
 
