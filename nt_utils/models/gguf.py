@@ -112,6 +112,7 @@ def _convert(path: Path, digest: str, target: Path) -> None:
     model = _model(path, dtype)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    _say_what_is_missing(target / "tokenizer_config.json")
     record = {
         "file": path.name,
         "sha256": digest,
@@ -166,23 +167,37 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 def _tokenizer(path: Path, split: str | None):
-    """The file's tokenizer, with the rule by which its vocabulary splits text."""
-    from tokenizers import pre_tokenizers
-    from transformers import AutoTokenizer
+    """The file's tokenizer, with the rule by which its vocabulary splits text, and no token that the file lacks."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
     known = (*GGUF_PRE_TOKENIZER_SPLITS, *_DIGITS_APART, *_GPT2_SPLIT, "")
     if split not in known:
         raise ModelError(f"model: {path}: its tokenizer splits text by the rule {split!r}, which is not known here")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        found: Any = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     except Exception as error:  # a foreign file fails anywhere in the parser
         raise ModelError(f"model: {path}: its tokenizer cannot be read ({first_line(error)})") from error
+    # transformers adds the unknown token of GPT-2's tokenizer, behind the embedding's last row.
+    rules = json.loads(found.backend_tokenizer.to_str())
+    vocabulary = rules["model"]["vocab"]
+    rules["added_tokens"] = [token for token in rules["added_tokens"] if token["id"] < len(vocabulary)]
+    core = Tokenizer.from_str(json.dumps(rules))
     if split in _DIGITS_APART:
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        core.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
-    return tokenizer
+    named = {name: getattr(found, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    named = {name: token for name, token in named.items() if core.token_to_id(str(token)) is not None}
+    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=found.chat_template, **named)
+
+
+def _say_what_is_missing(config: Path) -> None:
+    """Write null for special tokens that a tokenizer lacks: some classes add their own where nothing is said."""
+    rules = json.loads(config.read_text(encoding="utf-8"))
+    rules = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token")) | rules
+    config.write_text(json.dumps(rules, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def _model(path: Path, dtype: torch.dtype):
