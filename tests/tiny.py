@@ -1,4 +1,4 @@
-"""Tiny random models of every supported family, a tiny tokenizer with a chat template, and the brute-force oracle."""
+"""Tiny random models of every supported family, a tiny tokenizer with a chat template, and where their neurons lie."""
 
 from __future__ import annotations
 
@@ -178,57 +178,6 @@ def neuron_entries(view: DecoderView, layer: int, kind: str, index: int) -> list
     module = getattr(attention, f"{kind}_proj")
     entries = [(module.weight, (index,))]
     return entries if module.bias is None else [*entries, (module.bias, (index,))]
-
-
-def _block(view: DecoderView, layer: int, kind: str) -> nn.Module:
-    block = view.layers[layer]
-    if kind == "ffn":
-        return block.mlp
-    return next(getattr(block, name) for name in ("self_attn", "attention", "attn") if hasattr(block, name))
-
-
-def block_calls(view: DecoderView, ids: Tensor) -> dict[tuple[int, str], tuple]:
-    """(args, kwargs) with which each block was called in one forward of an unpadded prompt [1, tokens]."""
-    calls, handles = {}, []
-    for layer in range(view.num_layers):
-        for kind in ("o", "ffn"):
-
-            def keep(module, args, kwargs, key=(layer, kind)):
-                calls[key] = (args, kwargs)
-
-            handles.append(_block(view, layer, kind).register_forward_pre_hook(keep, with_kwargs=True))
-    with torch.no_grad():
-        view.model(ids, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return calls
-
-
-def brute_force(view: DecoderView, ids: Tensor, last: int | None = None) -> dict[tuple[int, str], Tensor]:
-    """Importance of every neuron on one prompt: zero its weights and bias, run its block again, take the L2 change."""
-    calls = block_calls(view, ids)
-    first = 0 if last is None else max(ids.shape[1] - last, 0)
-
-    def run(layer: int, kind: str) -> Tensor:
-        args, kwargs = calls[layer, "ffn" if kind == "ffn" else "o"]
-        output = _block(view, layer, kind)(*args, **kwargs)
-        return (output[0] if isinstance(output, tuple) else output)[0, first:]
-
-    scores = {}
-    with torch.no_grad():
-        for layer, kind in view.space.sites():
-            plain = run(layer, kind)
-            values = []
-            for index in range(view.space.width((layer, kind))):
-                entries = neuron_entries(view, layer, kind, index)
-                saved = [parameter[at].clone() for parameter, at in entries]
-                for parameter, at in entries:
-                    parameter[at] = 0
-                values.append((run(layer, kind) - plain).double().norm())
-                for (parameter, at), value in zip(entries, saved, strict=True):
-                    parameter[at] = value
-            scores[layer, kind] = torch.stack(values)
-    return scores
 
 
 def hooks_left(model) -> int:

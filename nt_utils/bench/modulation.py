@@ -7,7 +7,7 @@ import statistics
 import torch
 
 from nt_utils import hooks
-from nt_utils.bench.setup import SHAPES, random_model, ratio, resized, seconds
+from nt_utils.bench.setup import SHAPES, byte_tokenizer, random_model, ratio, resized, seconds
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.evaluation.metrics import bootstrap_mean
 from nt_utils.interventions import export, modulation
@@ -22,9 +22,7 @@ NEW_TOKENS, STEPS, ROWS = 16, 8, 64
 
 def timings(repeats: int) -> dict:
     """All rows of this part; the folded ratio comes with a 95% bootstrap interval of its mean over the rounds."""
-    from tests.tiny import tiny_tokenizer
-
-    lm = LanguageModel(random_model(SHAPE), tiny_tokenizer(), "bench")
+    lm = LanguageModel(random_model(SHAPE), byte_tokenizer(), "bench")
     return _generation(lm, repeats) | _attribution(lm, repeats) | _learning(lm, repeats)
 
 

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from nt_utils.models import Encoded, LanguageModel, decoder, pad
 
@@ -64,6 +66,14 @@ class RandomPrompts(LanguageModel):
             generator = torch.Generator().manual_seed(int(prompt))
             rows.append(torch.randint(0, VOCABULARY, (self.tokens_a_prompt,), generator=generator).tolist())
         return pad(rows, pad_id=0, side=side, prompt_lengths=[len(row) for row in rows])
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, without a chat template."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(BPE({letter: i for i, letter in enumerate(letters)}, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core)
 
 
 def batch_of(shape: Shape) -> Encoded:

@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 from nt_utils import hooks
 from nt_utils.bench import rivals, tuning
 from nt_utils.bench.__main__ import table
+from nt_utils.bench.errors import error_table
 from nt_utils.bench.growth import BASE, operations
 from nt_utils.bench.setup import RandomPrompts, resized, seconds
 from nt_utils.models import DecoderView, pad
@@ -139,3 +140,8 @@ def test_the_published_way_of_masking_trains_the_same_neurons():
     assert 0 < share < 0.1 < sum(int(m.sum()) for m in moved["full"].values()) / 1e4
     found = tuning.sizes(RandomPrompts(tiny_model("llama"), None, "random"))
     assert found["delta"] > found["share"] > 0
+
+
+def test_the_error_table_compares_with_the_definition():
+    (row,) = error_table(("qwen2",), tokens=6).to_dict("records")
+    assert all(0 < row[kind] < 1e-4 for kind in ("q", "k", "v", "o", "ffn"))
