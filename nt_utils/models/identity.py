@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from nt_utils.models.language import LanguageModel
 
 KNOWN_CODE = ("torch", "transformers", "peft", "accelerate")
+SMALL = 2**20  # bytes of a tensor whose every place is told apart
 REMEMBERED = 16  # fingerprints a model can be put back to without hashing
 
 # ------------------------------------------------------------------------------------------------------- weights
@@ -40,7 +41,7 @@ class _Stamp(NamedTuple):
     storage: StorageWeakRef
     layout: tuple
     version: int
-    sums: tuple[int, int]
+    sums: int
 
 
 class _Known(NamedTuple):
@@ -100,16 +101,17 @@ def _stamp(tensor: Tensor) -> _Stamp | None:
     return _Stamp(StorageWeakRef(tensor.untyped_storage()), layout, tensor._version, _sums(tensor.detach()))
 
 
-def _sums(tensor: Tensor) -> tuple[int, int]:
-    """Sum of a tensor's bits as whole numbers, plain and weighted by place (modulo 2^64): one pass through memory."""
+def _sums(tensor: Tensor) -> int:
+    """Sum of a tensor's bits as whole numbers, each times an odd number of its place (modulo 2^64).
+
+    One pass through memory; 64 neighbours of a large tensor share a place.
+    """
     flat = tensor.reshape(-1).view(torch.uint8)
-    head = flat[: len(flat) // 8 * 8]
-    head = (head if head.data_ptr() % 8 == 0 else head.clone()).view(torch.int64)
-    wide = head[: len(head) // 64 * 64].view(-1, 64).sum(1)
-    rest = torch.cat([head[len(head) // 64 * 64 :], flat[len(head) * 8 :].long()])
-    parts = torch.cat([wide, rest])
-    places = torch.arange(1, 2 * len(parts), 2, device=parts.device)
-    return tuple(torch.stack([parts.sum(), (parts * places).sum()]).tolist())
+    whole = flat[: len(flat) // 512 * 512]
+    parts = (whole if whole.data_ptr() % 8 == 0 else whole.clone()).view(torch.int64)
+    parts = parts.view(-1, 64).sum(1) if len(flat) > SMALL else parts
+    parts = torch.cat([parts, flat[len(whole) :].long()])
+    return int((parts * torch.arange(1, 2 * len(parts), 2, device=parts.device)).sum())
 
 
 def _hash(tensor: Tensor) -> str:
