@@ -58,7 +58,7 @@ def assert_reads_as(lm: LanguageModel, plain: LanguageModel) -> None:
     found = importance(lm, [PROMPT], progress=False)
     for site in lm.view.space.sites():
         assert torch.allclose(lm.view.weight(*site), plain.view.weight(*site), atol=1e-6)
-        assert torch.allclose(found.get(*site)[0].double(), exact[site], rtol=1e-4, atol=1e-6)
+        assert torch.allclose(found.get(*site)[0].double(), exact[site], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -211,7 +211,7 @@ def test_a_folder_with_only_an_adapter_loads_on_its_base_model(base_folder, tmp_
     lm = models.load(tmp_path / "adapter")
     ids = torch.tensor(lm.tokens(lm.render([PROMPT])))
     with torch.no_grad():
-        assert torch.allclose(lm.model(ids).logits, tuned(ids).logits, atol=1e-5)
+        assert torch.allclose(lm.model(ids).logits, tuned(ids).logits, atol=1e-3)
         assert not torch.allclose(lm.model(ids).logits, models.load(base_folder).model(ids).logits, atol=1e-2)
     for site in lm.view.space.sites():
         _ = lm.view.projection(*site).parameter  # merged: a plain model

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, BertConfig, LlamaConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import BertConfig, LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
 from nt_utils import models
 from nt_utils.errors import InputError, ModelError
 from nt_utils.models import DecoderView
-from tests.tiny import CONFIGS, SHAPE, neuron_entries, tiny_lm, tiny_model
+from tests.tiny import CONFIGS, SHAPE, neuron_entries, tiny_model
 
 # ------------------------------------------------------------------------------------------------------------ view
 
@@ -120,139 +120,6 @@ def test_quantised_weights_are_refused():
     model.model.layers[0].self_attn.q_proj.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
     with pytest.raises(ModelError, match=r"layer 0, self_attn.q_proj .*int8.*quantised"):
         DecoderView(model)
-
-
-# --------------------------------------------------------------------------------------------------------- loading
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    lm = tiny_lm("qwen2")
-    path = tmp_path_factory.mktemp("model")
-    lm.model.save_pretrained(path)
-    lm.tokenizer.save_pretrained(path)
-    return path
-
-
-def test_load_a_folder(folder):
-    lm = models.load(folder)
-    reference = tiny_model("qwen2")
-    assert lm.name == str(folder)
-    assert not lm.model.training
-    assert torch.equal(lm.view.weight(1, "ffn"), DecoderView(reference).weight(1, "ffn"))
-    assert models.load(folder, dtype="bfloat16").model.dtype == torch.bfloat16
-    assert models.load(folder, attn_implementation="eager").model.config._attn_implementation == "eager"
-
-
-def test_weights_fingerprint_follows_the_weights(folder):
-    lm = models.load(folder)
-    before = lm.weights_fingerprint
-    assert before == models.load(folder).weights_fingerprint
-    other = models.load(folder)
-    with torch.no_grad():
-        other.model.model.norm.weight[0] += 1e-3
-    assert before != other.weights_fingerprint
-
-
-def test_half_precision_checkpoints_become_float32_on_the_cpu(tmp_path):
-    lm = tiny_lm("llama")
-    lm.model.to(torch.bfloat16).save_pretrained(tmp_path)
-    lm.tokenizer.save_pretrained(tmp_path)
-    if not torch.cuda.is_available():
-        assert models.load(tmp_path).model.dtype == torch.float32
-    assert models.load(tmp_path, dtype=torch.bfloat16, device_map=None).model.dtype == torch.bfloat16
-
-
-def test_bad_sources_get_one_line(tmp_path):
-    with pytest.raises(ModelError, match="no config.json"):
-        models.load(tmp_path)
-    with pytest.raises(ModelError, match="no folder"):
-        models.load(tmp_path / "nowhere")
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="cannot be read"):
-        models.load(tmp_path)
-    MixtralConfig().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="mixture-of-experts") as caught:
-        models.check_source(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-def test_an_unreachable_hub_model_gets_one_line(monkeypatch):
-    def offline(*_args, **_more):
-        raise OSError("We couldn't connect to 'https://huggingface.co'\nmore lines")
-
-    monkeypatch.setattr(AutoConfig, "from_pretrained", offline)
-    with pytest.raises(ModelError, match="hub is unreachable and it is not cached") as caught:
-        models.check_source("someone/some-model")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_wrong_dtype_is_named(folder):
-    with pytest.raises(InputError, match="dtype: got 'float7'"):
-        models.load(folder, dtype="float7")
-
-
-# ------------------------------------------------------------------------------------------------- text and tokens
-
-
-def test_rendering_uses_the_chat_template(lm):
-    assert lm.render(["hello"]) == ["<s><|user|>hello<|end|><|assistant|>"]
-    assert lm.render(["hello"], ["no"]) == ["<s><|user|>hello<|end|><|assistant|>no<|end|>"]
-
-
-def test_rendering_without_a_template(base_lm):
-    assert base_lm.render(["hello"]) == ["hello\n"]
-    assert base_lm.render(["hello"], ["no"]) == ["hello\nno</s>"]
-    assert base_lm.suffix_length == 1
-
-
-def test_the_system_prompt_stands_first():
-    lm = tiny_lm("llama")
-    lm.system_prompt = "Be kind."
-    assert lm.render(["hello"]) == ["<s><|system|>Be kind.<|end|><|user|>hello<|end|><|assistant|>"]
-
-
-def test_a_template_without_system_role_gets_it_with_the_user_text():
-    lm = tiny_lm("llama")
-    lm.tokenizer = type(lm.tokenizer)(tokenizer_object=lm.tokenizer.backend_tokenizer)
-    lm.tokenizer.chat_template = (
-        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        "[{{ m['content'] }}]{% endfor %}"
-    )
-    lm.system_prompt = "Be kind."
-    assert lm.render(["hello"]) == ["[Be kind.\n\nhello]"]
-
-
-def test_suffix_length_is_the_templates_tail(lm):
-    ids = lm.tokens(lm.render(["abc"]))[0]
-    assert lm.suffix_length == 2
-    assert lm.tokenizer.convert_ids_to_tokens(ids[-2:]) == ["<|end|>", "<|assistant|>"]
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_encoding_pads_on_the_asked_side(lm, side):
-    batch = lm.encode(["a", "abcdef"], ["x", "yy"], side=side)
-    assert batch.lengths[1] - batch.lengths[0] == 6
-    assert batch.attention_mask.sum(1).tolist() == list(batch.lengths)
-    for row, (start, length) in enumerate(zip(batch.starts, batch.lengths, strict=True)):
-        text = lm.tokenizer.decode(batch.input_ids[row, start : start + length])
-        assert text == lm.render(["a", "abcdef"], ["x", "yy"])[row]
-        assert batch.position_ids[row, start : start + length].tolist() == list(range(length))
-    assert batch.prompt_lengths == tuple(len(t) for t in lm.tokens(lm.render(["a", "abcdef"])))
-    assert (batch.starts[0] > 0) == (side == "left")
-
-
-def test_encoding_refuses_bad_prompts(lm):
-    with pytest.raises(InputError, match="at least one"):
-        lm.encode([])
-    with pytest.raises(InputError, match="at least one"):
-        lm.encode("one text")
-    with pytest.raises(InputError, match="number 1 has .* tokens; the model's context holds 128"):
-        lm.encode(["short", "x" * 200])
-    with pytest.raises(InputError, match="responses: got 1 for 2"):
-        lm.encode(["a", "b"], ["c"])
-    with pytest.raises(InputError, match="side"):
-        lm.encode(["a"], side="middle")
 
 
 def test_greedy_generation_does_not_depend_on_left_padding(any_lm):
