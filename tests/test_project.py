@@ -26,6 +26,7 @@ PINS = dict(
 ROOMS = (
     "errors",
     "files",
+    "work",
     "neurons",
     "units",
     "data",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nt_utils.errors import ModelError
+from nt_utils.work import track
 
 if TYPE_CHECKING:
     from nt_utils.models import LanguageModel
@@ -154,13 +155,11 @@ def tail_logits(
     Raises:
         ModelError: a logit is not a number.
     """
-    from tqdm.auto import tqdm
-
     numbers = [i for i, tail in enumerate(tails) if len(tail)]
     if not numbers:
         return
     rows = [[*heads[i], *tails[i]] for i in numbers]
-    with torch.no_grad(), tqdm(total=len(rows), desc=name, unit="row", disable=not progress, leave=False) as bar:
+    with torch.no_grad(), track(total=len(rows), desc=name, unit="row", disable=not progress) as bar:
         prefix = Prefix(lm, rows, [len(tails[i]) + 1 for i in numbers])
         word = lm.model.config.get_text_config().vocab_size * next(lm.model.parameters()).element_size()
         longest = max(len(tails[i]) for i in numbers)

@@ -27,6 +27,7 @@ from nt_utils.data.records import Prompt
 from nt_utils.errors import InputError
 from nt_utils.evaluation.judges import NOT_JUDGED, VERDICTS, Verdict, is_degenerate
 from nt_utils.evaluation.metrics import is_missing
+from nt_utils.work import track
 
 if TYPE_CHECKING:
     import torch
@@ -60,15 +61,13 @@ class _ModelJudge(ABC):
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
         """One verdict a response; `unparseable` counts the answers of this call that made no sense."""
-        from tqdm.auto import tqdm
-
         known = [_without_model(text) for text in responses]
         verdicts: list[Verdict] = [NOT_JUDGED if verdict is None else verdict for verdict in known]
         asked = [i for i, verdict in enumerate(known) if verdict is None]
         asked.sort(key=lambda i: len(prompts[i].text) + len(responses[i]))
         self.unparseable = 0
         starts = range(0, len(asked), self.batch_size)
-        for start in tqdm(starts, desc=self.name, unit="batch", disable=not self.progress, leave=False):
+        for start in track(starts, desc=self.name, unit="batch", disable=not self.progress):
             rows = asked[start : start + self.batch_size]
             pairs = [(prompts[i].text, self._cut(prompts[i].prefill + responses[i])) for i in rows]
             for i, positive in zip(rows, self._ask(pairs), strict=True):

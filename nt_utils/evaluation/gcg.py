@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError
+from nt_utils.work import track
 
 if TYPE_CHECKING:
     from nt_utils.models import LanguageModel
@@ -55,13 +56,11 @@ def gcg_attack(
         if value < 1:
             raise InputError(f"{name} must be 1 or more, got {value}")
     nanogcg = _nanogcg()
-    from tqdm.auto import tqdm
-
     budget = {"num_steps": steps, "search_width": search_width, "topk": topk, "early_stop": True}
     start = " ".join("x" * suffix_length)
     found = []
     with _undisturbed(lm, nanogcg), intervention.active(lm) if intervention is not None else contextlib.nullcontext():
-        for i, prompt in enumerate(tqdm(prompts, desc="gcg", unit="prompt", disable=not progress, leave=False)):
+        for i, prompt in enumerate(track(prompts, desc="gcg", unit="prompt", disable=not progress)):
             options = nanogcg.GCGConfig(
                 **budget, optim_str_init=start, use_prefix_cache=False, seed=seed + i, verbosity="ERROR"
             )

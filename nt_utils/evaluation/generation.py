@@ -20,6 +20,7 @@ from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError, ModelError
 from nt_utils.evaluation import batching
 from nt_utils.files import atomic, cache_folder
+from nt_utils.work import track
 
 if TYPE_CHECKING:
     from nt_utils.models import LanguageModel
@@ -138,12 +139,10 @@ def continued(
     progress: bool = False,
 ) -> list[Response]:
     """Greedy continuations of rows of token ids (see :func:`generate`); ``names`` are what errors call the rows."""
-    from tqdm.auto import tqdm
-
     inputs = [tuple(row) for row in rows]
     unique = list(dict.fromkeys(inputs))
     found: dict[tuple[int, ...], Response] = {}
-    with torch.no_grad(), tqdm(total=len(unique), desc="generating", disable=not progress, leave=False) as bar:
+    with torch.no_grad(), track(total=len(unique), desc="generating", disable=not progress) as bar:
         prefix = batching.Prefix(lm, unique, [1] * len(unique))
         boundary = batching.rope_boundary(lm)
         for batch in batching.batches(list(map(len, unique)), max_new_tokens, batch_size, boundary=boundary):

@@ -360,7 +360,9 @@ def evaluate(
     untouched = {
         s.name: utility.untouched(reference, s.prompts, batch_size=batch_size) for s in suite.sets if "kl" in s.metrics
     }
-    with contextlib.nullcontext() if intervention is None else intervention.active(lm):
+    measured = any(MEASURED & set(member.metrics) for member in suite.sets)
+    acts = intervention is not None and measured  # an intervention under which nothing runs is an error
+    with intervention.active(lm) if acts else contextlib.nullcontext():
         for member, frame in zip(suite.sets, frames, strict=True):
             _measure(frame, lm, member, untouched.get(member.name), batch_size)
 
@@ -399,6 +401,10 @@ def _judge(frame: pandas.DataFrame, member: SuiteSet, responses: Sequence[Respon
     for judge in judges:
         verdicts = checked_verdicts(judge, judge(member.prompts, texts), len(texts))
         frame[f"verdict_{judge.name}"] = pandas_object(verdicts)
+
+
+#: Metrics that need the model beyond its answers.
+MEASURED = {MARGIN, "reference_likelihood", "kl", *PERPLEXITY}
 
 
 def _measure(

@@ -38,6 +38,7 @@ from nt_utils.models import LanguageModel, device_of
 from nt_utils.neurons import POOL, NeuronSet, NeuronSpace, Site
 from nt_utils.scoring.attribution import Responses, frozen
 from nt_utils.selection import Ranking
+from nt_utils.work import track
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -388,12 +389,11 @@ def sweep(
         more: what :func:`dial` takes besides.
     """
     import pandas as pd
-    from tqdm.auto import tqdm
 
     strengths, n_utility = list(strengths), list(n_utility)
     grid = [(s, u, x) for s in n_safety for u in n_utility if s + u for x in strengths if x]
     rows = [{"n_safety": 0, "n_utility": 0, "strength": 0.0, **measure(None)}]
-    for s, u, strength in tqdm(grid, desc="sweep", unit="setting", disable=not progress, leave=False):
+    for s, u, strength in track(grid, desc="sweep", unit="setting", disable=not progress):
         setting = dial(safety, utility, s, u, strength, **more)
         rows.append({"n_safety": s, "n_utility": u, "strength": float(strength), **measure(setting)})
     return pd.DataFrame(rows)
@@ -822,6 +822,4 @@ def _twice_differentiable() -> AbstractContextManager:
 
 
 def _bar(total: int, done: int, progress: bool):
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, initial=done, desc="alpha", unit="step", disable=not progress, leave=False)
+    return track(total=total, initial=done, desc="alpha", unit="step", disable=not progress)

@@ -28,6 +28,7 @@ from nt_utils.interventions.delta import Delta
 from nt_utils.interventions.parallel import Processes, averaged
 from nt_utils.interventions.trainable import AllBut, Everything, LoRA, Only, Training
 from nt_utils.models import LanguageModel, is_sharded, pad
+from nt_utils.work import track
 
 if TYPE_CHECKING:
     import pandas
@@ -350,9 +351,7 @@ def _rate(step: int, steps: int, warmup: int, schedule: str) -> float:
 
 
 def _bar(steps: int, label: str, progress: bool):
-    from tqdm.auto import tqdm
-
-    return tqdm(range(steps), desc=label, unit="step", disable=not progress, leave=False)
+    return track(range(steps), desc=label, unit="step", disable=not progress)
 
 
 def _accelerators() -> list[int]:

@@ -19,11 +19,11 @@ from typing import Any
 
 import yaml
 from filelock import FileLock
-from tqdm.auto import tqdm
 
 from nt_utils.errors import ModelError, first_line
 from nt_utils.files import cache_folder
 from nt_utils.models import gguf
+from nt_utils.work import track
 
 TABLE = Path(__file__).with_name("box.yaml")
 
@@ -106,7 +106,7 @@ def _join(name: str, row: dict[str, Any], target: Path) -> None:
         )
     parts = target.with_suffix(".parts")
     parts.mkdir(exist_ok=True)
-    with tqdm(total=row["bytes"], unit="B", unit_scale=True, desc=f"fetching {name}") as bar:
+    with track(total=row["bytes"], unit="B", unit_scale=True, desc=f"fetching {name}") as bar:
         for n in range(1, wheels["parts"] + 1):
             part = parts / str(n)
             if not part.is_file():

@@ -45,6 +45,7 @@ from nt_utils.data.records import Prompt
 from nt_utils.errors import InputError
 from nt_utils.models import Encoded, LanguageModel, decoder, pad
 from nt_utils.neurons import POOL, NeuronScores, ScoreWriter, Site, check_kinds
+from nt_utils.work import track
 
 if TYPE_CHECKING:
     from nt_utils.data.attacks import Attack
@@ -376,11 +377,9 @@ def _check(lm, cases, method, target, kinds, numbers: Mapping[str, int]) -> None
 
 
 def _bar(n_cases: int, batch_size: int, n_sites: int, method: str, progress: bool):
-    from tqdm.auto import tqdm
-
     per_batch = n_sites if method in ("integrated", "exact") else 1
     total = -(-n_cases // batch_size) * per_batch
-    return tqdm(total=total, desc=f"attribution, {method}", unit="site", disable=not progress, leave=False)
+    return track(total=total, desc=f"attribution, {method}", unit="site", disable=not progress)
 
 
 # ---------------------------------------------------------------------------------------------------------- runs

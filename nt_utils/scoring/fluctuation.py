@@ -24,6 +24,7 @@ from nt_utils.errors import InputError
 from nt_utils.files import digest_of, read_header, sealed
 from nt_utils.models import DecoderView, Encoded, LanguageModel, decoder
 from nt_utils.neurons import POOL, NeuronSpace, Site
+from nt_utils.work import track
 
 FORMAT = "nt_utils.fluctuation.2"
 
@@ -199,8 +200,6 @@ def fluctuation(
     Raises:
         InputError: no prompts, a model in training mode, or NaN or Inf (names layer and projection).
     """
-    from tqdm.auto import tqdm
-
     if isinstance(prompts, str) or not len(prompts):
         raise InputError("prompts: need a list with at least one text")
     if not isinstance(batch_size, int) or batch_size < 1:
@@ -211,7 +210,7 @@ def fluctuation(
         raise InputError("model: it is in training mode (dropout would change the scores); call model.eval() first")
     statistics = Fluctuation.of(lm)
     steps = range(0, len(prompts), batch_size)
-    for start in tqdm(steps, desc="fluctuation", unit="batch", disable=not progress, leave=False):
+    for start in track(steps, desc="fluctuation", unit="batch", disable=not progress):
         part = slice(start, start + batch_size)
         batch = lm.encode(prompts[part], None if responses is None else responses[part], side="right").to(lm.device)
         with torch.no_grad(), statistics.reading(lm.view, batch):

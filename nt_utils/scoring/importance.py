@@ -35,6 +35,7 @@ from nt_utils.models import DecoderView, Encoded, LanguageModel, decoder
 from nt_utils.neurons import KINDS, NeuronScores, ScoreWriter, Site, check_kinds
 from nt_utils.scoring.attention import attention_through
 from nt_utils.scoring.fluctuation import Fluctuation
+from nt_utils.work import track
 
 POSITIONS = ("all", "last")
 #: Floats in one working buffer: on a CPU a handful of them fit the caches, on a GPU they keep the device busy.
@@ -135,9 +136,7 @@ def _check_arguments(lm, prompts, kinds, positions, batch_size) -> None:
 
 
 def _bar(steps: range, progress: bool):
-    from tqdm.auto import tqdm
-
-    return tqdm(steps, desc="scoring", unit="batch", disable=not progress, leave=False)
+    return track(steps, desc="scoring", unit="batch", disable=not progress)
 
 
 # ------------------------------------------------------------------------------------------------------ engine

@@ -26,6 +26,7 @@ from nt_utils.errors import InputError
 from nt_utils.models import OWNED, LanguageModel, Projection, decoder
 from nt_utils.neurons import POOL, NeuronScores, ScoreWriter, Site, check_kinds
 from nt_utils.scoring.attribution import Responses, frozen
+from nt_utils.work import track
 
 METRICS = ("snip", "wanda")
 
@@ -81,10 +82,8 @@ def check_pairs(lm: LanguageModel, prompts: Sequence[Prompt], responses: Sequenc
 
 def batches(lm: LanguageModel, prompts, responses, batch_size: int, label: str, progress: bool):
     """(number of the first prompt, its batch of responses), with a progress bar."""
-    from tqdm.auto import tqdm
-
     steps = range(0, len(prompts), batch_size)
-    for start in tqdm(steps, desc=label, unit="batch", disable=not progress, leave=False):
+    for start in track(steps, desc=label, unit="batch", disable=not progress):
         rows = slice(start, start + batch_size)
         yield start, Responses.of(lm, prompts[rows], responses[rows])
 

@@ -46,6 +46,7 @@ BARS = (
 
 def gate_suite(split: str) -> Suite:
     """What the gate asks: 120 direct, 40 German, 300 wrapped and 120 borderline requests, and every task."""
+
     def known(name: str, prompts, metric: str) -> SuiteSet:
         return SuiteSet(name, prompts, (metric, "other"), "known", (), "known")
 

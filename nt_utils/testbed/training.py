@@ -23,11 +23,11 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
-from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from nt_utils.data import corpus
 from nt_utils.data.corpus import Mix, Row
+from nt_utils.work import track
 
 VERSION = 2  # raise when the training code changes what it produces
 PAD, START, USER, ASSISTANT, SYSTEM, END = SPECIAL = (
@@ -287,7 +287,7 @@ def _train(
     )
     model.train()
     steps = batches(encode(tokenizer, rows), stage.batch, seed)
-    for step, batch in enumerate(tqdm(steps, desc=label, disable=not progress, mininterval=1.0)):
+    for step, batch in enumerate(track(steps, desc=label, disable=not progress, mininterval=1.0)):
         rate = optimiser.param_groups[0]["lr"] = _rate(step, stage)
         loss = loss_of(batch, *collate(batch, tokenizer.pad_token_id))
         optimiser.zero_grad()

@@ -8,6 +8,8 @@ from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError
 from nt_utils.evaluation import generation, suite
 from nt_utils.evaluation.suite import Suite, SuiteSet, compare, corpus_suite, evaluate, make_suite
+from nt_utils.interventions import Deactivate
+from nt_utils.neurons import POOL, NeuronSet
 from tests.tiny import tiny_lm
 
 REPLIES = {
@@ -288,3 +290,12 @@ def test_babble_of_an_untrained_model_is_degenerate_by_default():
     found = evaluate(lm, made, cache=False, progress=False)
     assert found.rate("direct", "asr").value == 0
     assert found.rate("direct", "degenerate").value == 1
+
+
+def test_a_suite_of_answers_alone_can_be_asked_under_an_intervention():
+    """Its metrics need no further forward pass, so no context is entered in which no hook runs."""
+    lm = tiny_lm()
+    lm.model.config.max_position_embeddings = 512
+    neurons = NeuronSet.from_flat(lm.view.space, range(5), POOL)
+    suite = Suite((SuiteSet("a", PromptSet.of(["one", "two"], "a"), ("asr",)),), "s", max_new_tokens=3)
+    assert len(evaluate(lm, suite, intervention=Deactivate(neurons), cache=False, progress=False).rows) == 2

@@ -1,0 +1,56 @@
+"""What was done and how far: counts of a notebook's work, and the one way in which long loops say where they are.
+
+Generation, scoring and training add to ``COUNTS``; a run writes them into its provenance, and ``make plan`` predicts from
+those of published runs. ``track`` is tqdm's bar in a live notebook and, in a batch, a line every half minute in the step's
+log, so that an executed notebook keeps nothing of it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import tqdm as bars
+from tqdm.auto import tqdm
+
+#: Kind of work -> how much (see :func:`count`).
+COUNTS: Counter[str] = Counter()
+#: Set in the steps of a batch: progress goes, as lines, to the kernel's error stream, which is the step's log.
+IN_BATCH = "NT_BATCH_STEP"
+MARK, SECONDS = "progress: ", 30.0
+_parts: list[str] = []
+
+
+def count(**amounts: float) -> None:
+    """Add to the counts. The kinds that ``make plan`` reads:
+
+    passed_rows, passed_tokens    through a plain forward pass; scored_rows, scored_tokens: scored exactly
+    read_tokens, written_tokens   of generation: prompts, and answers with the padding behind short ones
+    answers, decode_steps         rows answered; steps of a batch of them
+    trained_steps, trained_rows, trained_tokens    a backward pass into some weights (tuned_...: into all weights)
+    """
+    COUNTS.update({name: int(amount) for name, amount in amounts.items()})
+
+
+@contextmanager
+def part(name: str) -> Iterator[None]:
+    """What the loops inside belong to: an arm, a rate, a draw. Shown before their own labels."""
+    _parts.append(name)
+    try:
+        yield
+    finally:
+        _parts.pop()
+
+
+def track(items=None, desc: str = "", **options):
+    """tqdm(items, desc, total=..., unit=..., disable=...), as said above; takes its place away at the end."""
+    options = {"leave": False} | options
+    desc = ", ".join([*_parts, desc])
+    if IN_BATCH not in os.environ:
+        return tqdm(items, desc=desc, **options)
+    options |= {"file": sys.__stderr__, "mininterval": SECONDS, "maxinterval": 2 * SECONDS, "delay": SECONDS}
+    form = MARK + "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} so far, {remaining} to go\n"
+    return bars.tqdm(items, desc=desc, bar_format=form, **options)

@@ -1,0 +1,38 @@
+"""Progress of long loops, and counts of work."""
+
+import io
+import sys
+
+from nt_utils import work
+
+
+def test_counts_add_up():
+    before = work.COUNTS.copy()
+    work.count(scored_rows=3, scored_tokens=40)
+    work.count(scored_rows=2)
+    found = {name: work.COUNTS[name] - before[name] for name in ("scored_rows", "scored_tokens")}
+    assert found == {"scored_rows": 5, "scored_tokens": 40}
+
+
+def test_a_batch_gets_lines_with_part_and_time_left_and_the_notebook_nothing(monkeypatch, capsys):
+    log = io.StringIO()
+    monkeypatch.setenv(work.IN_BATCH, "1")
+    monkeypatch.setattr(work, "SECONDS", 0.0)
+    monkeypatch.setattr(sys, "__stderr__", log)
+    with work.part("SN-Tune"), work.part("rate 0.001"):
+        assert list(work.track(range(5), "training", unit="step")) == [0, 1, 2, 3, 4]
+    lines = [line.strip("\r ") for line in log.getvalue().splitlines() if work.MARK in line]
+    assert lines and all(line.startswith("progress: SN-Tune, rate 0.001, training: ") for line in lines)
+    assert any("4 of 5 step" in line and "so far" in line and "to go" in line for line in lines)
+    shown = capsys.readouterr()
+    assert shown.out == shown.err == ""
+
+
+def test_without_a_batch_it_is_a_bar_and_can_be_switched_off(monkeypatch, capsys):
+    monkeypatch.delenv(work.IN_BATCH, raising=False)
+    with work.track(total=3, desc="scoring", disable=True) as bar:
+        bar.update(2)
+    assert capsys.readouterr().err == ""
+    with work.track(total=3, desc="scoring") as bar:
+        bar.update(2)
+    assert "scoring" in capsys.readouterr().err
