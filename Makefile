@@ -48,8 +48,8 @@ figures: env ## redraw every figure in figures/ from its table
 	@$(BIN)/python -m nt_utils.plots figures --width "$(WIDTH)"
 
 publish: PRESET = full
-publish: env ## collect the runs' findings into figures/ and README.md
-	@$(BIN)/python -m nt_utils.study.ledger publish --studies "$(STUDY)" --seeds "$(SEEDS)" --preset "$(PRESET)"
+publish: env ## collect the runs' claims, figures and executed notebooks into figures/, notebooks/executed/, docs/ and README.md
+	@$(BIN)/python -m nt_utils.study.publish --studies "$(STUDY)" --seeds "$(SEEDS)" --preset "$(PRESET)"
 
 docs: env-dev ## build the pages of docs/ into build/site, with their links checked
 	@$(BIN)/python -m nt_utils.study.docs && $(BIN)/mkdocs build --strict --quiet

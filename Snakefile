@@ -16,7 +16,7 @@ FILES = {study: batch.read(study, ROOT) for study in STUDIES}
 RUNS = {v.folder: v for study in STUDIES for v in batch.variants(study, SEEDS, PRESET, ROOT)}
 SWEPT = {study_name(study, study, PRESET): study for study in STUDIES if FILES[study].sweep}
 COMPARED = [folder for folder, run in RUNS.items() if set(batch.LAST) & set(run.notebooks)]
-COMPARED = [f for f in COMPARED if FILES[RUNS[f].study].has_model]  # notebooks without a model leave no findings
+COMPARED = [f for f in COMPARED if FILES[RUNS[f].study].has_model]  # notebooks without a model leave no claims
 for run in RUNS.values():
     batch.note_settings(run, PRESET, ROOT)
 
@@ -30,7 +30,7 @@ rule all:
     input:
         [output for run in RUNS.values() for output in run.outputs()],
         expand("runs/{folder}/sweep.csv", folder=SWEPT),
-        expand("runs/{folder}/comparison/findings.csv", folder=COMPARED),
+        expand("runs/{folder}/comparison/claims.csv", folder=COMPARED),
 
 
 def model_of(wildcards):
@@ -101,7 +101,7 @@ rule seeds:
     input:
         lambda w: RUNS[w.folder].outputs(),
     output:
-        "runs/{folder}/comparison/findings.csv",
+        "runs/{folder}/comparison/claims.csv",
     params:
         seeds=",".join(map(str, SEEDS)),
     shell:

@@ -1,287 +1,330 @@
-"""The findings ledger: every claim with its value, interval, n and seed, and a verdict that code computes.
+"""The ledger: what every run handed in for the thirty claims, the verdicts over seeds, and the tables that show them.
 
-A notebook states, before the value is known, which side of which margin the claim needs; the verdict follows from
-the interval. ``make publish`` (``python -m nt_utils.study.ledger publish``) collects the runs' rows into
-figures/findings.csv, copies the tables and figures that the README shows and writes the README's table of findings.
+A run writes ``claims/<notebook>.csv``, one line a part of a claim's row (COLUMNS). Here these lines are collected, pooled
+over seeds by Student's t, and decided by :mod:`nt_utils.study.claims`. A testbed seed that misses its gate is left out of the
+pooled verdict, and counted; a seed that cannot test a claim is counted, too.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import shutil
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from nt_utils.errors import InputError, command
+from nt_utils.errors import InputError
+from nt_utils.evaluation.metrics import Interval, t_interval
+from nt_utils.study import claims
 
-COLUMNS = [
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from nt_utils.study.run import Run
+
+COLUMNS = (
     "claim",
+    "row",
+    "part",
+    "model",
+    "seed",
+    "value",
+    "low",
+    "high",
+    "n",
+    "reason",
+    "notebook",
+    "weights",
+    "gate",
+)
+#: Columns of the ledger, one line a claim's row and model.
+LEDGER = (
+    "claim",
+    "row",
+    "statement",
     "paper",
     "section",
+    "figure",
     "model",
-    "statement",
+    "positive_control",
+    "verdict",
+    "corrected",
+    "part",
     "value",
     "low",
     "high",
     "n",
     "seeds",
+    "each",
+    "untestable",
+    "missed_gate",
+    "reason",
     "notebook",
-    "verdict",
-]
-VERDICTS = ("holds", "does not hold", "undecided", "by construction", "not testable here")
-BEGIN, END = "<!-- findings: begin -->", "<!-- findings: end -->"
-#: What the README shows, from the first seed's run: figure or table name -> title.
-SHOWN = {
-    "figures/00_behaviour": "behaviour of the model under study",
-    "figures/01_deactivation": "deactivating safety neurons against their controls",
-    "figures/01_dose": "dose curve",
-    "figures/01_where": "where the chosen neurons lie",
-    "figures/01_languages": "overlap between languages",
-    "figures/01_stability": "stability over prompt subsets",
-    "figures/02_sn_steps": "tuning safety neurons and their controls, step by step",
-    "figures/02_sn_equal": "what tuning costs at equal harmful score",
-    "figures/02_sn_wrappers": "wrapper attacks before and after SN-Tune of the aligned model",
-    "figures/06_agreement": "agreement of seven definitions",
-    "figures/06_effects": "zeroing and amplifying equal numbers of neurons of each definition",
-    "figures/06_effects_training": "training only, and freezing, the neurons of each definition",
-    "figures/06_defences": "defences on equal footing",
-    "figures/06_frontier": "safety against over-refusal",
-    "figures/02_rsn_finetuning": "harmless fine-tuning after SN-Tune and RSN-Tune",
-    "figures/05_modulation_arms": "NeuronTune against its baselines",
-    "figures/05_modulation_frontier": "safety-utility frontier of the dial",
-    "figures/05_modulation_ablations": "NeuronTune without one of its parts",
-    "figures/05_modulation_adaptation": "meta-learning against joint training on unseen attacks",
-    "figures/03_units_where": "where units of each category lie",
-    "figures/03_units_pruning": "pruning each category against random units",
-    "figures/03_units_growth": "growing each category until pruning costs",
-    "figures/03_units_sensitivity": "categories by size of the calibration set",
-    "figures/03_units_agreement": "categories by what they are made from",
-    "figures/04_attack_curves": "fine-tuning with frozen units",
-    "figures/04_attack_points": "frozen units at the worst case and at equal loss",
-    "figures/04_unit_flow": "how units change category",
-    "figures/04_align_budget": "aligning by some units only",
-    "figures/04_direction": "leaning to refusal by layer",
-    "figures/04_probe": "a probe of refusal by layer",
-}
+    "weights",
+)
+#: Columns that a notebook shows of its own claims.
+SHOWN = ("claim", "row", "statement", "part", "value", "low", "high", "n", "verdict", "reason")
+MOST_ROWS = 60  # of one subject
 
 
-def verdict(low: float, high: float, *, above: float | None = None, below: float | None = None) -> str:
-    """Whether an interval lies on the claimed side of the margin: holds, does not hold or undecided.
-
-    Args:
-        low, high: 95% interval of the value.
-        above: the claim needs a value greater than this; or
-        below: the claim needs a value less than this (exactly one of the two).
-    """
-    if (above is None) == (below is None):
-        raise InputError("verdict: give exactly one of above and below, the margin the claim needs")
-    if math.isnan(low) or math.isnan(high):
-        return "not testable here"
-    if above is not None:
-        return "holds" if low > above else "does not hold" if high <= above else "undecided"
-    assert below is not None
-    return "holds" if high < below else "does not hold" if low >= below else "undecided"
+# ---------------------------------------------------------------------------------------------------- of one run
 
 
-def finding(
-    *,
-    claim: str,
-    paper: str,
-    section: str,
-    model: str,
-    statement: str,
-    value: float,
-    low: float,
-    high: float,
-    n: int,
-    seeds: str,
-    notebook: str,
-    above: float | None = None,
-    below: float | None = None,
-    by_construction: bool = False,
-    not_testable: bool = False,
-) -> dict:
-    """One row of the ledger.
-
-    Args:
-        claim: short stable name; paper and section: where it is made; statement: the claim in words, with its margin.
-        value, low, high: what was measured and its 95% interval; n: what the interval is over.
-        above, below: the margin, see :func:`verdict`.
-        by_construction: the testbed's gate enforces it, so it is no finding.
-        not_testable: this model or preset cannot show it.
-    Raises:
-        InputError: a row without interval or n.
-    """
-    if not_testable:
-        decided = "not testable here"
-        value = low = high = math.nan
-    else:
-        if any(v is None or math.isnan(v) for v in (value, low, high)) or not n:
-            raise InputError(f"finding {claim}: needs a value, an interval and n; got {value}, [{low}, {high}], n={n}")
-        decided = verdict(low, high, above=above, below=below)
-        if by_construction:
-            decided = "by construction"
-    row = [claim, paper, section, model, statement, value, low, high, n, seeds, notebook, decided]
-    return dict(zip(COLUMNS, row, strict=True))
+def run_rows(run: Run) -> list[dict[str, Any]]:
+    """What a run handed in: one line a part, and one line for every row of which nothing was handed in."""
+    mark = " (quick)" if run.is_quick else ""
+    testbed = run.facts.get("testbed", {})
+    same = {
+        "model": run.label + mark,
+        "seed": run.parameters.seed,
+        "notebook": run.notebook,
+        "weights": run.facts.get("model weights", ""),
+        "gate": {True: "passed", False: "missed"}.get(testbed.get("passed"), ""),
+    }
+    nothing = {"value": math.nan, "low": math.nan, "high": math.nan, "n": 0, "reason": ""}
+    lines = []
+    for what, row in claims.rows(run.notebook):
+        parts = [p.name for p in what.parts if (what.id, row, p.name) in run.handed_in]
+        for part in parts or [""]:
+            found = run.handed_in.get((what.id, row, part), {})
+            lines.append({"claim": what.id, "row": row, "part": part, **nothing, **same, **found})
+    return lines
 
 
-def collect(folders: Sequence[Path]):
-    """All findings of these run folders as one DataFrame, sorted; raises InputError naming a folder without any.
+def collect(folders: Sequence[Path]) -> pd.DataFrame:
+    """The lines of these run folders.
 
-    A notebook's seeds must have been run with one version of the code; two notebooks need not.
+    Raises InputError: a folder without any, a notebook that did not finish, seeds of a notebook made by different code.
     """
     import pandas as pd
 
     frames: list = []
-    codes: dict[str, str] = {}
+    codes: dict[tuple[str, str], str] = {}
     for folder in folders:
-        files = sorted((folder / "findings").glob("*.csv"))
+        files = sorted((folder / "claims").glob("*.csv"))
         if not files:
-            raise InputError(f"publish: no findings in {folder}; run the study first")
+            raise InputError(f"publish: no claims in {folder}; run the study first")
         for file in files:
             note = folder / "provenance" / f"{file.stem}.json"
             known = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
             if not known.get("finished"):
                 raise InputError(f"publish: {file} comes from a notebook that did not finish; run the study again")
-            if codes.setdefault(file.stem, known.get("code", "")) != known.get("code", ""):
+            code = known.get("code", "")
+            if codes.setdefault((folder.parent.name, file.stem), code) != code:
                 raise InputError(
                     f"publish: the runs of {file.stem} were made by different versions of the code; run the study again"
                 )
-            frames.append(pd.read_csv(file, dtype={"seeds": str, "section": str}))
-    table = pd.concat(frames, ignore_index=True)[COLUMNS]
-    return table.sort_values(["notebook", "claim", "model", "seeds"], kind="stable", ignore_index=True)
+            frames.append(read(file))
+    return pd.concat(frames, ignore_index=True)
 
 
-def readme_table(findings) -> str:
-    """Markdown of the README's findings: a folded table a notebook, a row a claim and model.
+def read(file: Path) -> pd.DataFrame:
+    """One file of a run's claims."""
+    import pandas as pd
 
-    A row has the mean over seeds with Student's t interval and how often each verdict fell; every seed stands in
-    :func:`seeds_table`.
+    words = dict.fromkeys(("row", "part", "model", "reason", "weights", "gate"), str)
+    return pd.read_csv(file, dtype=words, keep_default_na=False, na_values={c: [""] for c in ("value", "low", "high")})
+
+
+# ------------------------------------------------------------------------------------------------------ verdicts
+
+
+def verdicts(lines: Iterable[Mapping[str, Any]], notebook: str = "") -> list[dict[str, Any]]:
+    """The ledger: one line a claim's row and model, over all seeds that the lines come from.
+
+    Args:
+        lines: as :func:`run_rows` gives them, of one or more models and seeds.
+        notebook: only this notebook's claims.
     """
-    blocks = []
-    for notebook, part in findings.groupby("notebook", sort=False):
-        lines = [
-            "| claim (paper) | model | n | mean over seeds [t interval] | verdicts, one a seed |",
-            "|---|---|---|---|---|",
-        ]
-        lines += [
-            f"| {where} | {model} | {n} | {_mean(rows['value'])} | {_tally(rows)} |"
-            for where, model, n, rows in _claims(part)
-        ]
-        head = f"<details><summary><b>{notebook}</b>: {len(lines) - 2} claims: {_tally(part)}</summary>"
-        blocks.append("\n".join([head, "", *lines, "", "</details>"]))
-    return "\n".join(blocks)
+    lines = list(lines)
+    found = []
+    for model in dict.fromkeys(line["model"] for line in lines):
+        own = [line for line in lines if line["model"] == model]
+        part = [_line(what, row, model, own) for what, row in claims.rows(notebook)]
+        decided = claims.corrected(verdict for verdict, _ in part)
+        found += [entry | {"corrected": word} for (_, entry), word in zip(part, decided, strict=True)]
+    return found
 
 
-def seeds_table(findings) -> str:
-    """Markdown of all findings with every seed shown, as ``figures/findings.md`` holds it."""
-    lines = [
-        "# Findings, seed by seed",
-        "",
-        "Generated by `make publish` from findings.csv, which holds the same rows.",
-        "",
-    ]
-    for notebook, part in findings.groupby("notebook", sort=False):
+def _line(
+    what: claims.Claim, row: str, model: str, lines: list[Mapping[str, Any]]
+) -> tuple[claims.Verdict, dict[str, Any]]:
+    """One row of one claim for one model: its verdict over seeds, and the ledger's line."""
+    own = [line for line in lines if (line["claim"], line["row"]) == (what.id, row)]
+    seeds = list(dict.fromkeys(line["seed"] for line in own))
+    by_seed = {seed: _measured([line for line in own if line["seed"] == seed]) for seed in seeds}
+    missed = [s for s in seeds if any(line["gate"] == "missed" for line in own if line["seed"] == s)]
+    kept = {seed: parts for seed, parts in by_seed.items() if seed not in missed}
+    each = {seed: claims.decide(what.id, parts, model) for seed, parts in by_seed.items()}
+    verdict = _pooled(what, kept, model)
+    if missed and not kept:
+        verdict = claims.Verdict(claims.NOT_TESTABLE, reason="every seed of the testbed misses its gate")
+    said = "; ".join(f"{seed}: {_cell(what, v)}" + " (missed its gate)" * (seed in missed) for seed, v in each.items())
+    interval = dict(zip(("value", "low", "high", "n"), verdict.interval, strict=True))
+    entry = {
+        **{name: getattr(what, name) for name in ("statement", "paper", "section", "figure", "notebook")},
+        **{"claim": what.id, "row": row, "model": model, "positive_control": claims.is_positive_control(model)},
+        **{"verdict": verdict.verdict, "part": verdict.part, "reason": verdict.reason, **interval},
+        **{"seeds": len(kept), "each": said, "missed_gate": len(missed)},
+        "untestable": sum(v.verdict == claims.NOT_TESTABLE for s, v in each.items() if s in kept),
+        "weights": " ".join(dict.fromkeys(line["weights"] for line in own if line["weights"])),
+    }
+    return verdict, entry
+
+
+def _measured(lines: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """part -> interval or reason, of one seed."""
+    return {
+        line["part"]: line["reason"] or Interval(line["value"], line["low"], line["high"], int(line["n"]))
+        for line in lines
+        if line["part"]
+    }
+
+
+def _pooled(what: claims.Claim, seeds: Mapping[Any, Mapping[str, Any]], model: str) -> claims.Verdict:
+    """One verdict over seeds: of each part the t interval over the seeds that measured it; one seed has its own interval."""
+    measured: dict[str, Any] = {}
+    freedom: dict[str, int] = {}
+    for part in what.parts:
+        found = [parts[part.name] for parts in seeds.values() if part.name in parts]
+        values = [f for f in found if not isinstance(f, str)]
+        if len(values) > 1:
+            measured[part.name] = t_interval([v.value for v in values])
+            freedom[part.name] = len(values) - 1
+        elif found:
+            measured[part.name] = values[0] if values else found[0]
+    return claims.decide(what.id, measured, model, freedom)
+
+
+def frame(lines: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """The ledger as a table, at most MOST_ROWS rows a model."""
+    import pandas as pd
+
+    return pd.DataFrame(verdicts(lines), columns=list(LEDGER))
+
+
+# -------------------------------------------------------------------------------------------------------- tables
+
+
+def _cell(what: claims.Claim, verdict: claims.Verdict) -> str:
+    """ "holds 45 [40, 50]"."""
+    if not verdict.part or math.isnan(verdict.interval.value):
+        return verdict.verdict
+    return f"{verdict.verdict} {what.part(verdict.part).text(verdict.interval)}"
+
+
+def cell(line: Mapping[str, Any]) -> str:
+    """A ledger's line as the front page shows it: verdict, value with interval, and its quantity where there are several."""
+    what = claims.claim(line["claim"])
+    if line["verdict"] in (claims.NOT_TESTABLE, claims.NOT_RUN):
+        return line["verdict"]
+    interval = [line[name] for name in ("value", "low", "high", "n")]
+    name = f" ({line['part']})" if len(what.parts) > 1 else ""
+    word = f"**{line['verdict']}**" if line["corrected"] == line["verdict"] else line["verdict"]
+    return f"{word} {what.part(line['part']).text(interval)}{name}"
+
+
+def escaped(text: object) -> str:
+    """Text for a cell of a Markdown table: nothing in it is read as markup."""
+    words = str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]|$])", r"\\\1", words).replace("\n", " ")
+
+
+def front_page(ledger: pd.DataFrame, models: Sequence[str] = ()) -> str:
+    """The thirty claims in Markdown: a row a claim, the paper's figure, and a column a model (by default all, controls last)."""
+    models = models or sorted(dict.fromkeys(ledger["model"]), key=claims.is_positive_control)
+    heads = [escaped(m) + (" (positive control)" if claims.is_positive_control(m) else "") for m in models]
+    lines = ["| | claim | paper's figure | " + " | ".join(heads) + " |", "|---" * (3 + len(models)) + "|"]
+    known = {(line["model"], line["claim"], line["row"]): line for line in ledger.to_dict("records")}
+    for what in claims.CLAIMS:
+        cells = []
+        for model in models:
+            own = [(row, known.get((model, what.id, row))) for row in what.rows]
+            told = [(f"{row}: " if row else "") + (cell(line) if line else claims.NOT_RUN) for row, line in own]
+            same = {t.split(": ")[-1] for t in told}
+            cells.append(same.pop() if len(same) == 1 and len(told) > 1 else "<br>".join(told))
+        lines.append(
+            f"| {what.id} | {escaped(what.statement)} ({what.paper}) | {escaped(what.figure)} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
+
+
+def counts(ledger: pd.DataFrame) -> str:
+    """One sentence a model: how many rows hold after the correction. Positive controls are named as such, not counted."""
+    said = []
+    for model, part in ledger.groupby("model", sort=False):
+        if claims.is_positive_control(str(model)):
+            continue
+        number = part["corrected"].value_counts()
+        told = ", ".join(f"{word} {number[word]}" for word in claims.VERDICTS if word in number)
+        said.append(f"{escaped(model)}, {len(part)} rows after Holm's correction: {told}.")
+    return " ".join(said)
+
+
+def details(ledger: pd.DataFrame) -> str:
+    """Every row of every claim in Markdown: the quantity that decides, its interval, seeds and verdicts."""
+    lines = []
+    for what in claims.CLAIMS:
+        lines += [f"## {what.id}. {escaped(what.statement)}", ""]
+        place = f", section {what.section}" if what.section else ""
         lines += [
-            f"## {notebook}",
+            f"{what.paper}{place}; the paper's figure: {escaped(what.figure) or '-'}; notebook {what.notebook}.",
             "",
-            "| claim (paper) | model | n | seed: value [95% interval] verdict |",
-            "|---|---|---|---|",
         ]
-        for where, model, n, rows in _claims(part):
-            lines.append(f"| {where} | {model} | {n} | {'<br>'.join(_cell(row) for row in rows.to_dict('records'))} |")
+        for part in what.parts:
+            side = f"above {part.above:g}" if part.above is not None else f"below {part.below:g}"
+            lines.append(f"- *{part.name}*: {part.quantity}; {side}")
+        lines += [
+            "",
+            "| row | model | verdict | after Holm | decided by | value [95%] | n | seeds | each seed |",
+            "|---" * 9 + "|",
+        ]
+        for line in ledger[ledger["claim"] == what.id].to_dict("records"):
+            decides = line["part"] and not math.isnan(line["value"])
+            value = what.part(line["part"]).text([line[c] for c in ("value", "low", "high", "n")]) if decides else ""
+            seeds = f"{line['seeds']}" + f", {line['untestable']} untestable" * bool(line["untestable"])
+            seeds += f", {line['missed_gate']} missed the gate" * bool(line["missed_gate"])
+            told = line["verdict"] + (f": {escaped(line['reason'])}" if line["reason"] else "")
+            cells = [line["row"], escaped(line["model"]), told, line["corrected"], line["part"], value]
+            cells += [str(line["n"] or ""), seeds, escaped(line["each"])]
+            lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
 
 
-def _claims(findings):
-    """(statement with its paper and section, model, range of n, the seeds' rows), one a claim and model."""
-    for (_, model), rows in findings.groupby(["claim", "model"], sort=False):
-        first = rows.iloc[0]
-        where = " ".join(str(first[c]) for c in ("paper", "section") if first[c] == first[c])
-        n = "-".join(str(v) for v in sorted({int(rows["n"].min()), int(rows["n"].max())}))
-        yield f"{first['statement']} ({where})", model, n, rows
+# --------------------------------------------------------------------------------------------------------- prose
+
+_ID = re.compile(r"\b[SANX]\d{1,2}\b")
+_NUMBER = re.compile(r"(?<![\w.])[-+−]?\d+(?:\.\d+)?(?![\w]|\.\d)")
 
 
-def _tally(rows) -> str:
-    """ "holds 4, undecided 1", in the order of VERDICTS."""
-    counts = rows["verdict"].value_counts()
-    return ", ".join(f"{verdict} {counts[verdict]}" for verdict in VERDICTS if verdict in counts)
+def unsupported(text: str, ledger: pd.DataFrame) -> list[str]:
+    """Numbers of the findings' prose that the ledger does not hold, each with its sentence.
+
+    A sentence that has a number names claims by id; the number must stand in one of these claims' rows (value, limits,
+    n, seeds), in the paper's figure or in the statement, as it is printed there or rounded to whole points.
+    """
+    found = []
+    for sentence in re.split(r"(?<=[.!?;])\s+|\n+", text):
+        numbers = _NUMBER.findall(_ID.sub("", sentence))
+        if not numbers:
+            continue
+        allowed: set[str] = set()
+        for name in set(_ID.findall(sentence)) & set(claims.BY_ID):
+            allowed |= _numbers_of(name, ledger[ledger["claim"] == name].to_dict("records"))
+        found += [f"{n}: {sentence.strip()}" for n in numbers if _plain(n) not in allowed]
+    return found
 
 
-def _mean(values) -> str:
-    """Mean over seeds with Student's t interval; the value alone for one seed, a dash for none."""
-    from nt_utils.evaluation.metrics import t_interval
-
-    value, low, high, n = t_interval(values)
-    if not n:
-        return "-"
-    return f"{value:.3g}" if n < 2 else f"{value:.3g} [{low:.3g}, {high:.3g}]"
+def _plain(number: str) -> str:
+    return f"{abs(float(number.replace('−', '-'))):g}"
 
 
-def _cell(row: Mapping) -> str:
-    if row["verdict"] == "not testable here":
-        return f"{row['seeds']}: not testable here"
-    value, low, high = (f"{round(row[column], 3) + 0.0:g}" for column in ("value", "low", "high"))  # + 0.0: no "-0"
-    return f"{row['seeds']}: {value} [{low}, {high}] **{row['verdict']}**"
-
-
-def write_readme(readme: Path, findings) -> None:
-    """Replace the text between the findings markers of the README."""
-    from nt_utils.files import atomic
-
-    text = readme.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise InputError(f"{readme}: the markers {BEGIN} and {END} are missing")
-    head, rest = text.split(BEGIN, 1)
-    tail = rest.split(END, 1)[1]
-    with atomic(readme) as tmp:
-        tmp.write_text(f"{head}{BEGIN}\n{readme_table(findings)}\n{END}{tail}", encoding="utf-8")
-
-
-def publish(folders: Sequence[Path], root: Path) -> None:
-    """Collect findings and promote the shown figures of the first folder into ``root/figures``; update the README."""
-    from nt_utils import plots
-    from nt_utils.files import atomic
-
-    findings = collect(folders)
-    target = root / "figures"
-    target.mkdir(exist_ok=True)
-    with atomic(target / "findings.csv") as tmp:
-        findings.to_csv(tmp, index=False, float_format="%.6g")
-    with atomic(target / "findings.md") as tmp:
-        tmp.write_text(seeds_table(findings), encoding="utf-8")
-    for name in SHOWN:
-        for suffix in (".csv", *plots.SUFFIXES):
-            source = folders[0] / f"{name}{suffix}"
-            if source.is_file():
-                shutil.copyfile(source, target / source.name)
-    write_readme(root / "README.md", findings)
-    print(f"published {len(findings)} findings of {len(folders)} runs to {target}")
-
-
-@command
-def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m nt_utils.study.ledger publish --studies testbed --seeds "0 1 2" --preset full``."""
-    from nt_utils.files import project_root, run_folder, study_name
-    from nt_utils.study import batch, parameters
-
-    parser = argparse.ArgumentParser(prog="python -m nt_utils.study.ledger", description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=["publish"])
-    parser.add_argument("--studies", default="testbed")
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--preset", default="full", choices=parameters.PRESETS)
-    options = parser.parse_args(arguments)
-    folders = [
-        run_folder("", study_name(study, study, options.preset), seed)
-        for study in options.studies.replace(",", " ").split()
-        for seed in batch.parse_seeds(options.seeds)
-    ]
-    publish(folders, project_root())
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+def _numbers_of(name: str, lines: list[dict[str, Any]]) -> set[str]:
+    what = claims.claim(name)
+    texts = [what.statement, what.figure]
+    for line in lines:
+        texts += [line["each"], str(line["n"]), str(line["seeds"]), cell(line)]
+    allowed = {_plain(n) for text in texts for n in _NUMBER.findall(text)}
+    return allowed | {f"{round(float(n)):g}" for n in allowed}

@@ -138,12 +138,16 @@ def _output(output) -> str:
 def _findings(folder: Path) -> str:
     import pandas as pd
 
-    files = sorted((folder / "findings").glob("*.csv"))
+    from nt_utils.study import ledger
+
+    files = sorted((folder / "claims").glob("*.csv"))
     if not files:
-        return "<h2>Findings</h2><p>none</p>"
-    table = pd.concat([pd.read_csv(f, dtype={"seeds": str, "section": str}) for f in files], ignore_index=True)
-    shown = table[["notebook", "statement", "paper", "value", "low", "high", "n", "verdict"]]
-    return "<h2>Findings</h2>" + shown.to_html(index=False, border=0, float_format="%.3g", na_rep="")
+        return "<h2>Claims</h2><p>none</p>"
+    table = ledger.frame(pd.concat([ledger.read(f) for f in files], ignore_index=True).to_dict("records"))
+    shown = table[
+        ["claim", "row", "statement", "figure", "verdict", "corrected", "part", "value", "low", "high", "n", "reason"]
+    ]
+    return "<h2>Claims</h2>" + shown.to_html(index=False, border=0, float_format="%.3g", na_rep="")
 
 
 def _provenance(folder: Path) -> str:

@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 
 from nt_utils.errors import InputError
 from nt_utils.files import atomic, run_folder, study_name
-from nt_utils.study import display, ledger
+from nt_utils.study import claims, display, ledger
 from nt_utils.study.parameters import check_parameters, from_notebook
 from nt_utils.study.provenance import code_fingerprint, git_revision, versions
 from nt_utils.study.subject import check_inputs
@@ -48,14 +48,15 @@ def begin(notebook: str, values: Mapping[str, Any], history: list[str] | None = 
 class Run:
     """The folder of one model and seed, seen from one notebook.
 
-    ``tables/``, ``figures/``, ``neurons/``, ``scores/`` and ``findings/`` hold what it made, each file named after
+    ``tables/``, ``figures/``, ``neurons/``, ``scores/`` and ``claims/`` hold what it made, each file named after
     the notebook's number; ``provenance/<notebook>.json`` says with what.
     """
 
     notebook: str
     parameters: SimpleNamespace
     folder: Path
-    findings: list[dict] = field(default_factory=list)
+    handed_in: dict[tuple[str, str, str], dict] = field(default_factory=dict)
+    secondary: list[dict] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
@@ -69,11 +70,6 @@ class Run:
     def is_quick(self) -> bool:
         """Whether this run only shows that everything works: its figures and findings say so."""
         return getattr(self.parameters, "preset", "") == "quick"
-
-    @property
-    def mark(self) -> str:
-        """What findings add to the model's name."""
-        return " (quick)" if self.is_quick else ""
 
     def check_folder(self) -> None:
         """Refuse a folder that cannot be written, and one that holds another model's results."""
@@ -150,51 +146,67 @@ class Run:
         """Keep a fact for provenance: a fingerprint, a count of dropped prompts."""
         self.facts[what] = value
 
-    def claim(self, claim: str, statement: str, interval, paper: str, section: str = "", **verdict) -> dict:
-        """Record a finding in this run's ledger.
+    # ----------------------------------------------------------------------------------------------- claims
+
+    def measured(self, claim: str, interval: Sequence[float], *, row: str = "", part: str = "") -> None:
+        """Hand in a quantity of one of the thirty claims (:mod:`nt_utils.study.claims`), which decide what it says.
 
         Args:
-            claim: short stable name; statement: the claim in words, with its margin; paper, section: who makes it.
-            interval: (value, low, high, n), as the functions of ``evaluation.metrics`` return it.
-            verdict: the margin and marks, see :func:`nt_utils.study.ledger.finding`.
+            claim: its id; interval: (value, low, high, n) with 95% limits, as the functions of ``evaluation.metrics`` give it.
+            row: what the claim is tested on, where it has several rows; part: the quantity, where it has several.
         """
-        value, low, high, n = interval
-        row = ledger.finding(
-            claim=claim,
-            paper=paper,
-            section=section,
-            model=self.label + self.mark,
-            statement=statement,
-            value=value,
-            low=low,
-            high=high,
-            n=n,
-            seeds=str(self.parameters.seed),
-            notebook=self.notebook,
-            **verdict,
+        what, which, found = claims.checked(claim, row, part, interval)
+        self._hand_in(what, row, which.name, dict(zip(("value", "low", "high", "n"), found, strict=True)))
+
+    def not_testable(self, claim: str, reason: str, *, row: str | None = None, part: str = "") -> None:
+        """Say why this run cannot test a claim, in one row or in all of them (None)."""
+        what = claims.claim(claim)
+        parts = [what.part(part)] if part else what.parts
+        for one in what.rows if row is None else (what.check_row(row),):
+            for which in parts:
+                self._hand_in(what, one, which.name, {"reason": reason})
+
+    def _hand_in(self, what: claims.Claim, row: str, part: str, found: dict[str, Any]) -> None:
+        if what.notebook != self.notebook:
+            raise InputError(f"claim {what.id}: belongs to {what.notebook}, not to {self.notebook}")
+        self.handed_in[what.id, row, part] = found
+
+    def claims_table(self):
+        """This notebook's claims with their verdicts in this run, for display."""
+        import pandas as pd
+
+        found = ledger.verdicts(ledger.run_rows(self), self.notebook)
+        caption = (
+            f"Claims of this notebook ({self.label}, seed {self.parameters.seed}): 95% intervals and what they decide."
         )
-        self.findings = [f for f in self.findings if f["claim"] != claim] + [row]
-        return row
+        return self.show(pd.DataFrame(found)[list(ledger.SHOWN)], caption)
+
+    def claim(self, claim: str, statement: str, interval, paper: str, section: str = "", **_) -> None:
+        """Keep a secondary measurement: a row of the table "measurements", without a verdict."""
+        value, low, high, n = interval
+        row = {"name": claim, "quantity": statement, "value": value, "low": low, "high": high, "n": n}
+        self.secondary = [known for known in self.secondary if known["name"] != claim] + [row]
 
     def findings_table(self):
-        """This notebook's findings, for display."""
+        """The secondary measurements, for display."""
         import pandas as pd
 
-        shown = ["statement", "value", "low", "high", "n", "verdict"]
-        caption = f"Findings of this run ({self.label}, seed {self.parameters.seed}): value, 95% interval, n, verdict."
-        return self.show(pd.DataFrame(self.findings, columns=shown), caption)
+        return self.show(pd.DataFrame(self.secondary), "Secondary measurements: value, 95% interval, n.")
 
     def finish(self) -> None:
-        """Write findings, timings and provenance. Every notebook ends with it."""
+        """Write claims, timings and provenance. Every notebook ends with it."""
         import pandas as pd
 
-        if self.findings:
-            with atomic(self.folder / "findings" / f"{self.notebook}.csv") as tmp:
-                pd.DataFrame(self.findings, columns=ledger.COLUMNS).to_csv(tmp, index=False, float_format="%.6g")
+        if claims.rows(self.notebook):
+            with atomic(self.folder / "claims" / f"{self.notebook}.csv") as tmp:
+                frame = pd.DataFrame(ledger.run_rows(self), columns=list(ledger.COLUMNS))
+                frame.to_csv(tmp, index=False, float_format="%.6g")
+        if self.secondary:
+            self.table("measurements", pd.DataFrame(self.secondary))
         self._write_timings()
         self._drop_leftovers()
         self.provenance(seconds=round(time.time() - self.started, 1))
-        print(f"{self.notebook}: tables, figures and findings are in {self.folder}")
+        print(f"{self.notebook}: tables, figures and claims are in {self.folder}")
 
     def _drop_leftovers(self) -> None:
         """Remove what an earlier run of this notebook left and this one did not write again."""

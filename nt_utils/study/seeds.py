@@ -1,9 +1,9 @@
 """One study over its seeds: what every seed found, and t intervals over them.
 
 ``python -m nt_utils.study.seeds --folder testbed --seeds "0 1 2"`` (the last step of ``make study``) reads finished runs of one
-model and writes ``runs/<study>/comparison/``: findings.csv and the figures of notebook 06 with their values averaged over
-seeds. A run's own tables never depend on which other seeds are there. Runs of different models, settings or code are not
-mixed. A bootstrap of three seeds covers 84%, so intervals are Student's t.
+model and writes ``runs/<study>/comparison/``: claims.csv, the ledger of these seeds, and the figures of notebook 06 with their
+values averaged over seeds. A run's own tables never depend on which other seeds are there. Runs of different models, settings
+or code are not mixed. A bootstrap of three seeds covers 84%, so intervals are Student's t.
 """
 
 from __future__ import annotations
@@ -31,20 +31,6 @@ TABLES = {
     "06_per_neuron": ["measure", "definition"],
     "06_defences": ["defence", "metric"],
 }
-COLUMNS = [
-    "claim",
-    "paper",
-    "section",
-    "model",
-    "statement",
-    "value",
-    "low",
-    "high",
-    "seeds",
-    "each",
-    "verdicts",
-    "notebook",
-]
 
 
 def check_same(folders: Sequence[Path]) -> None:
@@ -88,39 +74,6 @@ def _command(study: str, seed: str) -> str:
     return f'make study STUDY={name} SEEDS="{seed}" PRESET={preset}'
 
 
-def findings_over_seeds(findings: pd.DataFrame) -> pd.DataFrame:
-    """One row a claim and model: its mean over seeds with a t interval, every seed's value, and how often it held.
-
-    The limits are NaN for one seed alone.
-    """
-    rows = []
-    for (claim, model, notebook), part in findings.groupby(["claim", "model", "notebook"], sort=False):
-        value, low, high, n = t_interval(part["value"])
-        each = "; ".join(
-            f"{row['seeds']}: {'-' if row['value'] != row['value'] else format(row['value'], '.3g')}"
-            for row in part.to_dict("records")
-        )
-        verdicts = "; ".join(f"{v} in {c}" for v, c in part["verdict"].value_counts(sort=False).items())
-        first = part.iloc[0]
-        rows.append(
-            [
-                claim,
-                first["paper"],
-                first["section"],
-                model,
-                first["statement"],
-                value,
-                low,
-                high,
-                n,
-                each,
-                verdicts,
-                notebook,
-            ]
-        )
-    return pd.DataFrame(rows, columns=COLUMNS)
-
-
 def table_over_seeds(tables: Sequence[pd.DataFrame], keys: Sequence[str]) -> pd.DataFrame:
     """Rows with the same keys averaged over seeds: every number its mean; low, high the t interval of ``value``; n the seeds.
 
@@ -153,8 +106,9 @@ def aggregate(folders: Sequence[Path]) -> Path:
     check_same(folders)
     target = folders[0].parent / "comparison"
     target.mkdir(exist_ok=True)
-    with atomic(target / "findings.csv") as tmp:
-        findings_over_seeds(ledger.collect(folders)).to_csv(tmp, index=False, float_format="%.6g")
+    with atomic(target / "claims.csv") as tmp:
+        lines = ledger.collect(folders).to_dict("records")
+        ledger.frame(lines).to_csv(tmp, index=False, float_format="%.6g")
     for name, keys in TABLES.items():
         files = [folder / "figures" / f"{name}.csv" for folder in folders]
         if not all(file.is_file() for file in files):
@@ -167,29 +121,24 @@ def aggregate(folders: Sequence[Path]) -> Path:
 
 
 def shown(folder: Path) -> pd.DataFrame:
-    """What the finished runs beside this one found, for display in notebook 06: never saved in a run.
+    """The verdicts over the finished runs beside this one, for display in notebook 06: never saved in a run.
 
     Says what is missing, and when there is one seed alone.
     """
-    siblings = sorted(p for p in folder.parent.glob("seed-*") if (p / "findings").is_dir())
+    siblings = sorted(p for p in folder.parent.glob("seed-*") if (p / "claims").is_dir())
     try:
         check_same(siblings)
     except InputError as error:
         print(f"not compared: {error}")
         siblings = [folder]
-    frames = [
-        pd.read_csv(f, dtype={"seeds": str, "section": str})
-        for s in siblings
-        for f in sorted((s / "findings").glob("*.csv"))
-    ]
     if len(siblings) < 2:
         print(f"one seed alone; others: {_command(folder.parent.name, '0 1 2')}")
     for line in missing([s for s in siblings if s != folder]):
         print(line)
-    if not frames:
-        return pd.DataFrame(columns=["statement", "value", "low", "high", "seeds", "each", "verdicts"])
-    return findings_over_seeds(pd.concat(frames, ignore_index=True))[
-        ["statement", "value", "low", "high", "seeds", "each", "verdicts"]
+    frames = [ledger.read(file) for s in siblings for file in sorted((s / "claims").glob("*.csv"))]
+    lines = pd.concat(frames, ignore_index=True).to_dict("records") if frames else []
+    return ledger.frame(lines)[
+        ["claim", "row", "statement", "verdict", "corrected", "part", "value", "low", "high", "each"]
     ]
 
 

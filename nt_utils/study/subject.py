@@ -158,7 +158,10 @@ class Subject:
         from nt_utils import testbed
 
         with self.run.timed("testbed"):
-            return testbed.build(seed=self.parameters.seed, size=TESTBEDS[model])
+            made = testbed.build(seed=self.parameters.seed, size=TESTBEDS[model])
+        known = {"fingerprint": made.fingerprint, "origin": made.origin, "passed": bool(made.gate["passed"])}
+        self.run.record("testbed", known)
+        return made
 
     def load(self, which: str = "model"):
         """Load ``model`` or ``base_model`` (its unaligned counterpart); None when that parameter is ''."""

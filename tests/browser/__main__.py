@@ -378,7 +378,7 @@ def browser_path() -> str | None:
 def executed(temporary: Path) -> Path | None:
     """The run folder of what was just run, with the notebooks as JupyterLab saved them; None when none was."""
     runs = sorted((temporary / "runs").glob("*/seed-*"))
-    for note in (runs[0] / "findings").glob("*.csv") if runs else ():
+    for note in (runs[0] / "claims").glob("*.csv") if runs else ():
         shutil.copy(temporary / "notebooks" / f"{note.stem}.ipynb", runs[0])
     return runs[0] if runs else None
 

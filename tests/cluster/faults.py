@@ -136,7 +136,7 @@ def disturbed(folder: Path, log: Path) -> list[dict]:
 
 def tables(folder: Path) -> dict[str, bytes]:
     """Every table of the run: results, those behind the figures, and the ledger."""
-    files = [p for kind in ("tables", "figures", "findings") for p in (folder / RUN / kind).glob("*.csv")]
+    files = [p for kind in ("tables", "figures", "claims") for p in (folder / RUN / kind).glob("*.csv")]
     return {p.relative_to(folder / RUN).as_posix(): p.read_bytes() for p in sorted(files)}
 
 

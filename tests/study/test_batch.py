@@ -199,9 +199,9 @@ LEAKING = """
 import os, pathlib, sys
 print(os.environ["HF_TOKEN"])
 print(os.environ["HF_TOKEN"], file=sys.stderr)
-folder = pathlib.Path("runs") / study / f"seed-{seed}" / "findings"
+folder = pathlib.Path("runs") / study / f"seed-{seed}" / "claims"
 folder.mkdir(parents=True, exist_ok=True)
-(folder / "00_toy.csv").write_text(f"claim,value,low,high,n,seeds,section\\nc,{rho},0,1,9,{seed},4\\n")
+(folder / "00_toy.csv").write_text(f"claim,value,low,high,n,seed\\nc,{rho},0,1,9,{seed}\\n")
 if rho == 0.25:
     raise RuntimeError(os.environ["HF_TOKEN"])
 """
@@ -249,7 +249,7 @@ def test_a_sweep_gives_one_table_and_a_planted_token_appears_nowhere(project):
     assert "toy.rho-0.75, seed 3" in done.stdout
     assert "toy.rho-0.5," not in done.stdout, "a finished point is not repeated"
     table = (project / "runs" / "toy" / "sweep.csv").read_text().splitlines()
-    assert table == ["rho,seed,claim,value,low,high,n,section", "0.5,3,c,0.5,0,1,9,4", "0.75,3,c,0.75,0,1,9,4"]
+    assert table == ["rho,seed,claim,value,low,high,n", "0.5,3,c,0.5,0,1,9", "0.75,3,c,0.75,0,1,9"]
 
 
 def test_runs_of_a_sweep(project):

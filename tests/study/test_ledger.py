@@ -1,121 +1,135 @@
-"""Verdicts, the rows of the ledger and what is published from them."""
+"""The ledger: what runs handed in, verdicts over seeds, the tables that show them, and prose that keeps to them."""
 
 import json
 import math
+from types import SimpleNamespace
 
-import pandas as pd
+import numpy as np
 import pytest
+from scipy import stats
 
 from nt_utils.errors import InputError
-from nt_utils.files import project_root
-from nt_utils.study import ledger
+from nt_utils.study import claims, ledger
+from nt_utils.study.run import Run
 
-ROW = dict(
-    claim="c",
-    paper="SN",
-    section="4.1",
-    model="testbed",
-    statement="ASR rises by more than 50 points",
-    value=0.6,
-    low=0.55,
-    high=0.7,
-    n=100,
-    seeds="0",
-    notebook="01_safety_neurons",
-    above=0.5,
-)
+HARM = "harmful score"
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "margin", "expected"),
-    [
-        (0.55, 0.7, {"above": 0.5}, "holds"),
-        (0.4, 0.7, {"above": 0.5}, "undecided"),
-        (0.1, 0.5, {"above": 0.5}, "does not hold"),
-        (0.01, 0.09, {"below": 0.1}, "holds"),
-        (0.05, 0.2, {"below": 0.1}, "undecided"),
-        (0.1, 0.2, {"below": 0.1}, "does not hold"),
-        (math.nan, 0.2, {"below": 0.1}, "not testable here"),
-    ],
-)
-def test_the_verdict_follows_from_interval_and_margin(low, high, margin, expected):
-    assert ledger.verdict(low, high, **margin) == expected
+def make_run(folder, seed=0, model="testbed", notebook="02_sn_tune", **facts):
+    run = Run(notebook, SimpleNamespace(model=model, seed=seed, preset="default"), folder)
+    run.facts = facts
+    return run
 
 
-def test_a_margin_is_needed():
-    for margins in ({}, {"above": 1, "below": 2}):
-        with pytest.raises(InputError, match="above and below"):
-            ledger.verdict(0, 1, **margins)
+def lines_of(values, model="testbed", gate=None, claim="S8"):
+    """The lines of runs that measured one claim: seed -> value, or the reason why it could not."""
+    lines = []
+    for seed, value in values.items():
+        passed = (gate or {}).get(seed, True)
+        run = make_run(None, seed, model, testbed={"passed": passed, "fingerprint": f"f{seed}"})
+        if isinstance(value, str):
+            run.not_testable(claim, value)
+        else:
+            run.measured(claim, (value, value - 0.03, value + 0.03, 80))
+        lines += ledger.run_rows(run)
+    return lines
 
 
-def test_rows_carry_the_verdict():
-    assert ledger.finding(**ROW)["verdict"] == "holds"
-    assert ledger.finding(**ROW, by_construction=True)["verdict"] == "by construction"
-    silent = ledger.finding(**ROW, not_testable=True)
-    assert silent["verdict"] == "not testable here"
-    assert math.isnan(silent["value"])
+def row(lines, claim="S8", **where):
+    found = [v for v in ledger.verdicts(lines) if v["claim"] == claim and all(v[k] == w for k, w in where.items())]
+    assert len(found) == 1
+    return found[0]
 
 
-@pytest.mark.parametrize("change", [{"low": None}, {"high": math.nan}, {"n": 0}, {"value": math.nan}])
-def test_a_row_without_interval_or_n_is_refused(change):
-    with pytest.raises(InputError, match="finding c"):
-        ledger.finding(**(ROW | change))
+def test_the_ledger_has_every_row_of_every_claim_and_no_other():
+    found = ledger.verdicts(lines_of({0: -0.3}))
+    assert [(v["claim"], v["row"]) for v in found] == [(c.id, r) for c, r in claims.rows()]
+    assert {v["verdict"] for v in found if v["claim"] != "S8"} == {claims.NOT_RUN}
+    assert len(found) <= ledger.MOST_ROWS
 
 
-def write_run(folder, seed, finished=True, **change):
-    row = ledger.finding(**(ROW | {"seeds": str(seed)} | change))
-    (folder / "findings").mkdir(parents=True)
-    pd.DataFrame([row]).to_csv(folder / "findings" / "01_safety_neurons.csv", index=False)
-    (folder / "provenance").mkdir()
-    (folder / "provenance" / "01_safety_neurons.json").write_text(json.dumps({"finished": finished}))
-    (folder / "figures").mkdir()
-    for suffix in (".csv", ".png", ".pdf"):
-        (folder / "figures" / f"01_dose{suffix}").write_text(f"{seed}")
+def test_one_seed_is_judged_by_its_own_interval_and_more_by_students_t():
+    assert row(lines_of({0: -0.3}))["verdict"] == claims.HOLDS
+    values = [-0.1, -0.2, -0.6]
+    found = row(lines_of(dict(enumerate(values))))
+    low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
+    assert (found["value"], found["low"], found["high"]) == pytest.approx((np.mean(values), low, high))
+    assert (found["verdict"], found["n"], found["seeds"]) == (claims.UNDECIDED, 3, 3)
+    assert found["each"] == "0: holds -10 [-13, -7]; 1: holds -20 [-23, -17]; 2: holds -60 [-63, -57]"
+
+
+def test_seeds_that_miss_the_gate_are_left_out_and_counted_and_untestable_ones_are_counted():
+    found = row(lines_of({0: -0.3, 1: -0.31, 2: 0.9, 3: "no time"}, gate={2: False}))
+    assert (found["verdict"], found["seeds"], found["missed_gate"], found["untestable"]) == (claims.HOLDS, 3, 1, 1)
+    assert found["value"] == pytest.approx(-0.305)
+    assert "2: does not hold 90 [87, 93] (missed its gate)" in found["each"]
+    none = row(lines_of({0: -0.3}, gate={0: False}))
+    assert (none["verdict"], none["reason"]) == (claims.NOT_TESTABLE, "every seed of the testbed misses its gate")
+
+
+def test_positive_controls_are_marked_and_not_counted():
+    table = ledger.frame(lines_of({0: -0.3}) + lines_of({0: -0.3}, model="Qwen2.5-Coder-0.5B-Instruct"))
+    assert table.groupby("model")["positive_control"].first().tolist() == [False, True]
+    assert ledger.counts(table).startswith("Qwen2.5-Coder-0.5B-Instruct, 56 rows after Holm's correction: holds 1,")
+    assert "testbed" not in ledger.counts(table)
+    page = ledger.front_page(table)
+    assert page.count("\n") == 1 + len(claims.CLAIMS)
+    assert page.splitlines()[0].endswith("Qwen2.5-Coder-0.5B-Instruct | testbed (positive control) |")
+    s8 = next(line for line in page.splitlines() if line.startswith("| S8 |"))
+    assert s8.endswith("| implied | **holds** -30 [-33, -27] | **holds** -30 [-33, -27] |")
+    assert "not testable" in next(line for line in page.splitlines() if line.startswith("| S9 |"))
+    details = ledger.details(table)
+    assert all(f"## {c.id}. " in details for c in claims.CLAIMS)
+
+
+def test_a_run_hands_in_its_own_notebooks_claims_alone(tmp_path):
+    run = make_run(tmp_path)
+    with pytest.raises(InputError, match="claim S1: belongs to 01_safety_neurons"):
+        run.measured("S1", (0.5, 0.4, 0.6, 9), row="contrast", part="jailbroken")
+    with pytest.raises(InputError, match="row: got 'x'"):
+        run.not_testable("S8", "why", row="x")
+    run.not_testable("S9", "no <base> model")
+    page = run.claims_table().to_html()
+    assert "no &lt;base&gt; model" in page
+    assert "not run" in page
+
+
+def write(folder, seed, value=-0.3, finished=True, code="c"):
+    run = make_run(folder, seed, testbed={"passed": True, "fingerprint": "f"}, **{"model weights": f"w{seed}"})
+    run.measured("S8", (value, value - 0.03, value + 0.03, 80))
+    run.finish()
+    note = folder / "provenance" / "02_sn_tune.json"
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"finished": finished, "code": code}))
     return folder
 
 
-def test_publish_collects_rows_figures_and_the_readme_table(tmp_path):
-    runs = [write_run(tmp_path / f"seed-{i}", i, value=0.6 + 0.01 * i) for i in range(3)]
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{ledger.BEGIN}\nstale table\n{ledger.END}\nafter\n")
-    ledger.publish(runs, tmp_path)
-    table = pd.read_csv(tmp_path / "figures" / "findings.csv", dtype={"seeds": str})
-    assert list(table.columns) == ledger.COLUMNS
-    assert table["seeds"].tolist() == ["0", "1", "2"]
-    assert (tmp_path / "figures" / "01_dose.png").read_text() == "0"
-    text = readme.read_text()
-    assert text.startswith("before")
-    assert text.endswith("after\n")
-    assert "stale table" not in text
-    assert "<b>01_safety_neurons</b>: 1 claims: holds 3" in text
-    assert "| 0.61 [0.585, 0.635] | holds 3 |" in text
-    each = (tmp_path / "figures" / "findings.md").read_text()
-    assert "0: 0.6 [0.55, 0.7] **holds**<br>1: 0.61 [0.55, 0.7] **holds**" in each
+def test_a_run_writes_its_claims_and_the_ledger_reads_them_back(tmp_path):
+    folders = [write(tmp_path / "s" / f"seed-{i}", i) for i in range(2)]
+    table = ledger.collect(folders)
+    assert list(table.columns) == list(ledger.COLUMNS)
+    found = row(table.to_dict("records"))
+    assert (found["verdict"], found["seeds"], found["weights"]) == (claims.HOLDS, 2, "w0 w1")
 
 
-def test_publish_refuses_unfinished_and_missing_runs(tmp_path):
-    with pytest.raises(InputError, match="no findings"):
+def test_unfinished_missing_and_mixed_runs_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no claims"):
         ledger.collect([tmp_path / "nothing"])
     with pytest.raises(InputError, match="did not finish"):
-        ledger.collect([write_run(tmp_path / "a", 0, finished=False)])
-
-
-def test_publish_refuses_runs_of_different_code(tmp_path):
-    runs = [write_run(tmp_path / f"seed-{i}", i) for i in range(2)]
-    for run, code in zip(runs, "ab", strict=True):
-        note = {"finished": True, "code": code}
-        (run / "provenance" / "01_safety_neurons.json").write_text(json.dumps(note))
+        ledger.collect([write(tmp_path / "a" / "seed-0", 0, finished=False)])
     with pytest.raises(InputError, match="different versions of the code"):
-        ledger.collect(runs)
+        ledger.collect([write(tmp_path / "b" / f"seed-{i}", i, code=c) for i, c in enumerate("cd")])
 
 
-def test_the_readme_agrees_with_the_published_ledger():
-    root = project_root()
-    table = root / "figures" / "findings.csv"
-    findings = pd.read_csv(table, dtype={"seeds": str, "section": str})
-    text = (root / "README.md").read_text(encoding="utf-8")
-    assert ledger.readme_table(findings) in text
-    assert ledger.seeds_table(findings) == (root / "figures" / "findings.md").read_text(encoding="utf-8")
-    assert set(findings["verdict"]) <= set(ledger.VERDICTS)
-    told = findings[findings["verdict"] != "not testable here"]
-    assert told[["value", "low", "high", "n"]].notna().all().all()
+def test_every_number_of_the_prose_must_stand_in_the_ledger():
+    table = ledger.frame(lines_of({0: -0.312}))
+    fine = "On the testbed the harmful score falls by 31.2 points more than with random neurons (S8: [-34.2, -28.2])."
+    assert ledger.unsupported(fine, table) == []
+    assert ledger.unsupported("It falls by 31 points (S8).", table) == []
+    assert ledger.unsupported("It falls by 45 points (S8).", table) == ["45: It falls by 45 points (S8)."]
+    assert ledger.unsupported("It falls by 31 points.", table) == ["31: It falls by 31 points."], "no claim is named"
+    assert ledger.unsupported("Qwen 1.5B and 0.5B answer alike, says S8.", table) == []
+
+
+def test_strangers_names_cannot_break_a_table():
+    assert ledger.escaped("a|b <img onerror=x> `c` $d$\ne") == r"a\|b &lt;img onerror=x&gt; \`c\` \$d\$ e"
+    assert math.isnan(claims.Verdict("x").interval.value)

@@ -14,7 +14,7 @@ from PIL import Image
 from nt_utils.errors import InputError
 from nt_utils.files import project_root
 from nt_utils.study import ledger, report
-from tests.study.test_ledger import ROW
+from tests.study.test_ledger import make_run
 
 ROOT = project_root()
 
@@ -28,7 +28,7 @@ def picture():
 @pytest.fixture
 def folder(tmp_path):
     folder = tmp_path / "testbed" / "seed-0"
-    for part in ("findings", "provenance"):
+    for part in ("claims", "provenance"):
         (folder / part).mkdir(parents=True)
     for name, other in (("00_first", "01_second"), ("01_second", "05_never_run")):
         shown = [
@@ -51,8 +51,9 @@ def folder(tmp_path):
             new_code_cell("if 1 < 2: pass", outputs=shown[:1] + shown[2:]),
         ]
         nbformat.write(new_notebook(cells=cells), folder / f"{name}.ipynb")
-        row = ledger.finding(**(ROW | {"notebook": name, "statement": "ASR < 5%"}))
-        pd.DataFrame([row]).to_csv(folder / "findings" / f"{name}.csv", index=False)
+        run = make_run(folder)
+        run.not_testable("S9", "ASR < 5%")
+        pd.DataFrame(ledger.run_rows(run)).to_csv(folder / "claims" / f"{name}.csv", index=False)
         (folder / "provenance" / f"{name}.json").write_text(json.dumps({"git": "abc", "finished": True}))
     return folder
 

@@ -11,7 +11,7 @@ import pytest
 
 from nt_utils.errors import InputError
 from nt_utils.files import atomic, cached, project_root, study_name
-from nt_utils.study import parameters
+from nt_utils.study import ledger, parameters
 from nt_utils.study.parameters import TESTBEDS, from_notebook, notebook_parameters
 from nt_utils.study.run import Run
 from nt_utils.study.subject import Subject, check_inputs
@@ -150,19 +150,18 @@ def make_run(folder, **parameters):
     return Run("01_safety_neurons", p, folder)
 
 
-def test_a_runs_tables_findings_timings_and_provenance(tmp_path):
+def test_a_runs_tables_claims_timings_and_provenance(tmp_path):
     run = make_run(tmp_path)
     run.table("rates", pd.DataFrame({"a": [1 / 3]}))
     assert (tmp_path / "tables" / "01_rates.csv").read_text() == "a\n0.333333\n"
     with run.timed("scoring"):
         pass
-    run.claim("c", "s", (0.6, 0.55, 0.7, 10), "SN", "4", above=0.5)
-    run.claim("c", "s", (0.6, 0.45, 0.7, 10), "SN", "4", above=0.5)
+    run.measured("S2", (0.005, 0.004, 0.006, 10), row="contrast")
     run.record("model weights", "abc")
     run.finish()
-    rows = pd.read_csv(tmp_path / "findings" / "01_safety_neurons.csv")
-    assert rows["verdict"].tolist() == ["undecided"]
-    assert rows["model"].tolist() == ["testbed"]
+    rows = pd.read_csv(tmp_path / "claims" / "01_safety_neurons.csv")
+    assert rows.loc[rows["claim"] == "S2", "value"].tolist()[-1] == 0.005
+    assert set(rows["model"]) == {"testbed"}
     note = json.loads((tmp_path / "provenance" / "01_safety_neurons.json").read_text())
     assert note["finished"]
     assert note["facts"] == {"model weights": "abc"}
@@ -171,13 +170,13 @@ def test_a_runs_tables_findings_timings_and_provenance(tmp_path):
     assert pd.read_csv(tmp_path / "timings" / "01_safety_neurons.csv")["step"].tolist() == ["scoring"]
 
 
-def test_a_quick_run_says_so_in_its_findings_and_draws_png_alone(tmp_path):
+def test_a_quick_run_says_so_in_its_claims_and_draws_png_alone(tmp_path):
     table = pd.DataFrame(
         {"set": ["direct"], "model": ["aligned"], "value": [0.1], "low": [0.0], "high": [0.2], "n": [8]}
     )
     for preset, mark, pictures in (("quick", " (quick)", {".png"}), ("default", "", {".png", ".pdf", ".svg"})):
         run = make_run(tmp_path / preset / "seed-0", preset=preset)
-        assert run.claim("c", "s", (0.6, 0.55, 0.7, 10), "SN", "4", above=0.5)["model"] == f"testbed{mark}"
+        assert {line["model"] for line in ledger.run_rows(run)} == {f"testbed{mark}"}
         run.figure("behaviour", table.assign(metric="direct ASR"))
         drawn = {file.suffix for file in (run.folder / "figures").iterdir()}
         assert drawn == {".csv", ".md", ".tex", *pictures}
@@ -255,7 +254,13 @@ def test_every_testbed_comes_in_its_size(tmp_path, monkeypatch):
 
     def build(seed, size):
         asked.append((seed, size))
-        return SimpleNamespace(aligned=f"{size}-aligned", unaligned=f"{size}-unaligned", gate={"passed": False})
+        return SimpleNamespace(
+            aligned=f"{size}-aligned",
+            unaligned=f"{size}-unaligned",
+            gate={"passed": False},
+            fingerprint="f",
+            origin="shipped",
+        )
 
     monkeypatch.setattr(testbed, "build", build)
     monkeypatch.setattr(models, "load", lambda source, **_: loaded.append(source) or tiny_lm())

@@ -8,15 +8,16 @@ import pytest
 from scipy import stats
 
 from nt_utils.errors import InputError
-from nt_utils.study import ledger, seeds
-from tests.study.test_ledger import ROW
+from nt_utils.study import claims, ledger, seeds
+from tests.study.test_ledger import make_run
 
 
 def write_run(study, seed, *, finished=True, code="c", model="m", value=0.6, share=0.01):
     folder = study / f"seed-{seed}"
-    (folder / "findings").mkdir(parents=True)
-    row = ledger.finding(**(ROW | {"seeds": str(seed), "value": value, "notebook": "06_comparison"}))
-    pd.DataFrame([row]).to_csv(folder / "findings" / "06_comparison.csv", index=False)
+    (folder / "claims").mkdir(parents=True)
+    run = make_run(folder, seed, model, "06_comparison")
+    run.measured("X1", (value, value - 0.1, value + 0.1, 21))
+    pd.DataFrame(ledger.run_rows(run)).to_csv(folder / "claims" / "06_comparison.csv", index=False)
     (folder / "provenance").mkdir()
     note = {"finished": finished, "code": code, "parameters": {"model": model, "share": share, "seed": seed}}
     (folder / "provenance" / "06_comparison.json").write_text(json.dumps(note))
@@ -42,28 +43,28 @@ def test_every_seed_is_shown_with_a_t_interval(tmp_path):
     folders = [write_run(tmp_path / "s", i, value=v) for i, v in enumerate(values)]
     target = seeds.aggregate(folders)
     assert target == tmp_path / "s" / "comparison"
-    row = pd.read_csv(target / "findings.csv").iloc[0]
+    row = pd.read_csv(target / "claims.csv").set_index("claim").loc["X1"]
     low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
     assert (row["value"], row["low"], row["high"]) == pytest.approx((np.mean(values), low, high), rel=1e-5)
     assert row["seeds"] == 3
-    assert row["each"] == "0: 0.5; 1: 0.6; 2: 0.8"
-    assert row["verdicts"] == "holds in 3"
+    assert row["each"] == "0: holds 0.5 [0.4, 0.6]; 1: holds 0.6 [0.5, 0.7]; 2: holds 0.8 [0.7, 0.9]"
+    assert row["verdict"] == claims.HOLDS
     table = pd.read_csv(target / "06_defences.csv")
     assert table["defence"].tolist() == ["none", "SN-Tune"]
     assert table.loc[0, "value"] == pytest.approx(np.mean(values))
     assert table["n"].tolist() == [3, 3]
     assert table["interval"].str.contains("t intervals over seeds").all()
     assert (target / "06_defences.png").is_file()
-    before = (target / "findings.csv").read_bytes()
+    before = (target / "claims.csv").read_bytes()
     seeds.aggregate(folders)
-    assert (target / "findings.csv").read_bytes() == before
+    assert (target / "claims.csv").read_bytes() == before
 
 
 def test_one_seed_alone_has_no_interval_and_says_so(tmp_path, capsys):
     folder = write_run(tmp_path / "s-quick", 0)
-    row = pd.read_csv(seeds.aggregate([folder]) / "findings.csv").iloc[0]
-    assert np.isnan(row["low"])
-    assert seeds.shown(folder)["each"].tolist() == ["0: 0.6"]
+    row = pd.read_csv(seeds.aggregate([folder]) / "claims.csv").set_index("claim").loc["X1"]
+    assert (row["low"], row["high"]) == (0.5, 0.7)
+    assert seeds.shown(folder).set_index("claim").loc["X1", "each"] == "0: holds 0.6 [0.5, 0.7]"
     assert "one seed alone" in capsys.readouterr().out
 
 
@@ -75,7 +76,7 @@ def test_runs_that_differ_are_not_mixed(tmp_path, change, message, capsys):
     folders = [write_run(tmp_path / "s", 0), write_run(tmp_path / "s", 1, **change)]
     with pytest.raises(InputError, match=message):
         seeds.aggregate(folders)
-    assert len(seeds.shown(folders[0])) == 1
+    assert seeds.shown(folders[0]).set_index("claim").loc["X1", "each"].count("holds") == 1
     assert message in capsys.readouterr().out
 
 
