@@ -18,7 +18,7 @@ from nt_utils.errors import InputError
 from nt_utils.evaluation import metrics
 from nt_utils.evaluation.suite import Evaluation, Suite
 from nt_utils.experiments.bench import Bench, Measure, difference, rates
-from nt_utils.experiments.finetuning import FineTuned, Scope, finetune
+from nt_utils.experiments.finetuning import FineTuned, Scope, diverged_rows, finetune
 from nt_utils.experiments.units import Calibration, random_like
 from nt_utils.interventions.tuning import AllBut, Everything, LoRA, Only, Tuned, tune
 from nt_utils.models import LanguageModel, pad
@@ -82,10 +82,12 @@ def attack(
     suite: Suite,
     scopes: Mapping[str, Scope],
     learning_rates: Sequence[float],
+    keep: Sequence[str] = (),
     **options,
 ) -> dict[tuple[str, float], FineTuned]:
     """Fine-tune under every scope at every learning rate (LoRA: times LORA_FACTOR): (arm, rate) -> what came of it.
 
+    Of the arms in ``keep`` the delta at the largest rate is kept; all of them would be as large as that many models.
     One call with one scope is "freeze these, fine-tune, evaluate". Options: see
     :func:`nt_utils.experiments.finetuning.finetune` (steps, reference, batch_size, seed).
     """
@@ -96,13 +98,16 @@ def attack(
             used = rate * LORA_FACTOR if isinstance(scope, LoRA) else rate
             found[arm, used] = finetune(lm, rows, suite, learning_rate=used, scope=scope, start=start, **options)
             start = found[arm, used].evaluations[0]
+            if arm not in keep or rate != max(learning_rates):
+                found[arm, used].tuned.final = None
     return found
 
 
 def attack_table(runs: Mapping[tuple[str, float], FineTuned], measures: Sequence[Measure], **labels) -> pd.DataFrame:
     """All points of the sweep: labels, arm, learning_rate, step, loss (of training), metric, value, low, high, n.
 
-    The loss is the mean over the steps since the last evaluation, nats a token; NaN at step 0.
+    The loss is the mean over the steps since the last evaluation, nats a token; NaN at step 0. A training that diverged
+    ends with a row a measure without a value.
     """
     rows = []
     for (arm, rate), run in runs.items():
@@ -110,6 +115,7 @@ def attack_table(runs: Mapping[tuple[str, float], FineTuned], measures: Sequence
         for step, found in run.evaluations.items():
             more = {**labels, "arm": arm, "learning_rate": rate, "step": step, "loss": losses[step]}
             rows += rates(found, measures, **more)
+        rows += diverged_rows(run, measures, **labels, arm=arm, learning_rate=rate, loss=np.nan)
     return pd.DataFrame(rows)
 
 
@@ -275,7 +281,9 @@ def align(
             (rate, tune(dev.lm, scope, harmful=harmful, benign=benign, learning_rate=rate, progress=False, **options))
             for rate in learning_rates
         ]
-        rate, tuned = max(tried, key=lambda pair: score(pair[1]))
+        rate, tuned = max(
+            (pair for pair in tried if pair[1].diverged is None), key=lambda pair: score(pair[1]), default=tried[0]
+        )
         found[name] = Aligned(rate, tuned, test(tuned.delta))
     return found
 

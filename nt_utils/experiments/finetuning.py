@@ -13,6 +13,7 @@ trains: `Everything()`, `AllBut(units)` (a defence: some units frozen), `LoRA(..
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -118,7 +119,8 @@ def choose_rate(
     Args:
         held_out: rows of the same task, not trained on (development split).
     Returns:
-        The rate, and a table: learning_rate, loss (nats a token of the held-out responses after the last step), chosen.
+        The rate, and a table: learning_rate, loss (nats a token of the held-out responses after the last step; infinite
+        where the training diverged), chosen.
     """
     losses = []
     for rate in learning_rates:
@@ -132,6 +134,9 @@ def choose_rate(
             seed=seed,
             **{"progress": False, **options},
         )
+        if tuned.diverged is not None:
+            losses.append(math.inf)
+            continue
         with tuned.delta.active(lm):
             losses.append(task_loss(lm, held_out))
     best = min(range(len(losses)), key=losses.__getitem__)
@@ -160,12 +165,18 @@ def task_loss(lm: LanguageModel, rows: Sequence[Prompt], target: str = "helpful"
 
 
 def curves(runs: Mapping[str, FineTuned], measures: Sequence[Measure], **labels) -> pd.DataFrame:
-    """Rates against fine-tuning steps: labels, arm, step, metric, value, low, high, n."""
-    return pd.DataFrame(
-        [
-            row
-            for arm, run in runs.items()
-            for step, found in run.evaluations.items()
-            for row in rates(found, measures, **labels, arm=arm, step=step)
-        ]
-    )
+    """Rates against fine-tuning steps: labels, arm, step, metric, value, low, high, n; no value where it diverged."""
+    rows = []
+    for arm, run in runs.items():
+        for step, found in run.evaluations.items():
+            rows += rates(found, measures, **labels, arm=arm, step=step)
+        rows += diverged_rows(run, measures, **labels, arm=arm)
+    return pd.DataFrame(rows)
+
+
+def diverged_rows(run: FineTuned, measures: Sequence[Measure], **labels) -> list[dict]:
+    """A row a measure that says at which step a training diverged: value, low and high are NaN, n is 0."""
+    if run.tuned.diverged is None:
+        return []
+    nothing = {"value": math.nan, "low": math.nan, "high": math.nan, "n": 0}
+    return [{**labels, "step": run.tuned.diverged, "metric": m.label, **nothing} for m in measures]

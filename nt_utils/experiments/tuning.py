@@ -142,23 +142,24 @@ def choose(
 ) -> Arm:
     """Train at every rate; keep the rate and the step that serve the goal best on the development split.
 
-    A rate at which the training diverges is left out; DivergedError when none is left.
+    Steps from which on the training diverged stand in ``tried`` without a score. DivergedError when nothing else is left.
     """
     best, rows = None, []
     harmful, rest = dev.part(goal.harm), dev.part(*goal.keep, *goal.avoid)
     for rate in learning_rates:
-        try:
-            tuned = train_arm(lm, scope, pairs, rate, steps)
-        except DivergedError:
-            if best is None and rate == learning_rates[-1]:
-                raise
-            continue
+        tuned = train_arm(lm, scope, pairs, rate, steps)
         for step in sorted(steps):
+            if step not in tuned.snapshots:
+                rows.append({"arm": name, "learning_rate": rate, "step": step, "harm": math.nan, "cost": math.nan})
+                continue
             harm = harmful(tuned.snapshots[step]).rate(goal.harm.set, goal.harm.metric).value
             cost = goal.cost(rest(tuned.snapshots[step])) if goal.reached(harm) else math.nan
             rows.append({"arm": name, "learning_rate": rate, "step": step, "harm": harm, "cost": cost})
             if best is None or goal.order(harm, cost) < best[0]:
                 best = (goal.order(harm, cost), rate, step, goal.reached(harm), tuned)
+    if best is None:
+        tried = ", ".join(f"{rate:g}" for rate in learning_rates)
+        raise DivergedError(f"learning_rates: {name} diverged before its first evaluated step at each of {tried}")
     _, rate, step, reached, tuned = best
     tried = pd.DataFrame(rows)
     tried["chosen"] = (tried["learning_rate"] == rate) & (tried["step"] == step)

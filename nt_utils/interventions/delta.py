@@ -1,18 +1,18 @@
 """What a training changed: the trained entries alone, merged into the base model and taken back bit for bit.
 
 A `Delta` holds, for every weight that was trained, the trained rows or columns *as the model stores them* (bf16 for a
-bf16 model): what was evaluated is what is merged and what is saved. It fits one base model only, told by both
-fingerprints (architecture and weights), and is an intervention: `evaluate(lm, suite, intervention=delta)`.
+bf16 model), or the two factors of a low-rank change: what was evaluated is what is merged and what is saved. Its tensors
+lie in main memory. It fits one base model only, told by both fingerprints (architecture and weights), and is an
+intervention: `evaluate(lm, suite, intervention=delta)`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nt_utils.errors import InputError
-from nt_utils.files import read_header, sealed
+from nt_utils.files import atomic, read_header, sealed
 from nt_utils.models import LanguageModel, is_sharded
 
-FORMAT = "nt_utils.delta.1"
+FORMAT = "nt_utils.delta.2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +41,55 @@ class Part:
     axis: int
     index: Tensor | None
     values: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameter."""
+        return self.values.dtype
+
+    @property
+    def size(self) -> int:
+        """Entries that it sets."""
+        return self.values.numel()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What is kept, by name."""
+        return {"values": self.values} | ({} if self.index is None else {"index": self.index})
+
+    def entries(self, base: Tensor) -> Tensor:
+        """The entries to be stored, given the base's."""
+        return self.values.to(base.device)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A whole parameter [a, b], as it is stored, to which ``scale * left @ right`` is added.
+
+    left    [a, rank]; right [rank, b]: as they were trained (float32 or float64)
+    dtype   of the parameter; the sum is rounded to it once
+    """
+
+    left: Tensor
+    right: Tensor
+    scale: float
+    dtype: torch.dtype
+    axis = 0
+    index = None
+
+    @property
+    def size(self) -> int:
+        return self.left.shape[0] * self.right.shape[1]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"left": self.left, "right": self.right}
+
+    def entries(self, base: Tensor) -> Tensor:
+        """The entries to be stored, given the base's; computed in float64 where the device has it."""
+        wide = torch.float32 if base.device.type == "mps" else torch.float64
+        left, right = (t.to(base.device, wide) for t in (self.left, self.right))
+        return (base.to(wide) + self.scale * (left @ right)).to(self.dtype)
 
 
 def take(parameter: Tensor, axis: int, index: Tensor | None) -> Tensor:
@@ -95,7 +144,7 @@ class Delta:
 
     def __init__(
         self,
-        parts: Mapping[str, Part],
+        parts: Mapping[str, Part | LowRank],
         *,
         architecture: str,
         weights: str,
@@ -103,7 +152,7 @@ class Delta:
         meta: Mapping | None = None,
         name: str = "tuned",
     ):
-        if not any(part.values.numel() for part in parts.values()):
+        if not any(part.size for part in parts.values()):
             raise InputError("delta: it holds no entries; nothing was trained")
         self.parts = dict(parts)
         self.architecture, self.weights = architecture, weights
@@ -114,18 +163,17 @@ class Delta:
 
     @property
     def size(self) -> int:
-        """Trained entries (weights and biases)."""
-        return sum(part.values.numel() for part in self.parts.values())
+        """Entries that it sets (weights and biases)."""
+        return sum(part.size for part in self.parts.values())
 
     @property
     def bytes(self) -> int:
-        """Bytes of the values and their positions (the file adds a header)."""
-        tensors = [t for part in self.parts.values() for t in (part.values, part.index) if t is not None]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        """Bytes of what it keeps: values and positions, or factors (the file adds a header)."""
+        return sum(t.numel() * t.element_size() for part in self.parts.values() for t in part.tensors.values())
 
     @property
     def moved_share(self) -> float:
-        """Share of the trained entries whose stored value differs from the base's (0 to 1).
+        """Share of the entries whose stored value differs from the base's (0 to 1).
 
         In bf16 a small learning rate leaves many below the rounding: the master moved, the weight did not.
         """
@@ -136,11 +184,10 @@ class Delta:
         """Short hash of the base's fingerprints, the positions and the values."""
         digest = hashlib.sha256(f"{self.architecture} {self.weights}".encode())
         for name, part in sorted(self.parts.items()):
-            digest.update(f"{name} {part.axis} {tuple(part.values.shape)} {part.values.dtype}".encode())
-            for tensor in (part.index, part.values):
-                if tensor is not None:
-                    flat = tensor.detach().cpu().contiguous().reshape(-1)
-                    digest.update(flat.view(torch.uint8).numpy().data)
+            digest.update(f"{name} {part.axis} {part.dtype} {getattr(part, 'scale', '')}".encode())
+            for leaf, tensor in sorted(part.tensors.items()):
+                digest.update(f"{leaf} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
 
     @property
@@ -148,19 +195,23 @@ class Delta:
         """Identifies the intervention in caches."""
         return f"delta-{self.fingerprint}"
 
-    def cpu(self) -> Delta:
-        """A copy whose tensors lie in main memory."""
-        parts = {
-            n: Part(p.axis, None if p.index is None else p.index.cpu(), p.values.cpu()) for n, p in self.parts.items()
-        }
-        return Delta(
-            parts,
-            architecture=self.architecture,
-            weights=self.weights,
-            moved=self.moved,
-            meta=self.meta,
-            name=self.name,
-        )
+    def rounded(self, lm: LanguageModel) -> Delta:
+        """The same change of ``lm``, of which its base is a copy in a wider precision: values are rounded once."""
+        named = dict(lm.model.named_parameters())
+        parts: dict[str, Part | LowRank] = {}
+        moved = 0
+        for name, part in self.parts.items():
+            base = named[name].detach()
+            made = (
+                replace(part, dtype=base.dtype)
+                if isinstance(part, LowRank)
+                else replace(part, values=part.values.to(base.dtype))
+            )
+            entries = take(base, part.axis, part.index)
+            moved += int((made.entries(entries) != entries).sum())
+            parts[name] = made
+        architecture, weights = lm.view.space.architecture, lm.weights_fingerprint
+        return Delta(parts, architecture=architecture, weights=weights, moved=moved, meta=self.meta, name=self.name)
 
     # -- merging
 
@@ -185,26 +236,30 @@ class Delta:
             raise InputError("delta: it is merged already; unmerge it first")
         self.check(lm)
         parameters = self._parameters(lm)
-        stored = {name: take(parameters[name], part.axis, part.index) for name, part in self.parts.items()}
+        stored: dict[str, Tensor] = {}
         self._merged = _Merged(lm.model, stored)
         for name, part in self.parts.items():
-            put(parameters[name], part.axis, part.index, part.values)
-        lm.weights_changed()
+            base = take(parameters[name], part.axis, part.index)
+            put(parameters[name], part.axis, part.index, part.entries(base))
+            stored[name] = base.cpu()
 
     def unmerge(self, lm: LanguageModel) -> None:
         """Put the base's entries back, bit for bit (they were kept: adding and subtracting would round).
 
-        Raises InputError when it is not merged into this model or the merged entries have changed since.
+        The model remembers the hashes of these weights: nothing is hashed again. Raises InputError when it is not merged
+        into this model or the merged entries have changed since.
         """
         if self._merged is None or self._merged.model is not lm.model:
             raise InputError("delta: it is not merged into this model")
         parameters = self._parameters(lm)
         for name, part in self.parts.items():
-            if not same_bits(take(parameters[name], part.axis, part.index), part.values):
+            found, base = take(parameters[name], part.axis, part.index), self._merged.stored[name]
+            if not same_bits(found, part.entries(base.to(found.device))):
                 raise InputError(f"delta: {name} was changed after the merge; load the base model again instead")
         for name, part in self.parts.items():
             put(parameters[name], part.axis, part.index, self._merged.stored[name])
-        lm.weights_changed()
+        restored = [parameters[name] for name in self.parts]
+        lm.weights_changed(self.weights, {n for n, p in parameters.items() if any(p is one for one in restored)})
         self._merged = None
 
     @contextmanager
@@ -221,35 +276,34 @@ class Delta:
         for name, part in self.parts.items():
             if name not in found:
                 raise InputError(f"delta: the model at hand has no parameter {name}")
-            if found[name].dtype != part.values.dtype:
-                raise InputError(f"delta: made for {part.values.dtype} weights; {name} holds {found[name].dtype}")
+            if found[name].dtype != part.dtype:
+                raise InputError(f"delta: made for {part.dtype} weights; {name} holds {found[name].dtype}")
         return found
 
     # -- files
 
     def save(self, path) -> Path:
-        """Write safetensors (positions and values of the trained entries) with a JSON header; atomic."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {}
-        for name, part in self.parts.items():
-            tensors[f"{name}:values"] = part.values.detach().cpu().contiguous()
-            if part.index is not None:
-                tensors[f"{name}:index"] = part.index.cpu()
+        """Write safetensors (what :attr:`bytes` counts) with a JSON header; atomic."""
+        low = {name: [part.scale, str(part.dtype)] for name, part in self.parts.items() if isinstance(part, LowRank)}
         header = {
             "format": FORMAT,
             "architecture": self.architecture,
             "weights": self.weights,
             "fingerprint": self.fingerprint,
             "axes": json.dumps({name: part.axis for name, part in self.parts.items()}),
+            "low_rank": json.dumps(low),
             "moved": json.dumps(self.moved),
             "name": self.name,
             "meta": json.dumps(self.meta, sort_keys=True),
         }
-        tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        save_file(tensors, tmp, metadata=sealed(header))
-        tmp.replace(path)
-        return path
+        tensors = {
+            f"{name}:{leaf}": tensor.detach().cpu().contiguous()
+            for name, part in self.parts.items()
+            for leaf, tensor in part.tensors.items()
+        }
+        with atomic(Path(path)) as tmp:
+            save_file(tensors, tmp, metadata=sealed(header))
+        return Path(path)
 
     @classmethod
     def load(cls, path, lm: LanguageModel | None = None) -> Delta:
@@ -259,14 +313,18 @@ class Delta:
             InputError: no file, damaged, or made on another architecture or other weights.
         """
         path = Path(path)
-        header = read_header(path, "nt_utils.delta.")
+        header = read_header(path, FORMAT)
         try:
-            parts = {}
             with safe_open(path, "pt") as file:
-                names = set(file.keys())
-                for name, axis in json.loads(header["axes"]).items():
-                    index = file.get_tensor(f"{name}:index") if f"{name}:index" in names else None
-                    parts[name] = Part(int(axis), index, file.get_tensor(f"{name}:values"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+            low = json.loads(header.get("low_rank", "{}"))
+            parts: dict[str, Part | LowRank] = {}
+            for name, axis in json.loads(header["axes"]).items():
+                if name in low:
+                    scale, dtype = float(low[name][0]), getattr(torch, low[name][1].removeprefix("torch."))
+                    parts[name] = LowRank(tensors[f"{name}:left"], tensors[f"{name}:right"], scale, dtype)
+                else:
+                    parts[name] = Part(int(axis), tensors.get(f"{name}:index"), tensors[f"{name}:values"])
             found = cls(
                 parts,
                 architecture=header["architecture"],
@@ -275,7 +333,7 @@ class Delta:
                 meta=json.loads(header["meta"]),
                 name=header["name"],
             )
-        except (KeyError, ValueError, TypeError, SafetensorError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, SafetensorError) as error:
             raise InputError(f"{path}: damaged delta file ({str(error).splitlines()[0]})") from error
         if found.fingerprint != header.get("fingerprint"):
             raise InputError(f"{path}: damaged delta file: its values do not match its fingerprint")

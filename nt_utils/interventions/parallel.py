@@ -246,6 +246,11 @@ class Processes:
         """This process's share of a batch, which all of them have whole."""
         return batch[self.index :: self.count]
 
+    def average(self, value: Tensor) -> None:
+        """Replace a tensor by its mean over the processes, in place."""
+        dist.all_reduce(value)
+        value /= self.count
+
     def mean(self, value: Tensor) -> float:
         """A scalar's mean over the processes."""
         value = value.detach().clone()

@@ -2,22 +2,25 @@
 
 `Only(neurons).start(lm)` (and likewise `AllBut`, `Everything`, `LoRA`) prepares the model for training and returns a
 `Training` whose `parameters` are ordinary `nn.Parameter`s registered on the model, so that any loop, the Hugging Face
-`Trainer` and accelerate see exactly them. `finish()` makes the model the base again, bit for bit, and returns the
-trained entries as a `Delta`. [SN] section 4 trains safety neurons so (SN-Tune), or safety minus foundation neurons
-(RSN-Tune: `Only(safety - foundation)`); `AllBut` freezes a set under fine-tuning ([SSAH] section 4).
+`Trainer` and accelerate see them. `finish()` makes the model the base again, bit for bit, and returns the trained
+entries as a `Delta`. [SN] section 4 trains safety neurons so (SN-Tune), or safety minus foundation neurons (RSN-Tune:
+`Only(safety - foundation)`); `AllBut` freezes a set under fine-tuning ([SSAH] section 4).
 
-How a slice is trained
-----------------------
-A float32 **master** holds the trained rows or columns of a weight. Before each forward of its module their cast to the
-model's dtype is written over the stored entries, so that the module computes with the merged weight itself: a forward
-under training and one of the merged model are the same computation, equal bit for bit in every dtype. (A correction
-added to the base's output would round differently, visibly so in bf16.) The module's own weight is frozen; a node after
-its output passes the output through and, in the backward pass, computes the gradient of the master alone
-(`grad[:, rows]^T @ x` for rows, `grad^T @ x[:, columns]` for columns). Gradients and optimiser state thus have the size
-of the slices, no dense gradient of a weight ever exists, and nothing that an optimiser does (weight decay, momentum,
-clipping) can reach any other entry. The complement works the same way with the complementary rows or columns.
+Precision: one rule for every arm
+---------------------------------
+A **master** in float32 (float64 in a float64 model) holds what is trained, and so do its gradient and the optimiser's
+state. Before each forward of its module its cast to the model's dtype is written over the stored entries, so that the
+module computes with the merged weight itself: a forward under training and one of the merged model are the same
+computation, equal bit for bit in every dtype. A parameter that is trained whole and stored in float32 or float64 is its
+own master. The master is the weight's value, not its difference from the base: weight decay acts as in ordinary
+fine-tuning.
 
-The master is the weight's value, not its difference from the base: weight decay acts as in ordinary fine-tuning.
+How rows and columns are trained
+--------------------------------
+The module's own weight is frozen; a node after its output passes the output through and, in the backward pass, computes
+the gradient of the master alone (`grad[:, rows]^T @ x` for rows, `grad^T @ x[:, columns]` for columns). Gradients and
+optimiser state thus have the size of the slices, no dense gradient of a weight ever exists, and nothing that an
+optimiser does (weight decay, momentum, clipping) can reach any other entry. The complement works the same way.
 
 Works with gradient checkpointing, autocast and DistributedDataParallel (tried with two processes on a CPU). A model spread
 over several devices (`device_map`) is provided for but untried; chosen weights that are offloaded are refused. A model that
@@ -33,7 +36,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,8 +47,9 @@ from torch.distributed.tensor import DTensor
 
 from nt_utils import hooks
 from nt_utils.errors import InputError
-from nt_utils.interventions.delta import Delta, Part, put, take
+from nt_utils.interventions.delta import Delta, LowRank, Part, put, take
 from nt_utils.interventions.parallel import averaged
+from nt_utils.interventions.precision import master_dtype
 from nt_utils.models import OWNED, DecoderView, LanguageModel, Projection, is_sharded
 from nt_utils.neurons import NeuronSet
 
@@ -53,34 +57,31 @@ from nt_utils.neurons import NeuronSet
 #: an FFN neuron has both: its rows of gate and up, its column of down.
 SIDES = ("input", "output", "both")
 
-
-# ------------------------------------------------------------------------------------------------------ one slice
+# ------------------------------------------------------------------------------------------------------ what is trained
 
 
 class _Tap(torch.autograd.Function):
     """The output unchanged; in the backward pass the gradient of the masters, from the output's gradient and x."""
 
     @staticmethod
-    def forward(ctx, output, x, weight, bias, index, side, transposed, rewrite):
+    def forward(ctx, output, x, weight, bias, rows):
+        ctx.rows, ctx.index, ctx.with_bias = rows, rows.index.to(output.device), bias is not None
         x = x.to(output.device)
-        ctx.save_for_backward(x if side == "input" else x.index_select(-1, index), index)
-        ctx.side, ctx.transposed, ctx.with_bias, ctx.rewrite = side, transposed, bias is not None, rewrite
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(x if rows.side == "input" else x.index_select(-1, ctx.index))
         return output.view_as(output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, index = ctx.saved_tensors
-        if ctx.rewrite is not None:  # the weight was gathered anew; the module's own backward pass follows this one
-            ctx.rewrite()
+        (x,), rows = ctx.saved_tensors, ctx.rows
+        if rows.sharded:  # the weight was gathered anew; the module's own backward pass follows this one
+            rows.write()
         part = grad.flatten(0, -2)  # [batch * tokens, outputs]
-        if ctx.side == "input":
-            part = part.index_select(-1, index)
-        x = x.flatten(0, -2).to(part.dtype)
-        weight = (x.t() @ part if ctx.transposed else part.t() @ x).to(ctx.dtypes[0])
-        bias = part.float().sum(0).to(ctx.dtypes[1]) if ctx.with_bias else None
-        return grad, None, weight, bias, None, None, None, None
+        if rows.side == "input":
+            part = part.index_select(-1, ctx.index)
+        part, x = part.to(rows.dtype), x.flatten(0, -2).to(rows.dtype)
+        weight = x.t() @ part if rows.transposed else part.t() @ x
+        return grad, None, weight, part.sum(0) if ctx.with_bias else None, None
 
 
 def _sharded(name: str) -> InputError:
@@ -108,24 +109,30 @@ def _axis(side: str, transposed: bool) -> int:
     return int((side == "input") == transposed)
 
 
-class _Slice:
+def _master(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values.detach().to(master_dtype(values.dtype), copy=True))
+
+
+class _Rows:
     """Rows (side "input") or columns ("output") of one module's weight, and the rows' biases.
 
     Attributes:
-        path: the module's name in the model.
+        path: the module's name in the model; layer: of the decoder.
         index: int64 [n], ascending: output channels for the input side, input channels for the output side.
-        stored: "weight" and "bias" -> the base's entries, in the parameter's own layout and dtype.
-        masters: the same in float32, trained; registered on the module as tuned_weight and tuned_bias.
+        stored: "weight" and "bias" -> the base's entries on the CPU, in the parameter's own layout and dtype.
+        masters: the same in the master's precision, trained; registered on the module as tuned_weight and tuned_bias.
         sharded: FSDP2 holds the weight; it is whole only while the module's block runs.
     """
 
-    def __init__(self, module: nn.Module, path: str, side: str, index: Tensor, transposed: bool):
-        self.module, self.path, self.side, self.transposed = module, path, side, transposed
+    def __init__(self, module: nn.Module, path: str, layer: int, side: str, index: Tensor, transposed: bool):
+        self.module, self.path, self.layer, self.side, self.transposed = module, path, layer, side, transposed
         self.index = index.to(module.get_parameter("weight").device)
         leaves = ["weight", "bias"] if side == "input" and module.bias is not None else ["weight"]
-        self.stored = {leaf: take(getattr(module, leaf), self.axis(leaf), self.index) for leaf in leaves}
+        entries = {leaf: take(getattr(module, leaf), self.axis(leaf), self.index) for leaf in leaves}
         self.parameters = {leaf: getattr(module, leaf) for leaf in leaves}
-        self.masters = {leaf: nn.Parameter(values.to(torch.float32, copy=True)) for leaf, values in self.stored.items()}
+        self.masters = {leaf: _master(values) for leaf, values in entries.items()}
+        self.stored = {leaf: values.cpu() for leaf, values in entries.items()}
+        self.dtype = self.masters["weight"].dtype
         self.sharded = isinstance(module.get_parameter("weight"), DTensor)
         self._written: tuple | None = None
 
@@ -137,15 +144,20 @@ class _Slice:
         for leaf, master in self.masters.items():
             self.module.register_parameter(f"tuned_{leaf}", master)
 
-    def unregister(self) -> None:
-        for leaf in self.masters:
+    def restore(self) -> None:
+        """The base's entries again, and no masters on the module."""
+        for leaf, values in self.stored.items():
             delattr(self.module, f"tuned_{leaf}")
+            if not self.sharded:  # the masters were written over gathered copies only
+                put(getattr(self.module, leaf), self.axis(leaf), self.index, values)
 
     def write(self) -> None:
         """The masters' cast over the stored entries, behind autograd's back (no graph is waiting for the old ones)."""
         for leaf, master in self.masters.items():
-            if master.dtype != torch.float32:
-                raise InputError(f"model: {self.path}.tuned_{leaf} was cast to {master.dtype}; masters are float32")
+            if master.dtype != self.dtype:
+                raise InputError(
+                    f"model: {self.path}.tuned_{leaf} was cast to {master.dtype}; it trains as {self.dtype}"
+                )
             parameter = getattr(self.module, leaf)
             if self.sharded:
                 self._check_gathered(parameter, leaf)
@@ -182,62 +194,123 @@ class _Slice:
         """Post-forward: let gradients through to the masters."""
         if not torch.is_grad_enabled():
             return None
-        masters = self.masters["weight"], self.masters.get("bias")
-        rewrite = self.write if self.sharded else None
-        return _Tap.apply(output, args[0], *masters, self.index.to(output.device), self.side, self.transposed, rewrite)
+        return _Tap.apply(output, args[0], self.masters["weight"], self.masters.get("bias"), self)
 
     def taps(self) -> list[hooks.Hook]:
         """For :func:`nt_utils.hooks.attached`; the tap comes before every other hook on the output."""
         return [hooks.before(self.module, self.before), hooks.after(self.module, self.after, first=True)]
 
-    def parts(self) -> dict[str, Part]:
-        """Parameter name -> the entries as they would be stored now."""
-        return {
-            f"{self.path}.{leaf}": Part(
-                self.axis(leaf), self.index.clone(), master.detach().to(self.stored[leaf].dtype)
-            )
-            for leaf, master in self.masters.items()
-        }
+    def parts(self) -> Iterable[tuple[str, Part, Tensor]]:
+        """Each parameter's name, its entries as they would be stored now, and the base's, on the CPU."""
+        for leaf, master in self.masters.items():
+            base = self.stored[leaf]
+            values = master.detach().to(base.dtype).to("cpu", copy=True)
+            yield f"{self.path}.{leaf}", Part(self.axis(leaf), self.index.to("cpu", copy=True), values), base
+
+
+class _Whole:
+    """One whole parameter; its master is itself where it is float32 or float64, else a wider one beside it.
+
+    A half-precision parameter keeps computing and gathers its gradient, which moves to the master as soon as it is
+    there; the master's cast is written back before each call of a module that holds the parameter (tied ones: several).
+    """
+
+    layer = -1  # an embedding lies below every layer
+
+    def __init__(self, name: str, parameter: nn.Parameter, owners: list[tuple[nn.Module, str]]):
+        self.name, self.parameter, self.owners = name, parameter, owners
+        self.parameters = {"weight": parameter}
+        self.stored = parameter.detach().to("cpu", copy=True)
+        self.direct = parameter.dtype == master_dtype(parameter.dtype)
+        self.masters = {"weight": parameter if self.direct else _master(parameter)}
+        self.sharded = False
+
+    def register(self) -> None:
+        self.parameter.requires_grad_(True)
+        if not self.direct:
+            owner, leaf = self.owners[0]
+            owner.register_parameter(f"tuned_{leaf}", self.masters["weight"])
+
+    def restore(self) -> None:
+        if not self.direct:
+            owner, leaf = self.owners[0]
+            delattr(owner, f"tuned_{leaf}")
+        put(self.parameter, 0, None, self.stored)
+        self.parameter.grad = None
+
+    def before(self, module: nn.Module, args: tuple) -> None:
+        self.parameter.data.copy_(self.masters["weight"].data)
+
+    def move_gradient(self, parameter: nn.Parameter) -> None:
+        """The gradient goes to the master, added to what is there from an earlier backward pass."""
+        master, gradient = self.masters["weight"], parameter.grad
+        assert gradient is not None, "called when a gradient was accumulated"
+        wide = gradient.to(master.dtype)
+        master.grad = wide if master.grad is None else master.grad + wide
+        parameter.grad = None
+
+    def taps(self) -> list[hooks.Hook]:
+        if self.direct:
+            return []
+        writes = [hooks.before(owner, self.before) for owner, _ in self.owners]
+        return [*writes, hooks.after_gradient(self.parameter, self.move_gradient)]
+
+    def parts(self) -> Iterable[tuple[str, Part, Tensor]]:
+        values = self.masters["weight"].detach().to(self.stored.dtype).to("cpu", copy=True)
+        yield self.name, Part(0, None, values), self.stored
+
+
+def _whole(lm: LanguageModel, excluded: Iterable[str] = ()) -> list[_Whole]:
+    """Every parameter of the model but those excluded, tied ones once."""
+    owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in lm.model.modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(parameter, []).append((module, leaf))
+    named = dict(lm.model.named_parameters())
+    return [_Whole(name, p, owners[p]) for name, p in named.items() if name not in set(excluded)]
 
 
 # ------------------------------------------------------------------------------------------------------ a training
 
 
 class Training:
-    """A model prepared for training: some slices, some whole parameters, all else frozen.
+    """A model prepared for training: some rows and columns, some whole parameters, all else frozen.
 
     Attributes:
-        parameters: what is trained; give exactly these to the optimiser (a Trainer finds them by itself).
+        parameters: what is trained (the masters); give exactly these to the optimiser.
         base: fingerprint of the weights at the start.
+        lowest_layer: the first decoder layer with something trained; -1: the embedding too.
 
     A context manager: on leaving, unless finished, the model is the base again.
     """
 
-    def __init__(self, lm: LanguageModel, slices: Sequence[_Slice], whole: Iterable[str], meta: dict, name: str):
+    def __init__(self, lm: LanguageModel, pieces: Sequence[_Rows | _Whole], meta: dict, name: str):
         if any(n.rpartition(".")[2].startswith("tuned_") for n, _ in lm.model.named_parameters()):
             raise InputError("model: another training holds it; finish that one first")
         self.lm, self.base, self.meta, self.name = lm, lm.weights_fingerprint, meta, name
         self.architecture = lm.view.space.architecture
-        named = dict(lm.model.named_parameters())
-        self._slices = list(slices)
-        self._whole = {n: named[n] for n in whole}
-        self._stored = {n: p.detach().clone() for n, p in self._whole.items()}
-        self._needed = {n: p.requires_grad for n, p in named.items()}
+        self._pieces = list(pieces)
+        trained = {p for piece in self._pieces for p in piece.parameters.values()}
+        self._names = {n for n, p in lm.model.named_parameters(remove_duplicate=False) if p in trained}
+        self._needed = {n: p.requires_grad for n, p in lm.model.named_parameters()}
         self._hooks = ExitStack()
         self._open = True
-        for parameter_name, parameter in named.items():
-            parameter.requires_grad_(parameter_name in self._whole)
-        for part in self._slices:
-            part.register()
-        taps = [hook for part in self._slices for hook in part.taps()]
+        lm.model.requires_grad_(False)
+        for piece in self._pieces:
+            piece.register()
+        taps = [hook for piece in self._pieces for hook in piece.taps()]
         self._hooks.enter_context(hooks.attached(taps, name, must_run=False))
-        self._hooks.enter_context(averaged([m for part in self._slices if part.sharded for m in part.masters.values()]))
-        lm.weights_changed()
+        self._hooks.enter_context(averaged([m for p in self._pieces if p.sharded for m in p.masters.values()]))
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """What is trained: give exactly these to the optimiser."""
-        return [master for part in self._slices for master in part.masters.values()] + list(self._whole.values())
+        return [master for piece in self._pieces for master in piece.masters.values()]
+
+    @property
+    def lowest_layer(self) -> int:
+        """The first decoder layer with something trained; -1 where the embedding may be."""
+        return min((piece.layer for piece in self._pieces), default=-1)
 
     @property
     def size(self) -> int:
@@ -250,20 +323,13 @@ class Training:
         return sum(p.numel() * p.element_size() for p in self.parameters)
 
     def delta(self) -> Delta:
-        """The trained entries as they are now (copies, in the model's dtype)."""
+        """The trained entries as they are now: copies in main memory, in the model's dtype."""
         self._check_open()
-        parts, moved = {}, 0
-        for part in self._slices:
-            for leaf, (name, entries) in zip(part.masters, part.parts().items(), strict=True):
-                entries = replace(entries, values=entries.values.clone())
-                parts[name] = entries
-                moved += int((entries.values != part.stored[leaf].to(entries.values.device)).sum())
-        for name, parameter in self._whole.items():
-            parts[name] = Part(0, None, parameter.detach().clone())
-            moved += int((parameter.detach() != self._stored[name]).sum())
-        return self._new_delta(parts, moved)
+        found = [part for piece in self._pieces for part in piece.parts()]
+        moved = sum(int((part.values != base).sum()) for _, part, base in found)
+        return self._new_delta({name: part for name, part, _ in found}, moved)
 
-    def _new_delta(self, parts: dict[str, Part], moved: int) -> Delta:
+    def _new_delta(self, parts: dict[str, Part | LowRank], moved: int) -> Delta:
         facts = {"architecture": self.architecture, "weights": self.base}
         return Delta(parts, **facts, moved=moved, meta=self.meta, name=self.name)
 
@@ -285,18 +351,11 @@ class Training:
             return
         self._open = False
         self._hooks.close()
-        for part in self._slices:
-            part.unregister()
-            if part.sharded:  # the masters were written over gathered copies only
-                continue
-            for leaf, values in part.stored.items():
-                put(getattr(part.module, leaf), part.axis(leaf), part.index, values)
-        for name, parameter in self._whole.items():
-            put(parameter, 0, None, self._stored[name])
-            parameter.grad = None
+        for piece in self._pieces:
+            piece.restore()
         for name, parameter in self.lm.model.named_parameters():
             parameter.requires_grad_(self._needed.get(name, True))
-        self.lm.weights_changed()
+        self.lm.weights_changed(self.base, self._names)
 
     def __enter__(self) -> Training:
         self._check_open()
@@ -319,6 +378,7 @@ class _Place:
 
     projection: Projection
     path: str
+    layer: int
     side: str
     index: Tensor
 
@@ -329,8 +389,8 @@ class _Place:
         keep[self.index] = False
         return keep.nonzero().flatten()
 
-    def slice(self, index: Tensor) -> _Slice:
-        return _Slice(self.projection.module, self.path, self.side, index, self.projection.transposed)
+    def rows(self, index: Tensor) -> _Rows:
+        return _Rows(self.projection.module, self.path, self.layer, self.side, index, self.projection.transposed)
 
     @property
     def frozen(self) -> set[str]:
@@ -366,7 +426,7 @@ def _places(view: DecoderView, neurons: NeuronSet, sides: str) -> list[_Place]:
                 rows = projection.rows
                 rows = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows.cpu()
                 index = rows[index]
-            place = found.setdefault((module, side), _Place(projection, paths[module], side, index[:0]))
+            place = found.setdefault((module, side), _Place(projection, paths[module], layer, side, index[:0]))
             place.index = torch.cat([place.index, index]).unique()
     if not found:
         raise InputError(
@@ -398,8 +458,8 @@ class Only:
     name: str = "only"
 
     def start(self, lm: LanguageModel) -> Training:
-        slices = [place.slice(place.index) for place in _places(lm.view, self.neurons, self.sides)]
-        return Training(lm, slices, (), {"trained": "only", **_facts(self.neurons, self.sides)}, self.name)
+        rows = [place.rows(place.index) for place in _places(lm.view, self.neurons, self.sides)]
+        return Training(lm, rows, {"trained": "only", **_facts(self.neurons, self.sides)}, self.name)
 
 
 @dataclass(frozen=True)
@@ -408,8 +468,7 @@ class AllBut:
 
     The frozen entries are part of no trained parameter, so they keep their bits under any optimiser, weight decay,
     momentum, mixed precision and resuming, and a gradient's norm counts trainable entries only. Modules with frozen
-    entries train float32 masters of all their other entries; every other parameter is trained in the model's dtype
-    (load in float32, with autocast if wanted, to train those in full precision).
+    entries train masters of all their other entries, every other parameter is trained whole.
     """
 
     neurons: NeuronSet
@@ -420,20 +479,20 @@ class AllBut:
         _check_unsharded(lm, self.name)
         places = _places(lm.view, self.neurons, self.sides)
         frozen = set().union(*(place.frozen for place in places))
-        slices = [place.slice(rest) for place in places if len(rest := place.complement())]
-        whole = [name for name, _ in lm.model.named_parameters() if name not in frozen]
-        return Training(lm, slices, whole, {"trained": "all but", **_facts(self.neurons, self.sides)}, self.name)
+        rows = [place.rows(rest) for place in places if len(rest := place.complement())]
+        meta = {"trained": "all but", **_facts(self.neurons, self.sides)}
+        return Training(lm, [*rows, *_whole(lm, frozen)], meta, self.name)
 
 
 @dataclass(frozen=True)
 class Everything:
-    """Full fine-tuning, in the model's dtype (load it in float32 for float32 weights). The delta is the whole model."""
+    """Full fine-tuning of every parameter. The delta is the whole model."""
 
     name: str = "full"
 
     def start(self, lm: LanguageModel) -> Training:
         _check_unsharded(lm, self.name)
-        return Training(lm, (), [name for name, _ in lm.model.named_parameters()], {"trained": "full"}, self.name)
+        return Training(lm, _whole(lm), {"trained": "full"}, self.name)
 
 
 # ------------------------------------------------------------------------------------------------------ LoRA
@@ -459,8 +518,8 @@ def _all_projections(view: DecoderView) -> dict[str, Projection]:
 class LoRA:
     """Low-rank adapters on every projection, by PEFT (optional; arXiv 2106.09685). A baseline.
 
-    In training PEFT adds the adapter's output to the base's; the delta holds the merged weights (dense), so the two agree
-    up to rounding only.
+    Adapters train in float32 (float64 in a float64 model). The delta keeps their factors; merging adds their product to
+    the base's weights and rounds once, so the merged model and the one in training agree up to rounding.
 
     Args:
         rank, alpha, dropout: as in the paper.
@@ -493,17 +552,18 @@ class LoRA:
 class _LoRATraining(Training):
     """Adapters injected into the model in place; the base weights themselves never change."""
 
+    lowest_layer = 0
+
     def __init__(self, lm: LanguageModel, scope: LoRA, peft):
         meta = {"trained": "lora", "rank": scope.rank, "alpha": scope.alpha, "dropout": scope.dropout}
-        places = _all_projections(lm.view)
-        super().__init__(lm, (), (), meta, scope.name)
-        self._places = places
+        self._places = _all_projections(lm.view)
+        super().__init__(lm, (), meta, scope.name)
         config = peft.LoraConfig(
             r=scope.rank,
             lora_alpha=scope.alpha,
             lora_dropout=scope.dropout,
-            target_modules=list(places),
-            fan_in_fan_out=any(p.transposed for p in places.values()),
+            target_modules=list(self._places),
+            fan_in_fan_out=any(p.transposed for p in self._places.values()),
         )
         with warnings.catch_warnings():  # peft asks transformers by an older name, which warns at every adapter
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -516,14 +576,16 @@ class _LoRATraining(Training):
 
     def delta(self) -> Delta:
         self._check_open()
-        parts, moved = {}, 0
+        parts: dict[str, Part | LowRank] = {}
+        moved = 0
         for path, projection in self._places.items():
-            weight = projection.module.get_parameter("weight").detach()
             layer: Any = self.lm.model.get_submodule(path)  # peft's own layer
-            with torch.no_grad():
-                values = (weight.float() + layer.get_delta_weight("default").float()).to(weight.dtype)
-            parts[f"{path}.weight"] = Part(0, None, values)
-            moved += int((values != weight).sum())
+            down, up = (m["default"].weight.detach() for m in (layer.lora_A, layer.lora_B))
+            left, right = (down.t(), up.t()) if projection.transposed else (up, down)
+            weight = projection.module.get_parameter("weight").detach()
+            part = LowRank(*(t.to("cpu", copy=True) for t in (left, right)), layer.scaling["default"], weight.dtype)
+            parts[f"{path}.weight"] = part
+            moved += int((part.entries(weight) != weight).sum())
         return self._new_delta(parts, moved)
 
     def close(self) -> None:

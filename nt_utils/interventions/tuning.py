@@ -12,7 +12,9 @@ whole or sharded models: `nt_utils.interventions.parallel`.
 
 from __future__ import annotations
 
+import math
 import random
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,13 +22,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from nt_utils import hooks
 from nt_utils.data.records import Prompt
 from nt_utils.errors import DivergedError, InputError
 from nt_utils.interventions.delta import Delta
-from nt_utils.interventions.parallel import Processes, averaged
+from nt_utils.interventions.parallel import Processes
+from nt_utils.interventions.precision import check_train_dtype, computing, training_copy
 from nt_utils.interventions.trainable import AllBut, Everything, LoRA, Only, Training
+from nt_utils.interventions.trunk import FrozenTrunk
 from nt_utils.models import LanguageModel, is_sharded, pad
 from nt_utils.work import track
 
@@ -52,6 +57,10 @@ __all__ = [
 ]
 
 IGNORED = -100  # the label of tokens that carry no loss, as in transformers
+#: Bytes of snapshots that a training keeps in main memory; further ones lie in a temporary folder.
+SNAPSHOT_BYTES = 2**31
+#: Float16 gradients below 6e-8 are 0, so the loss is multiplied by this first and the masters' gradients divided again.
+LOSS_SCALE = 2.0**12
 
 
 # ------------------------------------------------------------------------------------------------------ examples
@@ -147,15 +156,23 @@ def batches(
 
 
 def response_loss(lm: LanguageModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """Mean negative log-likelihood per response token, in nats; float32 scalar.
+    """Mean negative log-likelihood per response token, in nats; a scalar, float32 (float64 from a float64 model).
 
-    The logits are the model's own; only those that predict a response token are kept and made float32.
+    The model's own forward, but the head reads only the positions that predict a response token: in a model with many
+    words most of its work would be for the prompt's.
     """
     inputs = {name: value.to(lm.device) for name, value in batch.items() if name != "labels"}
-    logits = lm.model(**inputs, use_cache=False).logits[:, :-1]
-    targets = batch["labels"][:, 1:].to(logits.device)
+    targets = torch.full_like(batch["labels"], IGNORED)
+    targets[:, :-1] = batch["labels"][:, 1:]
     learnt = targets != IGNORED
-    return torch.nn.functional.cross_entropy(logits[learnt].float(), targets[learnt])
+
+    def only_learnt(module: nn.Module, args: tuple) -> tuple:
+        return (args[0][learnt.to(args[0].device)][None], *args[1:])
+
+    with hooks.attached([hooks.before(lm.model.get_output_embeddings(), only_learnt)]):
+        logits = lm.model(**inputs, use_cache=False).logits[0]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return nn.functional.cross_entropy(logits, targets[learnt].to(logits.device))
 
 
 @dataclass
@@ -163,16 +180,20 @@ class Tuned:
     """What `tune` gives back.
 
     Attributes:
-        delta: the trained entries; merge it, activate it or save it.
+        delta: the trained entries; merge it, activate it or save it. Raises DivergedError after a divergence.
+        diverged: the step after which the loss or the gradient was no longer finite and the training ended; or None.
         losses: mean loss of each step, before its update (nats a token).
-        history: one dict an evaluation: step, loss (mean over the steps since the last one), what the callback returned.
-        snapshots: step -> Delta at each evaluation (on the CPU), if asked for.
+        history: one dict an evaluation: step, loss (mean over the steps since the last one), what the callback returned;
+            after a divergence a last one: step, loss (NaN), diverged (True).
+        final: the delta, None where the training diverged or somebody dropped it to save memory.
+        snapshots: step -> Delta at each evaluation, if asked for: in main memory up to ``SNAPSHOT_BYTES`` in all, mapped
+            from a temporary folder beyond. After a divergence those from before it.
         trained: number of trained parameters; trained_bytes: their size as they were trained (masters in float32).
         share: of all the model's parameters (0 to 1).
         seconds: time in training steps alone, without evaluations.
     """
 
-    delta: Delta
+    final: Delta | None
     losses: list[float]
     history: list[dict[str, Any]]
     trained: int
@@ -180,6 +201,16 @@ class Tuned:
     share: float
     seconds: float
     snapshots: dict[int, Delta] = field(default_factory=dict)
+    diverged: int | None = None
+    folder: tempfile.TemporaryDirectory | None = field(default=None, repr=False)
+
+    @property
+    def delta(self) -> Delta:
+        if self.diverged is not None:
+            raise DivergedError(f"learning_rate: the training diverged at step {self.diverged}; try a smaller one")
+        if self.final is None:
+            raise InputError("delta: this training's was not kept, to save memory")
+        return self.final
 
     @property
     def table(self) -> pandas.DataFrame:
@@ -214,12 +245,13 @@ def tune(
     gradient_checkpointing: bool = False,
     progress: bool = True,
     accelerator: Accelerator | None = None,
+    train_dtype: str = "auto",
 ) -> Tuned:
     """Fine-tune with AdamW on the loss of the response tokens; afterwards `lm` is the base again, bit for bit.
 
     SN-Tune is `Only(safety)` on harmful prompts with their refusals ([SN] section 4: 50 pairs, one epoch, learning rate
     1e-6, length 512), RSN-Tune `Only(safety - foundation)`. **Ours**: benign pairs can be mixed in, since refusals alone
-    teach to refuse everything.
+    teach to refuse everything. A training that diverges ends there and says so in its last row of history.
 
     Args:
         scope: what is trained.
@@ -242,13 +274,17 @@ def tune(
         progress: show a progress bar.
         accelerator: of the processes that train together, each of which calls this with the same arguments and gets the
             same result; `batch_size` pairs in all. None: this process alone.
+        train_dtype: what training computes in; masters, gradients and AdamW's state are float32 at least in any case.
+            "auto": float64 for models of less than `precision.SMALL` parameters, so that no machine's rounding decides
+            what is learnt, else "model"; "model": the model's own; "float32" and "float64": a copy in that precision.
+            The delta is rounded once to the model's precision, in which the callback evaluates too.
 
     Raises:
         InputError: parameters out of range, no pairs, pairs without the response they should learn, an empty or foreign
             neuron set; fewer pairs in a batch than processes, a callback with several of them (evaluate the snapshots
             afterwards), settings of accelerate that cannot be honoured.
-        DivergedError: a loss that is not finite.
     """
+    check_train_dtype(train_dtype)
     _check(harmful, benign, benign_share, learning_rate, steps, batch_size, warmup, schedule, every)
     learnt = [
         examples(lm, prompts, target, max_length=max_length) if len(prompts) else []
@@ -259,78 +295,122 @@ def tune(
     _check_processes(processes.count, batch_size, callback)
     total = lm.view.space.total_parameters
     stops = {steps, *(range(every, steps, every) if isinstance(every, int) else every or ())}
-    with _seeded(seed), scope.start(lm) as training:
+    trained = training_copy(lm, train_dtype)
+    with _seeded(seed), scope.start(trained) as training:
         run = _Run(lm, training, callback, snapshots, processes)
         optimiser = torch.optim.AdamW(training.parameters, lr=learning_rate, weight_decay=weight_decay)
-        with _training_mode(lm, gradient_checkpointing), run.averaged():
+        with _training_mode(trained, gradient_checkpointing):
             run.evaluate(0)
+            run.trunk = FrozenTrunk.of(trained, training.lowest_layer)
             for step in _bar(steps, f"tuning, {scope.name}", progress and processes.index == 0):
                 for group in optimiser.param_groups:
                     group["lr"] = learning_rate * _rate(step, steps, warmup, schedule)
-                run.step(next(stream), optimiser, clip)
+                if not run.step(next(stream), optimiser, clip):
+                    break
                 if step + 1 in stops:
                     run.evaluate(step + 1)
         size, size_bytes = training.size, training.bytes
-        delta = training.finish()
-    return Tuned(delta, run.losses, run.history, size, size_bytes, size / total, run.seconds, run.snapshots)
+        final = run.delta() if run.diverged is None else None
+    facts = (run.losses, run.history, size, size_bytes, size / total, run.seconds, run.snapshots, run.diverged)
+    return Tuned(final, *facts, run.folder)
 
 
 class _Run:
-    """One training's steps and evaluations."""
+    """One training's steps and evaluations; ``lm`` is the model as it is stored, ``training.lm`` what is trained."""
 
     def __init__(
         self, lm: LanguageModel, training: Training, callback: Callback | None, keep: bool, processes: Processes
     ):
         self.lm, self.training, self.callback, self.keep, self.processes = lm, training, callback, keep, processes
+        self.trunk: FrozenTrunk | None = None
         self.losses: list[float] = []
         self.history: list[dict[str, Any]] = []
         self.snapshots: dict[int, Delta] = {}
+        self.folder: tempfile.TemporaryDirectory | None = None
+        self.diverged: int | None = None
         self.seconds = 0.0
-        self._reported = 0
+        self._reported = self._snapshot_bytes = 0
+        self._scale = LOSS_SCALE if any(p.dtype == torch.float16 for p in training.lm.model.parameters()) else 1.0
+        # Norms square activations in float32, so larger weights are no use in any precision.
+        self._largest = min(2.0**63, *(torch.finfo(p.dtype).max for p in lm.model.parameters()))
 
-    def averaged(self):
-        """Average gradients over the processes; a sharded training does so by itself."""
-        several = self.processes.count > 1 and not is_sharded(self.lm.model)
-        return averaged(self.training.parameters) if several else nullcontext()
+    def delta(self) -> Delta:
+        """What was learnt so far, in the precision of the model as it is stored."""
+        found = self.training.delta()
+        return found if self.training.lm is self.lm else found.rounded(self.lm)
 
     def loss(self, batch: Sequence[Example]) -> Tensor:
         """The loss of this process's share; its mean over the processes is the whole batch's mean per response token."""
         part = self.processes.part(batch)
-        loss = response_loss(self.lm, collate(part, self.lm.pad_id))
+        model, inputs = self.training.lm, collate(part, self.lm.pad_id)
+        width = inputs["input_ids"].shape[1]
+        with nullcontext() if self.trunk is None else self.trunk.reused([e.ids for e in part], width):
+            loss = response_loss(model, inputs)
         if self.processes.count == 1:
             return loss
         tokens, all_tokens = (sum(len(e.ids) - e.start for e in examples) for examples in (part, batch))
         return loss * (self.processes.count * tokens / all_tokens)
 
-    def step(self, batch: Sequence[Example], optimiser: torch.optim.Optimizer, clip: float) -> None:
+    def step(self, batch: Sequence[Example], optimiser: torch.optim.Optimizer, clip: float) -> bool:
+        """One update; False where the loss, its gradient or the result is not finite, which ends the training."""
         started = time.perf_counter()
+        with computing(self.training.lm):
+            value, norm = self._gradients(batch, optimiser, clip)
+        while math.isfinite(value) and not math.isfinite(norm) and self._scale > 1:  # float16 gradients overflowed
+            self._scale /= 16
+            value, norm = self._gradients(batch, optimiser, clip)
+        finite = math.isfinite(value) and math.isfinite(norm)
+        if finite:
+            optimiser.step()
+            self.losses.append(value)
+            finite = all(bool(p.detach().abs().max() <= self._largest) for p in self.training.parameters)
+        if not finite:
+            self.diverged = len(self.losses)
+            self.history.append({"step": self.diverged, "loss": float("nan"), "diverged": True})
+        self.seconds += time.perf_counter() - started
+        return finite
+
+    def _gradients(
+        self, batch: Sequence[Example], optimiser: torch.optim.Optimizer, clip: float
+    ) -> tuple[float, float]:
+        """The loss and the norm of its gradient, which lies on the masters, clipped."""
+        optimiser.zero_grad(set_to_none=True)
         loss = self.loss(batch)
         value = self.processes.mean(loss)
-        if value != value or value in (float("inf"), float("-inf")):
-            raise DivergedError(f"learning_rate: the loss is {value} at step {len(self.losses)}; try a smaller one")
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        if clip:
-            torch.nn.utils.clip_grad_norm_(self.training.parameters, clip)
-        optimiser.step()
-        self.losses.append(value)
-        self.seconds += time.perf_counter() - started
+        if not math.isfinite(value):
+            return value, float("nan")
+        (loss * self._scale).backward()
+        gradients = [p.grad for p in self.training.parameters if p.grad is not None]
+        for gradient in gradients:
+            gradient.div_(self._scale)
+            if self.processes.count > 1 and not is_sharded(self.lm.model):  # a sharded training averages by itself
+                self.processes.average(gradient)
+        return value, float(nn.utils.clip_grad_norm_(self.training.parameters, clip or math.inf))
 
     def evaluate(self, step: int) -> None:
         """A row of the history; the callback may use random numbers without changing the training."""
         since = self.losses[self._reported :]
         self._reported = len(self.losses)
         row: dict[str, Any] = {"step": step, "loss": sum(since) / len(since) if since else float("nan")}
-        self.lm.weights_changed()
+        apart = self.training.lm is not self.lm
+        delta = self.delta() if self.keep or (apart and self.callback) else None
         if self.callback is not None:
+            was, merged = self.lm.model.training, delta.active(self.lm) if apart and delta else nullcontext()
             self.lm.model.eval()
-            with torch.random.fork_rng(devices=_accelerators()):
+            with merged, torch.random.fork_rng(devices=_accelerators()):
                 row |= dict(self.callback(self.lm, step) or {})
-            self.lm.model.train()
-        self.lm.weights_changed()
+            self.lm.model.train(was)
         self.history.append(row)
-        if self.keep:
-            self.snapshots[step] = self.training.delta().cpu()
+        if self.keep and delta is not None:
+            self.snapshots[step] = self._kept(delta, step)
+
+    def _kept(self, delta: Delta, step: int) -> Delta:
+        """The delta in main memory, or mapped from a file where the budget is spent."""
+        self._snapshot_bytes += delta.bytes
+        if self._snapshot_bytes <= SNAPSHOT_BYTES:
+            return delta
+        self.folder = self.folder or tempfile.TemporaryDirectory(prefix="nt_deltas_")
+        return Delta.load(delta.save(f"{self.folder.name}/{step}.safetensors"))
 
 
 def _check_processes(count: int, batch_size: int, callback: Callback | None) -> None:
@@ -372,7 +452,9 @@ def _training_mode(lm: LanguageModel, checkpointing: bool) -> Iterator[None]:
     model, before = lm.model, lm.model.training
     model.train()
     if checkpointing:
-        _call(model, "activation_checkpointing_enable", "gradient_checkpointing_enable", {"use_reentrant": False})
+        # What is run again in the backward pass computes in the same precision.
+        kwargs = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), computing(lm))}
+        _call(model, "activation_checkpointing_enable", "gradient_checkpointing_enable", kwargs)
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -75,15 +75,19 @@ def weights_fingerprint(model: nn.Module) -> str:
     return total
 
 
-def weights_changed(model: nn.Module, known: str | None = None) -> None:
-    """Forget the kept hashes; or, for a caller that put weights back bit for bit, take those of fingerprint ``known``."""
+def weights_changed(model: nn.Module, known: str | None = None, names: Collection[str] | None = None) -> None:
+    """Forget the kept hashes; or, for a caller that put weights back bit for bit, take those of fingerprint ``known``.
+
+    ``names``: the weights that this is about (None: all).
+    """
     entry = _KNOWN.get(model)
     if entry is None:
         return
-    entry.stamps.clear()
-    if known in entry.before:
-        entry.hashes.update(entry.before[known])
-        entry.stamps.update((name, _stamp(tensor)) for name, tensor in _tensors(model))
+    about = [(name, tensor) for name, tensor in _tensors(model) if names is None or name in names]
+    for name, tensor in about:
+        entry.stamps.pop(name, None)
+        if name in entry.before.get(known or "", {}):
+            entry.hashes[name], entry.stamps[name] = entry.before[known][name], _stamp(tensor)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -65,9 +66,11 @@ class LanguageModel(Prompter):
         """Hash over the names and values of all weights as they are now."""
         return identity.weights_fingerprint(self.model)
 
-    def weights_changed(self, known: str | None = None) -> None:
-        """Forget the kept fingerprint; ``known``: the weights are again, bit for bit, those of that fingerprint."""
-        identity.weights_changed(self.model, known)
+    def weights_changed(self, known: str | None = None, names: Collection[str] | None = None) -> None:
+        """Forget the kept fingerprint; ``known``: the weights are again, bit for bit, those of that fingerprint.
+
+        ``names``: which weights (None: all)."""
+        identity.weights_changed(self.model, known, names)
 
     def identity(self, intervention_key: str | None = "") -> str | None:
         """What acts on the model's output, or None (:func:`nt_utils.models.identity.identity`)."""

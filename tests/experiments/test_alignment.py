@@ -57,7 +57,7 @@ def runs(tuned_lm, scores, suite):
     sets = alignment.frozen_sets(scores.map(SHARES), scores, 0.2, 1, seed=0)
     scopes = {"full": Everything(), "LoRA": LoRA(rank=1)}
     scopes |= {name: alignment.freezing(neurons, 8) for name, neurons in sets.items()}
-    return alignment.attack(tuned_lm, GOOD, suite, scopes, [0.01], steps=[1, 2], batch_size=4), sets
+    return alignment.attack(tuned_lm, GOOD, suite, scopes, [0.01], keep=[*sets], steps=[1, 2], batch_size=4), sets
 
 
 def test_frozen_units_are_bit_identical_after_fine_tuning(tuned_lm, runs):

@@ -195,7 +195,7 @@ def test_an_arm_is_chosen_trained_and_kept(setting):
     assert costs.loc["SN", "trained"] == entries == arm.delta.size
     assert costs.loc["full", "share"] == pytest.approx(1, abs=0.05)
     assert costs.loc["SN", "share_of_checkpoint"] < 1.5 * costs.loc["SN", "share"]
-    assert costs.loc["SN", "state_bytes"] == 12 * entries
+    assert costs.loc["SN", "state_bytes"] == 24 * entries
     spent = tuning.spent_table(lm, {"SN": arm}, PAIRS, steps=1)
     assert (spent["seconds_a_step"] > 0).all()
     assert lm.weights_fingerprint == before
@@ -205,8 +205,9 @@ def test_rates_that_diverge_are_left_out(setting):
     lm, dev, goal = setting
     arm = tuning.choose(lm, "full", Everything(), [1e30, 0.001], PAIRS, [3], dev, goal)
     assert arm.rate == 0.001
-    assert set(arm.tried["learning_rate"]) == {0.001}
-    with pytest.raises(DivergedError, match="learning_rate: the loss is"):
+    failed = arm.tried[arm.tried["learning_rate"] == 1e30]
+    assert failed["step"].tolist() == [3] and failed["harm"].isna().all() and not failed["chosen"].any()
+    with pytest.raises(DivergedError, match="full diverged"):
         tuning.choose(lm, "full", Everything(), [1e30], PAIRS, [3], dev, goal)
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from nt_utils.data.records import Prompt
 from nt_utils.errors import InputError
 from nt_utils.files import project_root
 from nt_utils.interventions import parallel
-from nt_utils.interventions.delta import Delta
+from nt_utils.interventions.delta import Delta, take
 from nt_utils.interventions.tuning import (
     AllBut,
     Everything,
@@ -37,7 +38,15 @@ gloo = pytest.mark.skipif(
 #: Responses of different lengths, so that processes hold different numbers of response tokens.
 HARMFUL = [Prompt(f"how to {w}", refusal=r) for w, r in zip("abc", ("no", "never again", "I will not"), strict=True)]
 BENIGN = [Prompt(f"tell {w}", helpful=h) for w, h in zip("def", ("yes", "of course", "ok then, do"), strict=True)]
-HOW = {"learning_rate": 0.01, "steps": 3, "batch_size": 3, "benign_share": 0.34, "clip": 0.5, "progress": False}
+HOW = {
+    "train_dtype": "model",
+    "learning_rate": 0.01,
+    "steps": 3,
+    "batch_size": 3,
+    "benign_share": 0.34,
+    "clip": 0.5,
+    "progress": False,
+}
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 CASES = ("llama", "llama checkpointed", "gpt2", "qwen2", "llama bfloat16")
@@ -70,7 +79,9 @@ def learn(lm, scope=None, case="", **more):
 def started(rank, folder, environment):
     """This forked process as accelerate finds one that it launched; a file is the meeting place, so no port is needed."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # what an earlier test's Trainer left in the parent
     torch.set_num_threads(1)
     torch.cuda.is_available = lambda: False  # a forked process cannot use CUDA
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"})
@@ -102,7 +113,7 @@ def facts(tuned):
     return {
         "losses": tuned.losses,
         "key": tuned.delta.key,
-        "values": {n: p.values for n, p in tuned.delta.parts.items()},
+        "values": {n: p.tensors for n, p in tuned.delta.parts.items()},
     }
 
 
@@ -114,11 +125,11 @@ def check_same(found, wanted, lm, tolerance=1e-4):
     base = dict(lm.model.named_parameters())
     assert set(found[0]["values"]) == set(wanted.delta.parts)
     for name, part in wanted.delta.parts.items():
-        before = base[name].detach()
-        before = before if part.index is None else before.index_select(part.axis, part.index)
-        moved = (part.values - before).float()
+        before = take(base[name], part.axis, part.index)
+        moved = (part.entries(before) - before).float()
         assert moved.abs().max() > HOW["learning_rate"] / 2, name
-        assert (found[0]["values"][name] - part.values).float().norm() < tolerance * moved.norm(), name
+        mine = replace(part, **found[0]["values"][name])
+        assert (mine.entries(before) - part.entries(before)).float().norm() < tolerance * moved.norm(), name
 
 
 def tune_sharded(accelerator, save):
