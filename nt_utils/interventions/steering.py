@@ -1,8 +1,8 @@
 """Baselines without training: adding or removing a refusal direction, and a system prompt.
 
 The direction is the difference of means of Arditi et al., "Refusal in Language Models Is Mediated by a Single Direction"
-(NeurIPS 2024), section 2.3: the residual stream at the last prompt token, mean over harmful minus mean over benign
-prompts, at one place between the layers. Added there (section 2.4, activation addition) it makes the model refuse;
+(NeurIPS 2024), section 2.3: the residual stream at one of the template's tokens behind the user's text, mean over harmful
+minus mean over benign prompts, at one place between the layers; :func:`refusal_direction` chooses both as the paper does. Added there (section 2.4, activation addition) it makes the model refuse;
 projected out of everything that enters the residual stream (directional ablation) it takes refusal away.
 """
 
@@ -11,14 +11,18 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 
+import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from nt_utils import hooks
 from nt_utils.errors import InputError
+from nt_utils.evaluation.batching import forward
 from nt_utils.models import LanguageModel, decoder
 
 MODES = ("add", "ablate")
@@ -87,30 +91,33 @@ class Steering:
         return (wide - self.strength * (wide @ unit)[..., None] * unit).to(written.dtype)
 
 
-def last_token_means(lm: LanguageModel, prompts: Sequence[str], batch_size: int = 32) -> Tensor:
-    """Mean over the prompts of the residual stream at the last prompt token, float32 [layers + 1, hidden size]."""
+def token_means(
+    lm: LanguageModel, prompts: Sequence[str], positions: Sequence[int] = (-1,), batch_size: int = 32
+) -> Float[Tensor, "positions places hidden"]:
+    """Mean over the prompts of the residual stream at these positions, counted from the end, at every place."""
+    if not len(prompts):
+        raise InputError("prompts: the list is empty; a mean needs at least one")
     total, places = torch.zeros((), dtype=torch.float64), range(lm.view.num_layers + 1)
     for start in range(0, len(prompts), batch_size):
         batch = lm.encode(list(prompts[start : start + batch_size]), side="left").to(lm.device)
+        if min(batch.lengths) < -min(positions):
+            raise InputError(
+                f"positions: {min(positions)} lies before the shortest prompt's {min(batch.lengths)} tokens"
+            )
         seen: dict[int, Tensor] = {}
 
-        def keep(place: int, seen=seen) -> hooks.Edit:
-            def read(stream: Tensor) -> None:
-                seen[place] = stream[:, -1].double().sum(0).cpu()
+        def read(stream: Tensor, place: int, seen=seen) -> None:
+            seen[place] = stream[:, list(positions)].double().sum(0).cpu()
 
-            return read
-
-        with torch.no_grad(), hooks.residual(lm.view, {place: keep(place) for place in places}):
+        with torch.no_grad(), hooks.residual(lm.view, {place: partial(read, place=place) for place in places}):
             decoder(lm.model)(**batch.inputs, use_cache=False)
-        total = total + torch.stack([seen[place] for place in places])
-    if not len(prompts):
-        raise InputError("prompts: the list is empty; a mean needs at least one")
+        total = total + torch.stack([seen[place] for place in places], dim=1)
     return (total / len(prompts)).float()
 
 
 def mean_difference(lm: LanguageModel, harmful: Sequence[str], benign: Sequence[str], batch_size: int = 32) -> Tensor:
-    """Refusal directions, one a place: mean over harmful minus mean over benign prompts, float32 [layers + 1, hidden]."""
-    return last_token_means(lm, harmful, batch_size) - last_token_means(lm, benign, batch_size)
+    """Refusal directions, one a place, at the last prompt token: mean over harmful minus over benign, [layers + 1, hidden]."""
+    return token_means(lm, harmful, batch_size=batch_size)[0] - token_means(lm, benign, batch_size=batch_size)[0]
 
 
 def candidates(
@@ -141,6 +148,120 @@ def choose(options: Sequence[Steering], measure: Callable[[Steering], float]) ->
     if not known:
         raise InputError("measure: gave no number for any option")
     return options[values.index(min(known))], values
+
+
+#: The paper's bounds on a candidate: the KL divergence it may cause on harmless prompts, and how deep it may lie.
+MAX_KL, MAX_DEPTH = 0.1, 0.8
+
+
+@dataclass(frozen=True)
+class RefusalDirection:
+    """The direction that the paper's rule chooses, and every candidate that it was chosen from.
+
+    Attributes:
+        ablate, add: the chosen direction as a steering that takes refusal away, or brings it about; None where no candidate
+            met the bounds.
+        candidates: one row a candidate: position, layer, ablated (a), added (b), kl (c), chosen; (b) and (c) are NaN for
+            candidates that were not looked at because a better one had met the bounds.
+        refused, answered: training prompts that were kept, harmful ones that the model refuses and harmless ones it does not.
+    """
+
+    ablate: Steering | None
+    add: Steering | None
+    candidates: pd.DataFrame
+    refused: int
+    answered: int
+
+
+def refusal_direction(
+    lm: LanguageModel,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    validation: tuple[Sequence[str], Sequence[str]],
+    *,
+    refusals: Sequence[str] = ("I",),
+    positions: Sequence[int] | None = None,
+    layers: Sequence[int] | None = None,
+    every: bool = False,
+    batch_size: int = 32,
+) -> RefusalDirection:
+    """Choose a refusal direction as Arditi et al. (NeurIPS 2024, section 2.3 and appendix C) and their code do.
+
+    1. Refusal score of a prompt: log-odds that the first token of the answer is one of the refusal tokens. Harmful prompts
+       that score below 0 and harmless ones above are left out (all are kept where that would leave fewer than two).
+    2. Candidates: at each of the template's tokens after the user's text and at the input of each layer below .8 of the
+       depth, the mean difference between harmful and harmless training prompts.
+    3. On the validation prompts: (a) mean refusal score on harmful ones under ablation; (b) on harmless ones with the
+       direction added at its layer; (c) mean KL divergence at the last position on harmless ones under ablation.
+    4. The smallest (a) wins among candidates with (b) >= 0 and (c) <= .1.
+
+    Every candidate costs one pass over the harmful validation prompts, and, in the order of (a) until one meets the bounds,
+    two over the harmless ones.
+
+    Args:
+        harmful, harmless: training prompts (the paper: 128 each); validation: others, harmful and harmless (32 each).
+        refusals: texts whose first tokens begin a refusal (the paper lists them by family; Llama-3: "I").
+        positions, layers: fewer candidates: positions counted from the end (-1 the last), layers from 0.
+        every: (b) and (c) of all candidates.
+
+    Raises:
+        InputError: an empty list of prompts, or layers that the model does not have.
+    """
+    positions = range(-lm.suffix_length, 0) if positions is None else positions
+    deepest = math.ceil(MAX_DEPTH * lm.view.num_layers)
+    layers = range(deepest) if layers is None else layers
+    if not len(layers) or min(layers) < 0 or max(layers) >= lm.view.num_layers:
+        raise InputError(f"layers: got {list(layers)}; allowed: 0 to {lm.view.num_layers - 1}")
+    tokens = sorted({lm.tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in refusals})
+
+    def last_logits(prompts: Sequence[str], steering: Steering | None = None) -> Float[Tensor, "prompts vocabulary"]:
+        found = []
+        for start in range(0, len(prompts), batch_size):
+            batch = lm.encode(list(prompts[start : start + batch_size]), side="left").to(lm.device)
+            with torch.no_grad(), steering.active(lm) if steering else nullcontext():
+                out = forward(lm, batch.input_ids, batch.attention_mask, last=1, past=None, use_cache=False)
+            found.append(out.logits[:, -1].float().cpu())
+        return torch.cat(found)
+
+    def score(logits: Tensor) -> Tensor:
+        refusing = torch.zeros(logits.shape[-1], dtype=torch.bool).index_fill_(0, torch.tensor(tokens), True)
+        return logits[:, refusing].logsumexp(-1) - logits[:, ~refusing].logsumexp(-1)
+
+    def kept(prompts: Sequence[str], sign: int) -> list[str]:
+        scores = score(last_logits(prompts))
+        found = [p for p, value in zip(prompts, scores.tolist(), strict=True) if sign * value > 0]
+        return found if len(found) >= 2 else list(prompts)
+
+    (harmful, bad), (harmless, good) = (
+        [kept(prompts, sign) for prompts in both]
+        for sign, both in ((1, (harmful, validation[0])), (-1, (harmless, validation[1])))
+    )
+    difference = token_means(lm, harmful, positions, batch_size) - token_means(lm, harmless, positions, batch_size)
+    plain = last_logits(good).log_softmax(-1)
+    rows = []
+    for i, position in enumerate(positions):
+        for layer in (x for x in layers if x < deepest and difference[i, x].norm() > 0):
+            ablate = Steering(difference[i, layer], layer, "ablate", 1.0, lm.view.space.architecture)
+            rows.append(
+                {"position": position, "layer": layer, "ablated": float(score(last_logits(bad, ablate)).mean())}
+            )
+            rows[-1] |= {"added": math.nan, "kl": math.nan, "chosen": False, "steering": ablate}
+    best = None
+    for row in sorted(rows, key=lambda row: row["ablated"]):
+        if best is not None and not every:
+            break
+        moved = last_logits(good, row["steering"]).log_softmax(-1)
+        row["kl"] = float((plain.exp() * (plain - moved)).sum(-1).mean())
+        row["added"] = float(score(last_logits(good, replace(row["steering"], mode="add"))).mean())
+        if best is None and row["added"] >= 0 and row["kl"] <= MAX_KL:
+            best, row["chosen"] = row["steering"], True
+    return RefusalDirection(
+        best and replace(best, name="refusal direction ablated"),
+        best and replace(best, mode="add", name="refusal direction added"),
+        pd.DataFrame(rows, columns=["position", "layer", "ablated", "added", "kl", "chosen"]),
+        len(harmful),
+        len(harmless),
+    )
 
 
 @dataclass(frozen=True)

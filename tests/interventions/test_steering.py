@@ -1,5 +1,6 @@
 """Steering: the direction against the model's own hidden states, ablation against orthogonalised weights."""
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -10,13 +11,15 @@ import torch
 from nt_utils import hooks
 from nt_utils.errors import InputError
 from nt_utils.evaluation.generation import generate
+from nt_utils.interventions import steering
 from nt_utils.interventions.steering import (
     Steering,
     SystemPrompt,
     candidates,
     choose,
-    last_token_means,
     mean_difference,
+    refusal_direction,
+    token_means,
 )
 from nt_utils.models import LanguageModel
 from tests.tiny import hooks_left, tiny_lm
@@ -52,17 +55,73 @@ def test_the_residual_stream_is_the_models_hidden_states(any_lm):
     assert hooks_left(any_lm.model) == 0
 
 
-def test_the_means_do_not_depend_on_batches_or_padding(any_lm):
-    together = last_token_means(any_lm, HARMFUL)
-    assert together.shape == (any_lm.view.num_layers + 1, 32)
-    torch.testing.assert_close(last_token_means(any_lm, HARMFUL, batch_size=1), together, rtol=1e-4, atol=1e-4)
+def test_the_means_are_those_of_the_hidden_states_whatever_batches_and_padding(any_lm):
+    together = token_means(any_lm, HARMFUL, (-2, -1))
+    assert together.shape == (2, any_lm.view.num_layers + 1, 32)
+    torch.testing.assert_close(token_means(any_lm, HARMFUL, (-2, -1), batch_size=1), together, rtol=1e-4, atol=1e-4)
     own = _own_hidden(any_lm, **any_lm.encode(HARMFUL[:1]).inputs)
-    torch.testing.assert_close(last_token_means(any_lm, HARMFUL[:1])[1], own[1][0, -1])
+    torch.testing.assert_close(token_means(any_lm, HARMFUL[:1], (-2, -1))[:, 1], own[1][0, -2:])
     difference = mean_difference(any_lm, HARMFUL, BENIGN)
-    torch.testing.assert_close(difference, together - last_token_means(any_lm, BENIGN))
+    torch.testing.assert_close(difference, together[1] - token_means(any_lm, BENIGN)[0])
     assert difference[1].norm() > 0
     with pytest.raises(InputError, match="prompts: the list is empty"):
-        last_token_means(any_lm, [])
+        token_means(any_lm, [])
+    with pytest.raises(InputError, match="positions: -99 lies before the shortest prompt"):
+        token_means(any_lm, HARMFUL, (-99,))
+
+
+def test_the_refusal_direction_follows_the_papers_rule_written_out():
+    """Every candidate's three numbers one prompt at a time, from plain logits; then the rule by hand."""
+    lm, words = tiny_lm(), ("I", "Sorry")
+    first = [lm.tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in words]
+    bad, good = ["steal it", "rob a bank"], ["bake", "plant a tree", "sing"]
+
+    def distribution(text, steering=None):
+        with torch.no_grad(), steering.active(lm) if steering else contextlib.nullcontext():
+            return lm.model(lm.encode([text]).input_ids, use_cache=False).logits[0, -1].double().softmax(-1)
+
+    def odds(text, steering=None):
+        p = float(distribution(text, steering)[first].sum())
+        return math.log(p / (1 - p))
+
+    found = refusal_direction(lm, HARMFUL, BENIGN, (bad, good), refusals=words, every=True)
+    sides = []  # what is left after the filter by refusal score
+    for sign, texts in ((1, HARMFUL), (-1, BENIGN), (1, bad), (-1, good)):
+        fitting = [t for t in texts if sign * odds(t) > 0]
+        sides.append(fitting if len(fitting) >= 2 else texts)
+    means = [token_means(lm, texts, range(-lm.suffix_length, 0)) for texts in sides[:2]]
+    assert len(found.candidates) == lm.suffix_length  # the template's tokens enter layer 0 alike in every prompt
+    for row in found.candidates.itertuples():
+        vector = (means[0] - means[1])[row.position, row.layer]
+        ablate, add = (Steering(vector, row.layer, mode) for mode in ("ablate", "add"))
+        assert row.ablated == pytest.approx(sum(odds(t, ablate) for t in sides[2]) / len(sides[2]), abs=1e-4)
+        assert row.added == pytest.approx(sum(odds(t, add) for t in sides[3]) / len(sides[3]), abs=1e-4)
+        pairs = [(distribution(t), distribution(t, ablate)) for t in sides[3]]
+        assert row.kl == pytest.approx(sum(float((p * (p / q).log()).sum()) for p, q in pairs) / len(pairs), abs=1e-4)
+    allowed = found.candidates.query("added >= 0 and kl <= .1")
+    assert found.candidates["chosen"].sum() == (len(allowed) > 0)
+    assert (found.ablate is None) == (len(allowed) == 0)
+    assert hooks_left(lm.model) == 0
+
+
+def test_among_candidates_within_the_bounds_the_smallest_score_wins(monkeypatch):
+    monkeypatch.setattr(steering, "MAX_KL", math.inf)
+    lm = tiny_lm()
+    letters = tuple(map(chr, range(33, 127)))
+    lm.model.lm_head.weight.data[[row[0] for row in lm.tokenizer(letters, add_special_tokens=False)["input_ids"]]] *= 3
+    options = {"positions": (-2, -1), "refusals": letters}
+    every = refusal_direction(lm, HARMFUL, BENIGN, (HARMFUL, BENIGN), every=True, **options)
+    table = every.candidates
+    allowed = table[table["added"] >= 0]
+    assert len(allowed), "a vacuous rule"
+    assert table.loc[table["chosen"], "ablated"].tolist() == [allowed["ablated"].min()]
+    lazy = refusal_direction(lm, HARMFUL, BENIGN, (HARMFUL, BENIGN), **options)
+    assert torch.equal(lazy.ablate.direction, every.ablate.direction) and lazy.add.mode == "add"
+    assert lazy.candidates["chosen"].equals(table["chosen"])
+    few = refusal_direction(lm, HARMFUL, BENIGN, (HARMFUL, BENIGN), positions=(-1,), layers=[1])
+    assert few.candidates[["position", "layer"]].values.tolist() == [[-1, 1]]
+    with pytest.raises(InputError, match="layers: got .2.; allowed: 0 to 1"):
+        refusal_direction(lm, HARMFUL, BENIGN, (HARMFUL, BENIGN), layers=[2])
 
 
 def test_adding_shifts_the_stream_at_one_place(any_lm):
