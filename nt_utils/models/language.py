@@ -23,7 +23,12 @@ class LanguageModel(Prompter):
     Args:
         model: a ``transformers`` causal language model, with or without adapters (a ``PeftModel`` is taken apart).
         tokenizer, name, system_prompt, more: as for :class:`~nt_utils.models.prompting.Prompter`.
+
+    Attributes:
+        dtype_reason: why its weights have the precision they have, for provenance.
     """
+
+    dtype_reason = "as given"
 
     def __init__(
         self,

@@ -108,7 +108,12 @@ PARAMETERS: dict[str, Parameter] = {
     "seed": Parameter(int, "seed of the testbed's training and of every random draw", low=0, high=2**31 - 1),
     "dtype": Parameter(str, "precision of the weights", choices=("auto", "float32", "bfloat16", "float16")),
     "device_map": Parameter(str, "where the weights go, as in transformers: 'auto', 'cpu', 'cuda', ..."),
-    "system_prompt": Parameter(str, "system prompt for the chat template; '' = none"),
+    "system_prompt": Parameter(str, "system message: '' = the chat template's own, 'none' = none, or its text"),
+    "chat_template": Parameter(str, "'auto' = the tokenizer's; 'vicuna', 'llama-2', 'chatml', 'plain', or a file"),
+    "template_arguments": Parameter(
+        str, "variables of the chat template as name=value, ...; '' = its defaults with thinking off"
+    ),
+    "date": Parameter(str, "what the chat template takes for today, as YYYY-MM-DD"),
     "batch_size": Parameter(int, "prompts per forward pass", low=1, high=4096),
     "max_new_tokens": Parameter(
         int, "longest answer in tokens; 0 = 40 on the embedded prompts, else 256", low=0, high=8192
@@ -116,6 +121,7 @@ PARAMETERS: dict[str, Parameter] = {
     "harmful": Parameter(str, "source of harmful prompts; 'testbed' = the embedded ones, matched with the benign ones"),
     "benign": Parameter(str, "source of benign prompts; 'testbed' = the embedded ones"),
     "general": Parameter(str, "source of general text for foundation neurons; 'testbed' = the embedded one"),
+    "general_tokens": Parameter(int, "tokens that running text is cut to, template included", low=8, high=8192),
     "harmful_test": Parameter(str, "source of harmful prompts to evaluate on; '' = rows of harmful not used to detect"),
     "benign_test": Parameter(str, "source of benign prompts to evaluate on; '' = rows of benign not used to detect"),
     "borderline": Parameter(str, "source of benign prompts that look harmful; '' to skip"),

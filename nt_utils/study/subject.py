@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import uuid
 from functools import cached_property
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,12 @@ from nt_utils.study.provenance import code_fingerprint
 
 if TYPE_CHECKING:
     from nt_utils.evaluation.suite import Suite
+    from nt_utils.models import Prompter
     from nt_utils.study.run import Run
 
+
+ANSWER_TOKENS = 256  # of an answer to a given prompt, unless max_new_tokens says otherwise
+GENERAL_TOKENS = 128  # of running text, in notebooks without the parameter
 
 # ------------------------------------------------------------------------------------------------------- checks
 
@@ -58,8 +63,14 @@ def check_inputs(run: Run) -> None:
         if source and source not in TESTBEDS:
             from nt_utils import models
 
-            models.check_source(source)
+            models.load_prompter(source, **text_options(parameters)).render(["x"])
     _check_numbers(Subject(run))
+
+
+def text_options(parameters: SimpleNamespace) -> dict[str, str]:
+    """How the model's prompts are rendered, as :func:`nt_utils.models.load` takes it."""
+    names = ("system_prompt", "chat_template", "template_arguments", "date")
+    return {name: value for name in names if (value := getattr(parameters, name, ""))}
 
 
 def _check_numbers(subject: Subject) -> None:
@@ -73,6 +84,8 @@ def _check_numbers(subject: Subject) -> None:
                 found = subject.splits.require(role, use, least)
                 if found < given[name]:
                     print(f"{role}: {found} prompts to {use} with, where {name} asks for {given[name]}")
+                if not subject.is_testbed:
+                    subject.rows(role, use, given[name])  # refuses what is too long for the model
             elif role in ("harmful", "second_language") and use in ("detect", "tune"):
                 try:
                     splits.pairs(given[name], use, "en" if role == "harmful" else "de", given["seed"])
@@ -176,8 +189,13 @@ class Subject:
             made = self.testbed if source == p.model else self._testbed(source)
             source = str(made.aligned if which == "model" else made.unaligned)
         with self.run.timed(f"load {which}"), quiet:
-            lm = models.load(source, dtype=p.dtype, device_map=p.device_map, system_prompt=p.system_prompt or None)
+            lm = models.load(source, dtype=p.dtype, device_map=p.device_map, **text_options(p))
         self.run.record(f"{which} weights", lm.weights_fingerprint)
+        text = {**lm.text_identity, "template": lm.template_name}
+        self.run.record(f"{which} text", text)
+        self.run.record(f"{which} precision", f"{str(lm.model.dtype).removeprefix('torch.')} ({lm.dtype_reason})")
+        if lm.template_name == "plain" and text_options(p).get("chat_template", "auto") == "auto":
+            print(f"{which}: no chat template; its prompts are plain text (chat_template names another)")
         self.run.record(f"{which} architecture", lm.view.space.architecture)
         return lm
 
@@ -189,9 +207,8 @@ class Subject:
         prompts = self.prompts[role]
         path = self.run.path("scores", f"{role}_{positions}_{'-'.join(kinds)}.safetensors")
         key = {
-            "weights": lm.weights_fingerprint,
+            "model": lm.identity() or uuid.uuid4().hex,  # what cannot be identified is computed anew
             "prompts": prompts.fingerprint,
-            "system": lm.system_prompt,
             "code": code_fingerprint(),
         }
         options = {"kinds": kinds, "positions": positions, "batch_size": self.parameters.batch_size}
@@ -216,7 +233,26 @@ class Subject:
     def rows(self, role: str, use: str, n: int | None = None) -> PromptSet:
         """Prompts of a role (harmful, benign, borderline, general, second_language, new_task) that serve a use: detect,
         tune, develop or test. See :mod:`nt_utils.data.splits`."""
-        return self.splits.rows(role, use, n)
+        return self._fitted(role, self.splits.rows(role, use, n))
+
+    @cached_property
+    def prompter(self) -> Prompter:
+        """What renders and counts the prompts of the model under study, without its weights."""
+        from nt_utils import models
+
+        source = str(self.testbed.aligned) if self.is_testbed else model_source(self.parameters, "model")
+        return models.load_prompter(source, **text_options(self.parameters))
+
+    def _fitted(self, role: str, prompts: PromptSet) -> PromptSet:
+        """Running text cut to ``general_tokens``; any other prompt refused that leaves no room for an answer."""
+        p = self.parameters
+        if self.is_embedded or not len(prompts):  # the testbed's own prompts are short
+            return prompts
+        limits: dict[str, Any] = {"room": getattr(p, "max_new_tokens", 0) or ANSWER_TOKENS}
+        if role == "general":
+            limits = {"max_tokens": getattr(p, "general_tokens", GENERAL_TOKENS), "cut": True}
+        texts = iter(self.prompter.fit(prompts.texts, role=role, **limits))
+        return prompts.map(lambda prompt: prompt.replace(text=next(texts)))
 
     @property
     def n_detect(self) -> int:
@@ -294,7 +330,7 @@ class Subject:
             borderline=found.get("borderline") or None,
             text=text,
             attacks=_names(getattr(p, "attacks", "")),
-            max_new_tokens=p.max_new_tokens or 256,
+            max_new_tokens=p.max_new_tokens or ANSWER_TOKENS,
             name=study_name(p.model, p.study),
         )
         if split == "test" and "second_language" in self.splits:
