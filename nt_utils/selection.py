@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -182,7 +183,7 @@ def root_mean_square(scores: NeuronScores, kinds: Sequence[str] = POOL) -> Ranki
 #: Shares of the units that make the first three groups; the rest is CU (methods.md section 3; ours).
 PROPORTIONS = {"SCU": 0.03, "UCU": 0.10, "RU": 0.20}
 SCORES = ("weighted variance", "variance", "mean square")
-CONTRASTS = ("log ratio", "difference")
+CONTRASTS = ("difference", "log ratio")
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ class UnitScores:
     safety: Tensor
     utility: Tensor
     head_dim: int
-    contrast: str = "log ratio"
+    contrast: str = "difference"
 
     def __post_init__(self):
         if self.contrast not in CONTRASTS:
@@ -206,7 +207,7 @@ class UnitScores:
 
     @property
     def difference(self) -> Tensor:
-        """How much more a unit does on safety data: the log ratio of the scores, or their difference (the paper)."""
+        """How much more a unit does on safety data: the difference of the scores (the paper), or their log ratio."""
         if self.contrast == "difference":
             return self.safety - self.utility
         tiny = torch.finfo(torch.float64).tiny  # a channel that never moves has score 0 on both: ratio 1
@@ -258,7 +259,7 @@ def unit_scores(
     utility: Fluctuation,
     *,
     score: str = "weighted variance",
-    contrast: str = "log ratio",
+    contrast: str = "difference",
     heads: bool = True,
 ) -> UnitScores:
     """Scores of every unit from the statistics on safety and on utility data [SSAH, section 3].
@@ -266,7 +267,7 @@ def unit_scores(
     Args:
         score: "weighted variance" (Var ||W||^2, the default), "variance", or "mean square" (E[x^2] ||W||^2); an attention
             head's is the sum of its channels'. Each is divided by its mean over the (layer, kind).
-        contrast: "log ratio" of the normalised scores, or their "difference", the paper's wording.
+        contrast: "difference" of the normalised scores, as the paper has it, or their "log ratio".
         heads: attention heads as units; False: o_proj channels.
 
     Raises:
@@ -377,26 +378,45 @@ def find_proportions(
 # -------------------------------------------------------------------------------------------------- controls
 
 
-def matched_random(chosen: NeuronSet, draws: int = 20, seed: int = 0) -> list[NeuronSet]:
-    """Random sets with as many neurons per layer and kind as ``chosen``, drawn from the neurons not chosen."""
+def matched_random(
+    chosen: NeuronSet, draws: int = 20, seed: int = 0, *, avoid: bool = True, unit: Mapping[Site, int] | None = None
+) -> list[NeuronSet]:
+    """Random sets with as many neurons per layer and kind as ``chosen``.
+
+    They are drawn from the neurons not chosen. Where a site has too few of those (more than half of it is chosen), they are
+    drawn from all of that site's neurons and overlap ``chosen`` as chance has it; ``meta["overlapping"]`` names such sites.
+
+    Args:
+        avoid: False draws from all neurons at every site.
+        unit: site -> neurons that are drawn together (the channels of an attention head); 1 where it is not given.
+    """
     _check_control(chosen, draws)
     generator = torch.Generator().manual_seed(seed)
-    return [_matched(chosen, lambda site, free: torch.rand(free.numel(), generator=generator)) for _ in range(draws)]
+    return [
+        _matched(chosen, lambda site, free: torch.rand(len(free), generator=generator), avoid, unit or {})
+        for _ in range(draws)
+    ]
 
 
 def global_random(chosen: NeuronSet, draws: int = 20, seed: int = 0, kinds: Sequence[str] = POOL) -> list[NeuronSet]:
-    """Random sets with as many neurons as ``chosen``, drawn over all layers and ``kinds`` from those not chosen."""
+    """Random sets with as many neurons as ``chosen``, drawn over all layers and ``kinds``.
+
+    From those not chosen; from all of them where more than half are chosen.
+    """
     _check_control(chosen, draws)
     generator = torch.Generator().manual_seed(seed)
     free = (~chosen.flat(kinds)).nonzero().flatten()
     if len(chosen) > free.numel():
-        raise InputError(f"chosen: {len(chosen)} neurons leave only {free.numel()} others to draw from")
+        free = torch.arange(chosen.space.size(kinds))
     picks = [free[torch.randperm(free.numel(), generator=generator)[: len(chosen)]] for _ in range(draws)]
     return [NeuronSet.from_flat(chosen.space, p, kinds, meta={"rule": "global random"}) for p in picks]
 
 
 def foundation_control(chosen: NeuronSet, general: NeuronScores, rho: float = 1.0) -> NeuronSet:
-    """The most important foundation neurons outside ``chosen``, as many per layer and kind [SN, foundation neurons]."""
+    """The most important foundation neurons outside ``chosen``, as many per layer and kind [SN, foundation neurons].
+
+    Where more than half of a site is chosen, its most important neurons, chosen or not.
+    """
     _check_control(chosen, 1)
     kinds = [k for k in KINDS if k in general.kinds]
     reached = general.space.split(importance_reached(general, rho, kinds).values, kinds)
@@ -406,19 +426,22 @@ def foundation_control(chosen: NeuronSet, general: NeuronScores, rho: float = 1.
 def importance_matched(chosen: NeuronSet, benign: NeuronScores) -> NeuronSet:
     """For each chosen neuron another of its layer and kind with the nearest mean importance on benign prompts.
 
-    Greedy, the most important chosen neuron first, no neuron twice.
+    Greedy, the most important chosen neuron first, no neuron twice; where more than half of a site is chosen, any other
+    neuron of it may be taken.
     """
     _check_control(chosen, 1)
     masks = {}
     for site, mask in chosen.masks.items():
         mean = benign.get(*site).mean(dim=0)
-        free = ~mask
-        if int(mask.sum()) > int(free.sum()):
-            raise InputError(f"chosen: layer {site[0]}, {site[1]}: no {int(mask.sum())} other neurons to match")
-        picked = torch.zeros_like(mask)
         wanted = mask.nonzero().flatten()
+        free = ~mask if 2 * len(wanted) <= len(mask) else torch.ones_like(mask)
+        picked = torch.zeros_like(mask)
         for index in wanted[torch.argsort(mean[wanted], descending=True, stable=True)]:
             distance = (mean - mean[index]).abs().masked_fill(~free, math.inf)
+            others = free.clone()
+            others[index] = False
+            if others.any():  # a neuron is its own match only where no other is left
+                distance[index] = math.inf
             nearest = int(distance.argmin())
             picked[nearest], free[nearest] = True, False
         masks[site] = picked
@@ -432,19 +455,25 @@ def _check_control(chosen: NeuronSet, draws: int) -> None:
         raise InputError(f"draws: got {draws!r}; allowed: a whole number, at least 1")
 
 
-def _matched(chosen: NeuronSet, order) -> NeuronSet:
-    """As many neurons per site as ``chosen``, outside it, those with the smallest ``order(site, free)`` first."""
-    masks = {}
+def _matched(
+    chosen: NeuronSet,
+    order: Callable[[Site, Tensor], Tensor],
+    avoid: bool = True,
+    unit: Mapping[Site, int] = MappingProxyType({}),
+) -> NeuronSet:
+    """As many units per site as ``chosen``, outside it where possible, those with the smallest ``order(site, free)`` first."""
+    masks, overlapping = {}, []
     for site, mask in chosen.masks.items():
-        free, need = (~mask).nonzero().flatten(), int(mask.sum())
-        if need > free.numel():
-            raise InputError(
-                f"chosen: layer {site[0]}, {site[1]} has {need} chosen neurons and only {free.numel()} others to draw"
-            )
-        picked = torch.zeros_like(mask)
+        width = unit.get(site, 1)
+        taken = mask[::width]
+        free, need = (~taken).nonzero().flatten(), int(taken.sum())
+        if not avoid or need > len(free):
+            free = torch.arange(len(taken))
+            overlapping.append(f"{site[0]}.{site[1]}")
+        picked = torch.zeros_like(taken)
         picked[free[torch.argsort(order(site, free), stable=True)[:need]]] = True
-        masks[site] = picked
-    return NeuronSet(chosen.space, masks, meta={"rule": "matched"})
+        masks[site] = picked.repeat_interleave(width)
+    return NeuronSet(chosen.space, masks, meta={"rule": "matched", "overlapping": overlapping})
 
 
 def expected_jaccard(a: NeuronSet, b: NeuronSet) -> float:

@@ -126,6 +126,32 @@ def test_matched_random_keeps_the_counts_and_avoids_the_chosen():
     assert selection.matched_random(CHOSEN, 1, seed=4)[0] != draws[0]
 
 
+def test_where_more_than_half_is_chosen_draws_overlap_as_chance_has_it():
+    masks = {(0, "ffn"): torch.arange(20) < 15, (1, "o"): torch.arange(SPACE.width((1, "o"))) < 2}
+    chosen = NeuronSet(SPACE, masks)
+    draws = selection.matched_random(chosen, 400, seed=0)
+    assert all(same_counts(d, chosen) and d.meta["overlapping"] == ["0.ffn"] for d in draws)
+    hits = [int((d.mask((0, "ffn")) & masks[0, "ffn"]).sum()) for d in draws]
+    assert min(hits) >= 10 and sum(hits) / len(hits) == pytest.approx(15 * 15 / 20, abs=0.15)  # hypergeometric
+    assert not any(int((d.mask((1, "o")) & masks[1, "o"]).sum()) for d in draws)
+    anywhere = selection.matched_random(chosen, 40, seed=0, avoid=False)
+    assert any(int((d.mask((1, "o")) & masks[1, "o"]).sum()) for d in anywhere)
+
+
+def test_units_are_drawn_whole():
+    width = SPACE.width((0, "o"))
+    chosen = NeuronSet(SPACE, {(0, "o"): torch.arange(width) < 2})
+    for draw in selection.matched_random(chosen, 10, seed=1, unit={(0, "o"): 2}):
+        pairs = draw.mask((0, "o")).view(-1, 2)
+        assert pairs.all(1).sum() == 1 and pairs.any(1).sum() == 1 and not pairs[0].any()
+
+
+def test_other_controls_exist_where_more_than_half_is_chosen(tmp_path):
+    chosen, scores = NeuronSet(SPACE, {(0, "ffn"): torch.arange(20) < 15}), scored(tmp_path, 5)
+    for control in (selection.foundation_control(chosen, scores), selection.importance_matched(chosen, scores)):
+        assert same_counts(control, chosen) and control != chosen
+
+
 def test_global_random_keeps_only_the_total():
     draws = selection.global_random(CHOSEN, 20, seed=3)
     assert all(len(d) == len(CHOSEN) and len(d & CHOSEN) == 0 and not len(d - d.only(POOL)) for d in draws)
@@ -189,8 +215,6 @@ def test_chance_overlap_agrees_with_drawing():
         (lambda s: selection.mean_importance(s).top_share(1.2), "share"),
         (lambda s: selection.matched_random(NeuronSet(SPACE, {}), 2), "empty"),
         (lambda s: selection.matched_random(CHOSEN, 0), "draws"),
-        (lambda s: selection.matched_random(NeuronSet(SPACE, {(0, "ffn"): torch.ones(20).bool()}), 2), "layer 0, ffn"),
-        (lambda s: selection.global_random(selection.mean_importance(s).top(40), 2), "18 others"),
     ],
 )
 def test_bad_requests_get_one_line(tmp_path, call, message):

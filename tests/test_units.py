@@ -1,5 +1,6 @@
 """Unit maps: an exact partition, from scores that equal numpy, kept in files that show damage."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -40,9 +41,10 @@ def test_scores_equal_numpy(lm, statistics, scores):
             raw = raw.reshape(4, 8).sum(1) if kind == "o" else raw
             wanted.append(raw / raw.mean())
         np.testing.assert_allclose(found.numpy(), np.concatenate(wanted), rtol=1e-6)
-    np.testing.assert_allclose(
-        scores.difference.numpy(), np.log(scores.safety.numpy()) - np.log(scores.utility.numpy()), rtol=1e-9
-    )
+    safety, utility = scores.safety.numpy(), scores.utility.numpy()
+    np.testing.assert_allclose(scores.difference.numpy(), safety - utility, rtol=1e-9)
+    ratio = dataclasses.replace(scores, contrast="log ratio")
+    np.testing.assert_allclose(ratio.difference.numpy(), np.log(safety) - np.log(utility), rtol=1e-9)
     assert scores.difference.std() > 0.1, "the two data sets must differ for any of this to mean something"
 
 

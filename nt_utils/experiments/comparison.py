@@ -23,7 +23,6 @@ from nt_utils.evaluation import metrics
 from nt_utils.evaluation.suite import Suite
 from nt_utils.experiments.bench import Action, Bench, Measure
 from nt_utils.experiments.definitions import DIFFERENCES, Definitions, answered
-from nt_utils.experiments.detection import possible
 from nt_utils.experiments.finetuning import Scope
 from nt_utils.interventions import modulation
 from nt_utils.interventions.delta import Delta
@@ -200,7 +199,7 @@ class Chosen:
         return Chosen(self.sets, {name: {} for name in self.sets})
 
     def random(self, name: str) -> list[NeuronSet]:
-        """The definition's matched random sets; none where too few other neurons were left to draw."""
+        """The definition's matched random sets."""
         return self.controls[name].get("random", [])
 
 
@@ -213,12 +212,11 @@ def choose(rankings: Mapping[str, Ranking], share: float, draws: int, seed: int,
     sets = {name: ranking.top_share(share) for name, ranking in rankings.items()}
     controls = {}
     for name, chosen in sets.items():
-        wanted = {"random": lambda c=chosen: selection.matched_random(c, draws, seed)}
+        controls[name] = {"random": selection.matched_random(chosen, draws, seed)}
         if general is not None:
-            wanted["foundation"] = lambda c=chosen: [selection.foundation_control(c, general)]
+            controls[name]["foundation"] = [selection.foundation_control(chosen, general)]
         if benign is not None:
-            wanted["same importance"] = lambda c=chosen: [selection.importance_matched(c, benign)]
-        controls[name] = possible(wanted)
+            controls[name]["same importance"] = [selection.importance_matched(chosen, benign)]
     return Chosen(sets, controls)
 
 

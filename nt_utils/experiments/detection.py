@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 
 from nt_utils import selection
-from nt_utils.errors import InputError
 from nt_utils.evaluation import metrics
 from nt_utils.experiments.bench import Action, Bench, Measure
 from nt_utils.neurons import NeuronScores, NeuronSet
@@ -138,9 +137,7 @@ def dose_table(
     for share in sorted(shares):
         for name, ranking in rankings.items():
             rows += bench.rates(ranking.top_share(share), measures, rule=name, share=share)
-        matched = _matched_if_possible(rankings[random_of].top_share(share), draws, seed)
-        if not matched:
-            continue
+        matched = selection.matched_random(rankings[random_of].top_share(share), draws, seed)
         for m in measures or bench.measures:
             rates = [bench(d).rate(m.set, m.metric) for d in matched]
             values = [r.value for r in rates]
@@ -158,20 +155,9 @@ def dose_table(
     return pd.DataFrame(rows)
 
 
-def _matched_if_possible(chosen: NeuronSet, draws: int, seed: int) -> list[NeuronSet]:
-    """Matched random sets; none at a dose that takes more than half of a projection."""
-    return possible({"matched": lambda: selection.matched_random(chosen, draws, seed)}).get("matched", [])
-
-
 def possible(controls: Mapping[str, Callable]) -> dict:
-    """The controls that can be drawn: a set that takes more than half of a projection leaves too few others."""
-    drawn = {}
-    for name, draw in controls.items():
-        try:
-            drawn[name] = draw()
-        except InputError as error:
-            print(f"no control {name!r}: {error}")
-    return drawn
+    """Every control drawn."""
+    return {name: draw() for name, draw in controls.items()}
 
 
 # ------------------------------------------------------------------------------------------------ languages

@@ -314,16 +314,7 @@ def random_sets(safety: NeuronSet, utility: NeuronSet, draws: int, seed: int) ->
 
     Chosen neurons may be drawn again: where a site is chosen by half and more, too few others are left.
     """
-    chosen = safety | utility
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for _ in range(draws):
-        masks = {}
-        for site, mask in chosen.masks.items():
-            picks = torch.randperm(mask.numel(), generator=generator)[: int(mask.sum())]
-            masks[site] = torch.zeros_like(mask).index_fill_(0, picks, True)
-        found.append(NeuronSet(chosen.space, masks, meta={"rule": "random, as chosen"}))
-    return found
+    return selection.matched_random(safety | utility, draws, seed, avoid=False)
 
 
 def nothing(like: NeuronSet) -> NeuronSet:

@@ -11,7 +11,6 @@ from functools import reduce
 
 import numpy as np
 import pandas as pd
-import torch
 
 from nt_utils import selection
 from nt_utils.data.records import Prompt
@@ -20,7 +19,7 @@ from nt_utils.experiments.bench import Bench, Measure
 from nt_utils.experiments.detection import random_rows
 from nt_utils.interventions.pruning import Prune
 from nt_utils.models import LanguageModel
-from nt_utils.neurons import NeuronSet, Site
+from nt_utils.neurons import NeuronSet
 from nt_utils.scoring.fluctuation import Fluctuation, fluctuation
 from nt_utils.selection import Cost, UnitScores, expected_jaccard, unit_scores
 from nt_utils.units import CATEGORIES, UnitMap, shared_prompts
@@ -167,21 +166,8 @@ def random_like(units: UnitMap, chosen: NeuronSet, draws: int, seed: int) -> lis
 
     Drawn from the units outside the set, where those are enough, else from all units of the site.
     """
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for _ in range(draws):
-        masks: dict[Site, torch.Tensor] = {}
-        for site in units.labels:
-            count = len(units.units(site))
-            width = units.space.width(site) // count
-            own = chosen.mask(site)[::width]
-            need, others = int(own.sum()), (~own).nonzero().flatten()
-            pool = others if len(others) >= need else torch.arange(count)
-            picked = torch.zeros(count, dtype=torch.bool)
-            picked[pool[torch.randperm(len(pool), generator=generator)[:need]]] = True
-            masks[site] = picked.repeat_interleave(width)
-        found.append(NeuronSet(units.space, masks, meta={"rule": "random units"}))
-    return found
+    widths = {site: units.space.width(site) // len(units.units(site)) for site in units.labels}
+    return selection.matched_random(chosen, draws, seed, unit=widths)
 
 
 def pruning_table(
