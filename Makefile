@@ -27,7 +27,7 @@ BIN := $(PREFIX)/bin
 LISTS := $(shell (cat pyproject.toml constraints.txt; echo "$(CURDIR) $(TORCH_INDEX)") | cksum | cut -d' ' -f1)
 READY := $(PREFIX)/.nt-utils-$(LISTS)
 
-.PHONY: study plan test lab browser figures publish docs report bench bench-gpu lint clean help env env-test env-dev env-browser
+.PHONY: study plan test lab browser figures publish reproduce docs report bench bench-gpu lint clean help env env-test env-dev env-browser
 
 study: env ## run the study: executed notebooks, tables and figures in runs/<study>/seed-<seed>/
 	@$(BIN)/python -m nt_utils.study.batch study --studies "$(STUDY)" --seeds "$(SEEDS)" --preset "$(PRESET)" --cores "$(CORES)"
@@ -53,6 +53,10 @@ publish: env ## collect the runs' claims, figures and executed notebooks into fi
 
 docs: env-dev ## build the pages of docs/ into build/site, with their links checked
 	@$(BIN)/python -m nt_utils.study.docs && $(BIN)/mkdocs build --strict --quiet
+
+reproduce: CORES = 1
+reproduce: env ## rerun a published study into runs/reproduce/ and compare its tables and verdicts with the published ones
+	@$(BIN)/python -m nt_utils.study.reproduce --study "$(STUDY)" --cores "$(CORES)"
 
 report: env ## one self-contained HTML of an executed study: runs/<study>/seed-<seed>/report.html
 	@$(BIN)/python -m nt_utils.study.report --studies "$(STUDY)" --seeds "$(SEEDS)" --preset "$(PRESET)"

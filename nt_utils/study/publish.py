@@ -57,6 +57,11 @@ def publish(studies: Mapping[str, Sequence[Path]], root: Path) -> None:
     print(f"published {len(table)} rows of {table['model'].nunique()} models to {target}")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with atomic(path) as tmp:
@@ -100,7 +105,7 @@ def publish_figures(folder: Path, target: Path) -> None:
     if target.is_dir():
         shutil.rmtree(target)
     for note in sorted((folder / "provenance").glob("[0-9][0-9]_*.json")):
-        known = json.loads(note.read_text(encoding="utf-8"))
+        known = read_json(note)
         tables = sorted((folder / "figures").glob(f"{note.stem[:2]}_*.csv"))
         for table in tables:
             for suffix in PUBLISHED:
@@ -152,7 +157,7 @@ def questions(notebook: Path) -> dict[str, tuple[str, str, list[str]]]:
         for name in drawn:
             found[name] = (heading, words, here or list(dict.fromkeys(ids)))
 
-    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+    for cell in read_json(notebook)["cells"]:
         source = "".join(cell["source"])
         title = re.search(r"^#+ +(.+)$", source, re.M) if cell["cell_type"] == "markdown" else None
         if title:
@@ -174,7 +179,7 @@ def gallery(figures: Path, root: Path) -> str:
         folder, study = made.parent, made.parent.parent.name
         notebook = root / "notebooks" / f"{folder.name}.ipynb"
         asked = questions(notebook) if notebook.is_file() else {}
-        told = caption(json.loads(made.read_text(encoding="utf-8")))
+        told = caption(read_json(made))
         executed = f"../notebooks/executed/{study}/{folder.name}.ipynb"
         lines += [f"## {study}: [{folder.name}]({executed})", ""]
         for table in sorted(folder.glob("*.csv")):
@@ -186,6 +191,11 @@ def gallery(figures: Path, root: Path) -> str:
             lines += [f"### {heading}", "", f"![{alt}]({where}.png)", "", f"*{ledger.escaped(told)}.* {words}", ""]
             lines += [f"Claims: {said}. [Table]({where}.csv), [notebook]({executed}).", ""]
     return "\n".join(lines)
+
+
+def links(page: str) -> list[str]:
+    """Targets of a Markdown page's links and pictures that lie in the checkout."""
+    return [t for t in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page) if "://" not in t]
 
 
 # ------------------------------------------------------------------------------------------------ executed notebooks
@@ -206,7 +216,7 @@ def publish_notebooks(folder: Path, target: Path, root: Path) -> None:
         node = nbformat.read(source, as_version=4)
         clean(node, root)
         if note.is_file():
-            node.cells.insert(0, _front_cell(source.stem, folder, json.loads(note.read_text(encoding="utf-8"))))
+            node.cells.insert(0, _front_cell(source.stem, folder, read_json(note)))
         text = nbformat.writes(node)
         if len(text.encode()) > MOST_BYTES:
             raise InputError(

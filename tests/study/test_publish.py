@@ -1,0 +1,147 @@
+"""What is published: figures, gallery and executed notebooks without traces of the machine; and whether it reproduces."""
+
+import base64
+import io
+import json
+import platform
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
+
+from nt_utils.errors import InputError
+from nt_utils.study import publish, reproduce
+from tests.study.test_ledger import make_run
+
+NAME = "02_sn_tune"
+
+
+def picture(width=1600):
+    buffer = io.BytesIO()
+    Image.effect_noise((width, width // 2), 60).convert("RGB").save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A checkout with one notebook, a README with markers, and a finished run of the testbed."""
+    (tmp_path / "notebooks").mkdir()
+    cells = [
+        new_markdown_cell("# SN-Tune"),
+        new_markdown_cell("## Does tuning cost utility?\n\nFirst sentence. Second one. Third one.\n\nMore."),
+        new_code_cell('run.figure("sn_steps", table)\nrun.measured("S8", interval)'),
+    ]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "notebooks" / f"{NAME}.ipynb")
+    marks = (publish.BEGIN, publish.END)
+    (tmp_path / "README.md").write_text(f"before\n{marks[0]}\nstale\n{marks[1]}\nafter\n")
+    finished(tmp_path, tmp_path / "runs" / "testbed-full" / "seed-0")
+    return tmp_path
+
+
+def finished(root, folder, value=-0.3):
+    run = make_run(folder, testbed={"passed": True, "fingerprint": "abcd"}, **{"model weights": "0123"})
+    run.parameters.preset = "full"
+    run.measured("S8", (value, value - 0.03, value + 0.03, 80))
+    (folder / "figures").mkdir(parents=True)
+    pd.DataFrame({"arm": ["a", "b"], "value": [0.25, 1 + value]}).to_csv(
+        folder / "figures" / "02_sn_steps.csv", index=False
+    )
+    (folder / "figures" / "02_sn_steps.png").write_bytes(base64.b64decode(picture(40)))
+    outputs = [
+        new_output("display_data", data={"image/png": picture(), "text/plain": "<Image>"}),
+        new_output("stream", name="stdout", text=f"saved in {root}/runs on {platform.node()}, {Path.home()}"),
+        new_output("stream", name="stderr", text="Loading weights: 0%"),
+        new_output("display_data", data={"application/vnd.jupyter.widget-view+json": {}, "text/plain": "HBox()"}),
+    ]
+    cell = new_code_cell("1 + 1", outputs=outputs, metadata={"papermill": {"duration": 1}})
+    nbformat.write(new_notebook(cells=[cell], metadata={"papermill": {"input_path": "/x"}}), folder / f"{NAME}.ipynb")
+    run.finish()
+    return folder
+
+
+@pytest.fixture
+def published(root):
+    publish.publish({"testbed": [root / "runs" / "testbed-full" / "seed-0"]}, root)
+    return root
+
+
+def test_the_front_page_ledger_and_claims_page_are_written(published):
+    text = (published / "README.md").read_text()
+    assert text.startswith("before") and text.endswith("after\n") and "stale" not in text
+    assert "| S8 | SN-Tune works because" in text and "**holds** -30 [-33, -27]" in text
+    assert len(pd.read_csv(published / "figures" / "findings.csv")) == 56
+    assert "## S8." in (published / "docs" / "claims.md").read_text()
+    (published / "README.md").write_text("no markers")
+    with pytest.raises(InputError, match="markers"):
+        publish.write_between(published / "README.md", publish.BEGIN, publish.END, "x")
+
+
+def test_the_gallery_has_every_figure_with_question_caption_claims_and_links_that_lead_somewhere(published):
+    page = (published / "figures" / "README.md").read_text()
+    assert "### Does tuning cost utility?" in page
+    assert "First sentence. Second one." in page and "Third" not in page
+    assert "testbed, seed 0, preset full" in page
+    assert "Claims: [S8](../docs/claims.md)." in page
+    for target in publish.links(page):
+        assert (published / "figures" / target).exists(), target
+
+
+def test_executed_notebooks_name_no_machine_and_show_no_progress(published):
+    path = published / "notebooks" / "executed" / "testbed" / f"{NAME}.ipynb"
+    text = path.read_text()
+    for hidden in (str(published), str(Path.home()), "Loading weights", "HBox", "papermill", "input_path"):
+        assert hidden not in text, hidden
+    if len(platform.node()) > 3:
+        assert platform.node() not in text
+    node = nbformat.read(path, as_version=4)
+    nbformat.validate(node)
+    assert "seed 0, preset full" in node.cells[0].source and "make study STUDY=testbed" in node.cells[0].source
+    image = Image.open(io.BytesIO(base64.b64decode(node.cells[1].outputs[0].data["image/png"])))
+    assert image.size == (publish.WIDTH, publish.WIDTH // 2)
+    assert path.stat().st_size < publish.MOST_BYTES
+
+
+def test_too_large_a_notebook_is_refused(root, monkeypatch):
+    monkeypatch.setattr(publish, "MOST_BYTES", 1000)
+    with pytest.raises(InputError, match="at most 0.001 MB"):
+        publish.publish({"testbed": [root / "runs" / "testbed-full" / "seed-0"]}, root)
+
+
+# ---------------------------------------------------------------------------------------------------- reproducing
+
+
+def test_tables_are_compared_cell_by_cell():
+    before = pd.DataFrame({"a": ["x", "y"], "b": [1.0, float("nan")]})
+    assert reproduce.compare_tables(before, before.copy())["says"] == "equal"
+    close = reproduce.compare_tables(before, before.assign(b=[1.00005, float("nan")]))
+    assert (close["equal"], close["close"], close["different"], close["says"]) == (3, 1, 0, "within 0.0001")
+    far = reproduce.compare_tables(before, before.assign(b=[1.1, float("nan")]))
+    assert (far["different"], far["says"]) == (1, "differs") and far["largest"] == pytest.approx(0.1 / 1.1)
+    assert reproduce.compare_tables(before, before[:1])["says"] == "2 x 2 cells, now 1 x 2"
+
+
+@pytest.mark.parametrize(
+    ("value", "status", "says"), [(-0.3, 0, "equal"), (-0.31, 0, "equal"), (0.3, 1, "S8: holds, now does not hold")]
+)
+def test_a_rerun_passes_exactly_when_its_verdicts_are_equal(
+    published, tmp_path, monkeypatch, capsys, value, status, says
+):
+    folder = finished(published, tmp_path / "runs" / "reproduce" / "testbed-full" / "seed-0", value)
+    monkeypatch.setattr(reproduce, "project_root", lambda: published)
+    assert reproduce.main(["--study", "testbed", "--folder", str(folder)]) == status
+    table = pd.read_csv(folder / "reproduced.csv").set_index(["notebook", "table"]).loc[NAME]
+    assert table.loc["verdicts", "says"] == says
+    assert table.loc["02_sn_steps", "cells"] == 4
+    assert table.loc["02_sn_steps", "different"] == (value != -0.3)
+    (folder / "figures" / "02_sn_steps.csv").unlink()
+    assert reproduce.main(["--study", "testbed", "--folder", str(folder)]) == 1
+    assert "was not made" in capsys.readouterr().out
+
+
+def test_a_study_that_was_not_published_is_refused(published):
+    with pytest.raises(InputError, match="published: testbed"):
+        reproduce.published("other", published)
+    assert json.loads((published / "figures" / "testbed" / NAME / "made_with.json").read_text())["testbed"] == "abcd"
