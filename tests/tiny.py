@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from nt_utils.models import DecoderView, LanguageModel
+from nt_utils.scoring.reference import importance_by_hand
 
 VOCABULARY = 300
 SHAPE = {
@@ -38,6 +39,15 @@ SHAPE = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+GPT2_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
 }
 HEAD = {"head_dim": 12}  # not hidden / heads, on purpose
 LLAMA3_ROPE = {
@@ -88,9 +98,8 @@ CONFIGS = {
     "gpt_neox-sequential": lambda: GPTNeoXConfig(
         **{k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}, use_parallel_residual=False
     ),
-    "gpt2": lambda: GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, pad_token_id=0, bos_token_id=1
-    ),
+    "gpt2": lambda: GPT2Config(**GPT2_SHAPE),
+    "gpt2-scaled-by-layer": lambda: GPT2Config(**GPT2_SHAPE, scale_attn_by_inverse_layer_idx=True),
 }
 #: One name a family: for tests where variants add nothing.
 FAMILIES = [name for name in CONFIGS if "-" not in name]
@@ -178,6 +187,11 @@ def neuron_entries(view: DecoderView, layer: int, kind: str, index: int) -> list
     module = getattr(attention, f"{kind}_proj")
     entries = [(module.weight, (index,))]
     return entries if module.bias is None else [*entries, (module.bias, (index,))]
+
+
+def brute_force(view: DecoderView, ids: Tensor) -> dict[tuple[int, str], Tensor]:
+    """Importance of every neuron on one prompt, one pass of its block for each."""
+    return {(layer, kind): importance_by_hand(view, ids, layer, kind) for layer, kind in view.space.sites()}
 
 
 def hooks_left(model) -> int:

@@ -23,7 +23,7 @@ from nt_utils.models import DecoderView
 def zeroed(view: DecoderView, layer: int, kind: str, index: int) -> Iterator[None]:
     """The neuron's weights, and for q, k and v its bias, are 0 inside."""
     projection = view.projection(layer, kind)
-    weight, bias = projection.module.weight, getattr(projection.module, "bias", None)
+    weight, bias = projection.parameter, getattr(projection.module, "bias", None)
     stored = weight.t() if projection.transposed else weight  # [outputs, inputs]
     if kind in ("o", "ffn"):
         entries = [stored[:, index]]
