@@ -1,15 +1,22 @@
-"""One model, one suite, many interventions: each is evaluated once, and rates and paired differences are read off."""
+"""One model, one suite, many interventions: each set is evaluated once, and rates and paired differences are read off."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
+from nt_utils.data import corpus, splits
+from nt_utils.data.sources import load_prompts
 from nt_utils.evaluation import metrics
-from nt_utils.evaluation.suite import METRICS, Evaluation, Suite, evaluate
+from nt_utils.evaluation.metrics import Interval
+from nt_utils.evaluation.suite import METRICS, Evaluation, Suite, SuiteSet, evaluate
+from nt_utils.evaluation.utility import prose
 from nt_utils.interventions import Deactivate, Intervention
 from nt_utils.models import LanguageModel
 from nt_utils.neurons import NeuronSet
@@ -27,27 +34,98 @@ class Measure:
     label: str
 
 
+#: What notebooks measure, in the order of every figure's panels: role -> (sets that it may be read on, metric, label).
+ROLES = {
+    "direct": (("direct",), "asr", "direct ASR"),
+    "refused": (("direct",), "refusal", "direct requests refused"),
+    "second": (("second",), "asr", "second harmful set, ASR"),
+    "second refused": (("second",), "refusal", "second harmful set, refused"),
+    "attacked": (("wrapped",), "asr", "ASR inside attacks"),
+    "second language": (("direct-de", "direct-second"), "asr", "direct ASR, second language"),
+    "over": (("borderline",), "over_refusal", "over-refusal"),
+    "useful": (("utility", "benign"), "", "benign requests answered"),
+    "perplexity": (("text",), "perplexity", "perplexity"),
+    "kl": (("utility", "benign"), "kl", "KL to the untouched model"),
+    "likelihood": (("utility", "benign"), "reference_likelihood", "log-likelihood of reference answers"),
+}
+
+
+def measures(suite: Suite, *roles: str) -> dict[str, Measure]:
+    """Role -> measure, for those of ROLES (or of ``roles``) that the suite has the set for, in the order of ROLES.
+
+    "useful" is correct answers where answers are known, else benign requests answered; "likelihood" needs prompts with a
+    reference answer.
+    """
+    found = {}
+    for role, (names, metric, label) in ROLES.items():
+        name = next((n for n in names if n in suite), None)
+        if name is None or (roles and role not in roles):
+            continue
+        if role == "likelihood" and not all(p.helpful for p in suite[name].prompts):
+            continue
+        if role == "useful":
+            known = "helpful" in suite[name].metrics
+            metric, label = ("helpful", "utility (correct answers)") if known else ("compliance", label)
+        found[role] = Measure(name, metric, label)
+    return found
+
+
+def with_prose(suite: Suite, seed: int, split: str = "test", n: int = 16) -> Suite:
+    """The suite with n passages of the prose that Python carries as its set "text", for perplexity on real text.
+
+    The development split has other passages than the test split. A suite of embedded prompts keeps the embedded text.
+    """
+    if "text" in suite and suite["text"].prompts[0].source == corpus.SOURCE:
+        return suite
+    passages = prose(2 * n, seed=seed)
+    text = SuiteSet("text", passages[:n] if split == "test" else passages[n:], ("perplexity",))
+    return dataclasses.replace(suite, sets=(*(s for s in suite.sets if s.name != "text"), text))
+
+
+def with_harmful(suite: Suite, source: str, n: int, seed: int) -> Suite:
+    """The suite with a set "second": up to n test prompts of another source of harmful prompts ("" for none)."""
+    if not source:
+        return suite
+    prompts = splits.rows(load_prompts(source, kind="harmful"), "test", n, seed)
+    second = SuiteSet("second", prompts, ("asr", "refusal", "degenerate"))
+    return dataclasses.replace(suite, sets=(*suite.sets, second))
+
+
 def trimmed(suite: Suite, measures: Sequence[Measure]) -> Suite:
-    """The suite without what nobody reads: refusal margins, for one, cost a pass over every set."""
-    wanted = {(m.set, m.metric) for m in measures}
-    sets = [
-        dataclasses.replace(s, metrics=tuple(m for m in s.metrics if (s.name, m) in wanted or m in METRICS), groups=())
-        for s in suite.sets
-        if "perplexity" not in s.metrics or (s.name, "perplexity") in wanted
-    ]
+    """The suite with the sets that are read, and of what costs a pass of its own (refusal margins) only what is read."""
+    sets = []
+    for member in suite.sets:
+        wanted = [m.metric for m in measures if m.set == member.name]
+        kept = tuple(dict.fromkeys([*(m for m in member.metrics if m in wanted or m in METRICS), *wanted]))
+        if wanted:
+            sets.append(dataclasses.replace(member, metrics=kept, groups=()))
     return dataclasses.replace(suite, sets=tuple(sets))
 
 
 def rates(found: Evaluation, measures: Sequence[Measure], **labels) -> list[dict]:
     """One row a measure: labels, metric, value, low, high (its interval), n."""
-    rows = []
-    for m in measures:
-        value, low, high, n = found.rate(m.set, m.metric)
-        rows.append({**labels, "metric": m.label, "value": value, "low": low, "high": high, "n": n})
-    return rows
+    return [{**labels, "metric": m.label, **found.rate(m.set, m.metric)._asdict()} for m in measures]
 
 
-def difference(controls: Sequence[Evaluation], after: Evaluation, measure: Measure, seed: int = 0) -> metrics.Interval:
+def draw_rows(found: Sequence[Interval], label: str = "", **labels) -> list[dict]:
+    """Rows of a random control from its draws' rates: the mean with its t interval, and the largest with its own.
+
+    Args:
+        found: one interval a draw; label: what the condition is called before ", mean of 8" and ", max of 8".
+    """
+    mean = metrics.t_interval([r.value for r in found])
+    low, high = max(mean.low, 0.0), min(mean.high, 1.0)
+    largest = max(found, key=lambda r: r.value)
+    both = {"mean": Interval(mean.value, low, high, found[0].n), "max": largest}
+    return [{**labels, "condition": f"{label}, {how} of {len(found)}", **r._asdict()} for how, r in both.items()]
+
+
+def spread(values: Sequence[float], n: int) -> dict:
+    """Mean, smallest and largest of some values as a row's value, low and high."""
+    return {"value": float(np.mean(values)), "low": float(min(values)), "high": float(max(values)), "n": n}
+
+
+def difference(controls: Sequence[Evaluation], after: Evaluation, measure: Measure, seed: int = 0) -> Interval:
     """A rate minus the mean rate of the controls on the same prompts, resampled over topics and controls."""
 
     def values(found):
@@ -57,7 +135,7 @@ def difference(controls: Sequence[Evaluation], after: Evaluation, measure: Measu
     return metrics.clustered_difference([values(c) for c in controls], values(after), clusters, seed=seed)
 
 
-def clusters_of(found: Evaluation, name: str):
+def clusters_of(found: Evaluation, name: str) -> np.ndarray:
     """Cluster of each prompt of a set, 0, 1, ...: its topic, or itself where it has none."""
     rows = found.rows
     rows = rows[rows["set"] == name]
@@ -65,49 +143,119 @@ def clusters_of(found: Evaluation, name: str):
     return pd.factorize(topics)[0]
 
 
+def total(*parts: Interval) -> Interval:
+    """The sum of independent estimates, with the interval that recovers their variances (MOVER, Zou and Donner 2008).
+
+    Each side's half-widths are added in squares, so that intervals that are not symmetric stay so. n is the smallest.
+    """
+    value = sum(p.value for p in parts)
+    below = math.sqrt(sum((p.value - p.low) ** 2 for p in parts))
+    above = math.sqrt(sum((p.high - p.value) ** 2 for p in parts))
+    return Interval(value, value - below, value + above, min(p.n for p in parts))
+
+
+class Finding(NamedTuple):
+    """A quantity of one of the thirty claims: claim, row, part (see ``study.claims``), and its interval or why there is none."""
+
+    claim: str
+    row: str
+    part: str
+    found: Interval | str
+
+
+def hand_in(run, findings: Iterable[Finding]) -> None:
+    """Hand findings to the run (a ``study.Run``): measured quantities, and reasons why there is none."""
+    for claim, row, part, found in findings:
+        if isinstance(found, str):
+            run.not_testable(claim, found, row=row, part=part)
+        elif found.n and all(math.isfinite(x) for x in found[:3]):
+            run.measured(claim, found, row=row, part=part)
+        else:
+            run.not_testable(claim, "nothing could be compared", row=row, part=part)
+
+
 @dataclass
 class Bench:
-    """Evaluates a model under interventions; each once. A neuron set stands for zeroing it.
+    """Evaluates a model under interventions, each set once and only when it is read. A neuron set stands for zeroing it.
 
     Args:
         lm: the model; suite: what it is evaluated on; measures: which rates are read off;
-        batch_size: prompts generated at once (None: chosen by length).
+        batch_size: prompts generated at once (None: chosen by length);
+        judges: further judges that run beside each set's own.
     """
 
     lm: LanguageModel
     suite: Suite
     measures: Sequence[Measure]
     batch_size: int | None = None
+    judges: Sequence[Any] = ()
+    _done: dict[tuple[str, str], Evaluation] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
-        self._done: dict[str, Evaluation] = {}
         self.suite = trimmed(self.suite, self.measures)
 
-    def __call__(self, action: Action = None) -> Evaluation:
-        """The evaluation under this action (None: the model as it is)."""
+    def on(self, name: str, action: Action = None) -> Evaluation:
+        """The evaluation of one set under this action (None: the model as it is)."""
         intervention = Deactivate(action) if isinstance(action, NeuronSet) else action
-        key = intervention.key if intervention is not None else ""
+        key = (intervention.key if intervention is not None else "", name)
         if key not in self._done:
             self._done[key] = evaluate(
-                self.lm, self.suite, intervention=intervention, batch_size=self.batch_size, progress=False
+                self.lm,
+                self.suite.only(name),
+                intervention=intervention,
+                judges=self.judges,
+                batch_size=self.batch_size,
+                progress=False,
             )
         return self._done[key]
+
+    def __call__(self, action: Action = None) -> Evaluation:
+        """The evaluation of all sets under this action."""
+        found = [self.on(member.name, action) for member in self.suite.sets]
+        joined = {
+            name: pd.concat([getattr(f, name) for f in found], ignore_index=True)
+            for name in ("rows", "table", "agreement")
+        }
+        return dataclasses.replace(found[0], **joined)
+
+    def rate(self, measure: Measure, action: Action = None) -> Interval:
+        """One rate under this action, with its interval."""
+        return self.on(measure.set, action).rate(measure.set, measure.metric)
 
     def part(self, *measures: Measure) -> Bench:
         """The bench of some measures, with their sets alone; without measures itself."""
         if not measures:
             return self
-        return Bench(self.lm, self.suite.only(*dict.fromkeys(m.set for m in measures)), measures, self.batch_size)
+        sets = self.suite.only(*dict.fromkeys(m.set for m in measures))
+        return dataclasses.replace(self, suite=sets, measures=measures)
 
     def rates(self, action: Action, measures: Sequence[Measure] | None = None, **labels) -> list[dict]:
-        """One row a measure: labels, metric, value, low, high (Wilson), n."""
-        return rates(self(action), measures or self.measures, **labels)
+        """One row a measure: labels, metric, value, low, high, n."""
+        return [row for m in measures or self.measures for row in rates(self.on(m.set, action), [m], **labels)]
 
-    def change(self, action: Action, measure: Measure, seed: int = 0) -> metrics.Interval:
+    def mean_rates(self, actions: Sequence[Action], measures: Sequence[Measure] | None = None, **labels) -> list[dict]:
+        """One row a measure: the mean over the actions (random draws), with the smallest and largest as low and high."""
+        rows = []
+        for m in measures or self.measures:
+            found = [self.rate(m, action) for action in actions]
+            rows.append({**labels, "metric": m.label, **spread([f.value for f in found], found[0].n)})
+        return rows
+
+    def change(self, action: Action, measure: Measure, seed: int = 0) -> Interval:
         """Rate under the action minus the rate without, paired over prompts, resampled by topic."""
         return self.excess(action, [None], measure, seed)
 
-    def excess(self, action: Action, controls: Sequence[Action], measure: Measure, seed: int = 0) -> metrics.Interval:
+    def excess(self, action: Action, controls: Sequence[Action], measure: Measure, seed: int = 0) -> Interval:
         """Rate under the action minus the mean rate of the controls, over topics and control draws."""
+        controls_found = [self.on(measure.set, c) for c in controls]
+        return difference(controls_found, self.on(measure.set, action), measure, seed)
 
-        return difference([self(c) for c in controls], self(action), measure, seed)
+    def jailbroken(
+        self, action: Action, controls: Sequence[Action], harm: Measure, useful: Measure, seed: int = 0
+    ) -> Interval:
+        """How much more this action jailbreaks than the controls do: harmful requests answered minus benign ones lost.
+
+        Both are differences to the untouched model, which drops out when two actions are compared: what remains is the
+        sum of the differences in ``harm`` (a success rate of attacks) and in ``useful`` (benign requests answered).
+        """
+        return total(*(self.excess(action, controls, m, seed) for m in (harm, useful)))

@@ -67,7 +67,7 @@ def draw(table: Path, width: str = "text", folder: Path | None = None, pictures:
         with atomic(target.with_suffix(suffix)) as tmp:
             tmp.write_text(write(frame), encoding="utf-8")
     with style.look(width):
-        drawn = FIGURES[name](frame)
+        drawn = FIGURES[name](style.shown(frame))
         style.fit(drawn)
         if is_quick(table):
             style.watermark(drawn, "quick preset: no result")

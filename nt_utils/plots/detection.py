@@ -10,6 +10,7 @@ import pandas as pd
 from nt_utils.plots.style import (
     COLOURS,
     GREY,
+    colours,
     counts,
     figure,
     interval,
@@ -35,50 +36,124 @@ def where(table: pd.DataFrame) -> Figure:
 
 
 @figure
-def deactivation(table: pd.DataFrame) -> Figure:
-    """Notebook 01: the model with each set of neurons zeroed.
+def tokens(table: pd.DataFrame) -> Figure:
+    """Notebook 01: single neurons' activations over the tokens of a harmful and of a harmless prompt.
 
-    Columns: condition, group (none, chosen, control), metric, value, low, high, n. Random controls: the
-    mean over the draws with a t interval over them, and the largest draw with its Wilson interval.
+    Columns: prompt, position, token, neuron, value.
     """
-    metrics, conditions = ordered(table["metric"]), ordered(table["condition"])
-    drawn, axes = panels(1, len(metrics), height=0.29 * len(conditions) + 1.1, sharey=True)
-    colours = {"none": "#000000", "chosen": COLOURS[1], "control": COLOURS[0]}
-    for ax, metric in zip(axes[0], metrics, strict=True):
-        rows = table[table["metric"] == metric]
-        for group, part in rows.groupby("group", sort=False):
-            y = [conditions.index(c) for c in part["condition"]]
-            interval(ax, y, part, colours.get(str(group), GREY), horizontal=True)
-        rate_rows(ax, conditions, f"{metric}\n({counts(rows)})")
-    note(drawn, "95% Wilson intervals; of a mean of draws: 95% t interval over the draws", table)
+    prompts, neurons = ordered(table["prompt"]), ordered(table["neuron"])
+    drawn, axes = panels(len(prompts), 1, height=2.1 * len(prompts), sharey=True)
+    paint = colours(neurons)
+    for ax, prompt in zip(axes[:, 0], prompts, strict=True):
+        rows = table[table["prompt"] == prompt]
+        for neuron, part in rows.groupby("neuron", sort=False):
+            ax.plot(part["position"], part["value"], "o-", ms=3, color=paint[str(neuron)], label=neuron)
+        first = rows.drop_duplicates("position")
+        labels = [str(t).replace("\n", "\\n").strip() or "space" for t in first["token"]]
+        ax.set_xticks(first["position"], labels, rotation=60, ha="right", fontsize=6.5)
+        ax.axhline(0, color=GREY, lw=0.8)
+        ax.set_title(prompt)
+        ax.set_ylabel("activation")
+    axes[0, 0].legend(loc="upper left")
     return drawn
 
 
 @figure
-def dose(table: pd.DataFrame) -> Figure:
-    """Notebook 01: rates against the share of the pool that is zeroed.
+def deactivation(table: pd.DataFrame) -> Figure:
+    """Notebook 01: the model with each set of neurons zeroed.
 
-    Columns: rule, share, metric, value, low, high, n.
+    Columns: condition, group (none, chosen, control), metric, value, low, high, n. Random controls: the
+    mean over the draws with a t interval over them, and the largest draw with its own interval.
     """
-    metrics, rules = ordered(table["metric"]), ordered(table["rule"])
-    drawn, axes = panels(1, len(metrics), height=3.1, sharey=True)
+    metrics, conditions = ordered(table["metric"]), ordered(table["condition"])
+    drawn, axes = panels(1, len(metrics), height=0.29 * len(conditions) + 1.1, sharey=True)
+    paint = colours(conditions)
     for ax, metric in zip(axes[0], metrics, strict=True):
         rows = table[table["metric"] == metric]
-        for i, rule in enumerate(rules):
+        for condition, part in rows.groupby("condition", sort=False):
+            interval(ax, [conditions.index(condition)], part, paint[str(condition)], horizontal=True)
+        rate_rows(ax, conditions, f"{metric}\n({counts(rows)})")
+    note(drawn, "95% intervals; of a mean of draws: 95% t interval over the draws", table)
+    return drawn
+
+
+def _is_rate(rows: pd.DataFrame) -> bool:
+    """Whether a panel shows shares between 0 and 1: perplexity, divergence and likelihood are none."""
+    return not any(word in str(rows["metric"].iloc[0]) for word in ("perplexity", "KL", "likelihood"))
+
+
+@figure
+def dose(table: pd.DataFrame) -> Figure:
+    """Notebook 01: every measure against the share of the pool that is zeroed, one panel each.
+
+    Columns: rule, share (0: untouched; missing: an intervention without a dose), broken, metric, value, low, high, n.
+    Hollow marks: perplexity on real text is over 1.5 times the untouched model's.
+    """
+    metrics, rules = ordered(table["metric"]), ordered(table["rule"])
+    across = min(len(metrics), 3)
+    down = -(-len(metrics) // across)
+    drawn, axes = panels(down, across, height=2.35 * down + 0.7, sharex=True)
+    lines = dict(zip((r for r in rules if r.startswith("random")), ("--", ":", "-."), strict=False))
+    paint, broken = colours(rules), table.get("broken", pd.Series(False, index=table.index)).astype(bool)
+    for ax, metric in zip(axes.flat, metrics, strict=False):
+        rows = table[table["metric"] == metric]
+        for rule in rules:
             part = rows[rows["rule"] == rule].sort_values("share")
-            colour = GREY if "random" in rule else COLOURS[i]
-            ax.plot(part["share"], part["value"], "o-", color=colour, ms=3.5, label=rule)
-            ax.fill_between(part["share"], part["low"], part["high"], color=colour, alpha=0.16, lw=0)
+            if part.empty:
+                continue
+            if not (part["share"] > 0).any():
+                style = "-" if (part["share"] == 0).all() else "--"
+                ax.axhline(part["value"].iloc[0], color=paint[rule], ls=style, lw=1.1, label=rule, zorder=1)
+                continue
+            dashes = lines.get(rule, "-")
+            ax.plot(part["share"], part["value"], dashes, color=paint[rule], lw=1.3, zorder=2)
+            hollow = broken[part.index].to_numpy()
+            for marks, face in ((part[~hollow], paint[rule]), (part[hollow], "white")):
+                ax.plot(marks["share"], marks["value"], "o", color=paint[rule], mfc=face, ms=4, zorder=3)
+            ax.plot([], [], "o", ls=dashes, color=paint[rule], ms=4, lw=1.3, label=rule)
+            ax.fill_between(part["share"], part["low"], part["high"], color=paint[rule], alpha=0.14, lw=0)
         ax.set_xscale("log")
-        percent(ax.xaxis)
         ax.xaxis.set_major_formatter(lambda v, _: f"{100 * v:g}%")
-        percent(ax.yaxis)
-        ax.set_ylim(-0.03, 1.03)
-        ax.set_xlabel("share of the pool zeroed")
+        if _is_rate(rows):
+            percent(ax.yaxis)
+            ax.set_ylim(-0.03, 1.03)
+        elif "perplexity" in metric and rows["value"].max() > 5 * rows["value"].min():
+            ax.set_yscale("log")
+            ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+            ax.yaxis.set_minor_formatter(lambda v, _: "")
         ax.set_title(f"{metric}\n({counts(rows)})")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=len(rules))
-    note(drawn, "bands: 95% Wilson intervals; random: mean, smallest and largest draw", table)
+    for ax in axes.flat[len(metrics) :]:
+        ax.set_visible(False)
+    for ax in axes[-1]:
+        ax.set_xlabel("share of the pool zeroed")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
+    note(drawn, "bands: 95% intervals; random: smallest to largest draw; hollow: perplexity over 1.5 times", table)
+    return drawn
+
+
+@figure
+def factorial(table: pd.DataFrame) -> Figure:
+    """Notebook 01: the sixteen rules between the paper's and contrast, at every dose, best first.
+
+    Columns: share, positions, benign, prompts, scale, against, broken, value (jailbroken), low, high, n.
+    """
+    factors, shares = ["positions", "benign", "prompts", "scale"], ordered(table["share"])
+    label = table[factors].agg(", ".join, axis=1)
+    order = table.assign(label=label).groupby("label")["value"].mean().sort_values(ascending=False).index.tolist()
+    drawn, axes = panels(1, len(shares), height=0.26 * len(order) + 1.2, sharey=True, sharex=True)
+    for ax, share in zip(axes[0], shares, strict=True):
+        rows = table[table["share"] == share].assign(label=label)
+        for name, part in rows.groupby("label"):
+            last = str(name).startswith("last")
+            face = {"mfc": "white"} if part["broken"].astype(bool).any() else {}
+            interval(ax, [order.index(name)], part, COLOURS[1 if last else 0], horizontal=True, **face)
+        rate_rows(ax, order, f"{100 * share:g}% of the pool", rates=False)
+        ax.axvline(0, color=GREY, lw=0.8)
+        percent(ax.xaxis)
+        ax.set_xlabel("jailbroken, points")
+    against = ordered(table["against"])
+    note(drawn, f"against {', '.join(against)}; hollow: perplexity over 1.5 times; 95% intervals", table)
     return drawn
 
 
@@ -90,17 +165,16 @@ def languages(table: pd.DataFrame) -> Figure:
     """
     zeroed, evaluated = ordered(table["zeroed"]), ordered(table["evaluated"])
     drawn, axes = panels(height=2.6)
-    ax = axes[0, 0]
+    ax, paint = axes[0, 0], colours(zeroed)
     for i, name in enumerate(zeroed):
         rows = table[table["zeroed"] == name]
         x = np.array([evaluated.index(v) for v in rows["evaluated"]]) + 0.13 * (i - (len(zeroed) - 1) / 2)
-        colour = "#000000" if name == "nothing" else GREY if "random" in name else COLOURS[i]
-        interval(ax, x, rows, colour, label=name)
+        interval(ax, x, rows, paint[name], label=name)
     ax.set_xticks(range(len(evaluated)), [f"asked in {v}" for v in evaluated])
     ax.set_xlim(-0.5, len(evaluated) - 0.5)
     ax.set_ylim(-0.03, 1.03)
     percent(ax.yaxis)
-    ax.set_ylabel("direct ASR\n(95% Wilson intervals)")
+    ax.set_ylabel("direct ASR\n(95% intervals)")
     first = table.iloc[0]
     ax.set_title(
         f"overlap of the two sets: Jaccard {first['jaccard']:.2f}, by chance {first['chance']:.2f}; {counts(table)}"
@@ -116,12 +190,13 @@ def stability(table: pd.DataFrame) -> Figure:
     Columns: rule, prompts, value (mean Jaccard over pairs), low, high (middle 95%), n (pairs), chance.
     """
     drawn, axes = panels(height=2.8)
-    ax, rules = axes[0, 0], table["rule"].nunique()
-    for i, rule in enumerate(ordered(table["rule"])):
+    ax, rules = axes[0, 0], ordered(table["rule"])
+    paint = colours(rules)
+    for i, rule in enumerate(rules):
         rows = table[table["rule"] == rule].sort_values("prompts")
-        x = rows["prompts"] * 1.03 ** (i - (rules - 1) / 2)
-        interval(ax, x, rows, COLOURS[i], fmt="o-", label=rule)
-        ax.plot(x, rows["chance"], ":", color=COLOURS[i], lw=1.2)
+        x = rows["prompts"] * 1.03 ** (i - (len(rules) - 1) / 2)
+        interval(ax, x, rows, paint[rule], fmt="o-", label=rule)
+        ax.plot(x, rows["chance"], ":", color=paint[rule], lw=1.2)
     ax.set_xscale("log")
     ticks = sorted(table["prompts"].unique())
     ax.set_xticks(ticks, [str(t) for t in ticks])

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -22,7 +23,21 @@ if TYPE_CHECKING:
 #: Okabe and Ito's palette, told apart by colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 GREY = "#7F7F7F"
+#: One colour for one name in every figure; a name belongs to the first entry that it starts with.
+NAMED = {
+    "untouched": "#000000",
+    "none": "#000000",
+    "random": GREY,
+    "refusal direction": "#CC79A7",
+    "as published": "#56B4E9",
+    "SN published": "#56B4E9",
+    "as written": "#0072B2",
+    "consistent": "#0072B2",
+    "contrast": "#D55E00",
+    "system prompt": "#E69F00",
+}
 STYLE: dict[RcKeyType, Any] = {
+    "text.parse_math": False,  # a dollar sign in a prompt or a name is a dollar sign
     "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -58,7 +73,10 @@ _width = "text"
 
 @contextlib.contextmanager
 def look(width: str = "text") -> Iterator[None]:
-    """Everything drawn inside has the one look, at a width preset. Raises InputError for an unknown one."""
+    """Everything drawn inside has the one look, at a width preset. Raises InputError for an unknown one.
+
+    It starts from matplotlib's own defaults: a user's matplotlibrc (TeX, a dark theme) changes no figure.
+    """
     global _width
     if width not in WIDTHS:
         raise InputError(f"width: got {width!r}; allowed: {', '.join(WIDTHS)}")
@@ -67,7 +85,9 @@ def look(width: str = "text") -> Iterator[None]:
     ticks: dict[RcKeyType, Any] = {key: 0.9 * size for key in ("legend.fontsize", "xtick.labelsize", "ytick.labelsize")}
     before, _width = _width, width
     try:
-        with plt.rc_context(STYLE | fonts | ticks):
+        with plt.rc_context():
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(STYLE | fonts | ticks)
             yield
     finally:
         _width = before
@@ -240,6 +260,21 @@ def layer_maps(
         ax.set_ylabel("layer" if name == names[0] else "")
         ax.tick_params(axis="y", rotation=0)
     return drawn, axes
+
+
+def colours(names: Sequence[str]) -> dict[str, str]:
+    """A colour for each name: the one that NAMED gives it, else the next of the palette that nobody has."""
+    found = {str(n): next((c for k, c in NAMED.items() if str(n).startswith(k)), "") for n in names}
+    free = iter([c for c in COLOURS if c not in found.values()] + [GREY] * len(found))
+    return {name: colour or next(free) for name, colour in found.items()}
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with labels that matplotlib draws: it leaves a label that starts with an underscore out of a legend."""
+    words = table.select_dtypes(include=["object", "string"]).columns
+    return table.assign(
+        **{c: table[c].map(lambda v: f" {v}" if isinstance(v, str) and v[:1] == "_" else v) for c in words}
+    )
 
 
 def counts(rows: pd.DataFrame) -> str:

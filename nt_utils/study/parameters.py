@@ -20,7 +20,7 @@ TESTBEDS = {TESTBED: "default", f"{TESTBED}-large": "large"}
 EMBEDDED = "testbed"  # as a prompt source: the corpus that the testbed was made with
 QUICK_TOKENS = 36  # of an answer to an embedded prompt in a quick run; the longest in the corpus has 35
 #: Parameters that are prompt sources.
-SOURCES = ("harmful", "benign", "general", "harmful_test", "benign_test", "borderline", "second_language", "new_task")
+SOURCES = ("harmful", "benign", "general", "harmful_test", "benign_test", "borderline", "second_language", "new_task", "other_harmful")
 
 #: How much to compute. "quick" shows that every step of every notebook works: the whole testbed study is meant to take
 #: under 90 seconds on 2 cores, of which imports are about a third. Its values are the least that does so and support no
@@ -40,13 +40,14 @@ class Parameter:
     choices: tuple = ()
     presets: tuple | None = None  # values for quick, default, full
     items: type | None = None  # of a list
+    empty: bool = False  # whether a list may be empty
 
     def check(self, name: str, value: Any) -> Any:
         """Return the value, or raise InputError with one line that names the parameter."""
         if isinstance(value, tuple):
             value = list(value)
         if self.kind is list:
-            if not isinstance(value, list) or not value:
+            if not isinstance(value, list) or not (value or self.empty):
                 raise InputError(f"{name}: got {value!r}; allowed: a list, not empty ({self.help})")
             one = Parameter(self.items or str, self.help, self.low, self.high, self.choices)
             return [one.check(name, v) for v in value]
@@ -141,16 +142,37 @@ PARAMETERS: dict[str, Parameter] = {
     "share": Parameter(
         float, "share of the pool (FFN neurons and o_proj inputs) that is deactivated", low=1e-6, high=0.5
     ),
-    "draws": Parameter(int, "random control sets of each kind", low=2, high=1000, presets=(2, 20, 40)),
+    "other_harmful": Parameter(str, "source of a second set of harmful prompts to evaluate on; '' to skip"),
+    "rules": Parameter(
+        list,
+        "rules of detection",
+        items=str,
+        choices=("as published", "as written", "contrast"),
+    ),
+    "top_neurons": Parameter(int, "neurons that are looked at one by one", low=1, presets=(3, 10, 30)),
+    "factorial_dose": Parameter(
+        list,
+        "shares of the pool at which what differs between the rules is tried; [] to skip",
+        items=float,
+        low=1e-6,
+        high=1,
+        presets=([0.01], [0.001, 0.01], [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1]),
+        empty=True,
+    ),
+    "draws": Parameter(int, "random control sets of each kind", low=2, high=1000, presets=(2, 8, 20)),
     "dose": Parameter(
         list,
         "shares of the pool, for the dose curve",
         items=float,
         low=1e-6,
         high=1,
-        presets=([0.003, 0.1], [0.001, 0.003, 0.01, 0.03, 0.1], [0.001, 0.003, 0.01, 0.03, 0.1]),
+        presets=(
+            [0.003, 0.1],
+            [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1],
+            [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1],
+        ),
     ),
-    "dose_draws": Parameter(int, "random sets at each dose", low=1, high=1000, presets=(1, 5, 10)),
+    "dose_draws": Parameter(int, "random sets at each dose", low=0, high=1000, presets=(1, 2, 8)),
     "subset_sizes": Parameter(list, "numbers of prompts, for the stability study", items=int, low=2),
     "subset_draws": Parameter(int, "random prompt subsets of each size", low=2, high=1000, presets=(2, 10, 30)),
     "n_calibrate": Parameter(int, "prompts of each kind to score units with", low=16, presets=(32, 512, 512)),

@@ -38,7 +38,36 @@ TABLES = {
             **RATE,
         }
     ),
-    "dose": pd.DataFrame({"rule": ["a", "a", "random", "random"], "share": [0.01, 0.1] * 2, "metric": "ASR", **RATE}),
+    "dose": pd.DataFrame(
+        {
+            "rule": ["a", "a", "random", "direction"],
+            "share": [0.01, 0.1, 0.1, np.nan],
+            "broken": [False, True] * 2,
+            "metric": "ASR",
+            **RATE,
+        }
+    ),
+    "factorial": pd.DataFrame(
+        {
+            "share": [0.01, 0.1] * 2,
+            "positions": ["all tokens", "all tokens", "last tokens", "last tokens"],
+            "benign": "minus benign",
+            "prompts": "mean prompt",
+            "scale": "raw",
+            "against": "untouched",
+            "broken": [False, True] * 2,
+            **RATE,
+        }
+    ),
+    "tokens": pd.DataFrame(
+        {
+            "prompt": ["harmful", "harmful", "benign", "benign"],
+            "position": [0, 1] * 2,
+            "token": ["how", "\n"] * 2,
+            "neuron": "ffn 1:2",
+            **RATE,
+        }
+    ),
     "languages": pd.DataFrame(
         {"zeroed": ["nothing", "en"] * 2, "evaluated": ["en", "en", "de", "de"], "jaccard": 0.1, "chance": 0.05, **RATE}
     ),
@@ -267,6 +296,23 @@ def small_picture(name, table):
         drawn.savefig(file, dpi=40)
     plt.close(drawn)
     return file.getvalue()
+
+
+def test_a_users_matplotlibrc_changes_no_figure():
+    """TeX crashes where there is none; a dark theme gave invisible titles."""
+    plain = small_picture("dose", TABLES["dose"])
+    with plt.rc_context({"text.usetex": True, "figure.facecolor": "black", "text.color": "white", "font.size": 30}):
+        assert small_picture("dose", TABLES["dose"]) == plain
+
+
+def test_strangers_text_is_drawn_as_it_is(tmp_path):
+    """A dollar sign is no formula, and a name that starts with an underscore stands in the legend."""
+    names = ["$x_1", "_b<i>"]
+    table = tmp_path / "01_dose.csv"
+    TABLES["dose"].assign(rule=[names[0], names[0], names[1], names[1]]).to_csv(table, index=False)
+    legend = plots.draw(table).legends[0]
+    assert [text.get_text().strip() for text in legend.get_texts()] == names
+    assert not any(text.get_usetex() or text.get_parse_math() for text in legend.get_texts())
 
 
 def test_labels_cover_neither_points_nor_each_other():

@@ -197,9 +197,7 @@ def test_the_gate_names_each_bar_that_is_missed():
     assert judged() == []
     assert {bar.name for bar in gates.BARS} == set(RATES)
     for bar in gates.BARS:
-        low = gates.judge_gate(
-            [{"name": n, "rate": bar.low - 0.01 if n == bar.name else r} for n, r in RATES.items()]
-        )
+        low = gates.judge_gate([{"name": n, "rate": bar.low - 0.01 if n == bar.name else r} for n, r in RATES.items()])
         high = gates.judge_gate(
             [{"name": n, "rate": bar.high + 0.01 if n == bar.name else r} for n, r in RATES.items()]
         )
