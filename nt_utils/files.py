@@ -125,6 +125,32 @@ def read_header(path: Path, wanted: str) -> dict:
     return meta
 
 
+def write_sealed(path: Path | str, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Path:
+    """Write tensors and a header (its "format" names the kind of file) with checksums over both; whole or not at all."""
+    from safetensors.torch import save_file
+
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with atomic(Path(path)) as tmp:
+        save_file(tensors, tmp, metadata=sealed({**header, "digest": digest_of(tensors.items())}))
+    return Path(path)
+
+
+def read_sealed(path: Path | str, wanted: str) -> tuple[dict, dict[str, Tensor]]:
+    """Header and tensors of what :func:`write_sealed` wrote; InputError where it is damaged or another kind."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    header = read_header(path, wanted)
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+    except SafetensorError as error:
+        raise InputError(f"{path}: damaged file ({first_line(error)})") from error
+    if digest_of(tensors.items()) != header.get("digest"):
+        raise InputError(f"{path}: damaged file: its values do not match its digest")
+    return header, tensors
+
+
 def sealed(header: Mapping[str, str]) -> dict[str, str]:
     """The header with a checksum over its entries: a flipped byte must not pass for another set's description."""
     entries = {k: v for k, v in header.items() if k != "checksum"}

@@ -10,7 +10,9 @@ from nt_utils import hooks
 from nt_utils.bench.setup import SHAPES, byte_tokenizer, random_model, ratio, resized, seconds
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.evaluation.metrics import bootstrap_mean
-from nt_utils.interventions import export, modulation
+from nt_utils.interventions import dial, export
+from nt_utils.interventions.learning import Learner, Recipe
+from nt_utils.interventions.modulation import Modulation
 from nt_utils.models import LanguageModel
 from nt_utils.neurons import POOL
 from nt_utils.scoring.attribution import Case, Responses, attribution, frozen
@@ -26,13 +28,13 @@ def timings(repeats: int) -> dict:
     return _generation(lm, repeats) | _attribution(lm, repeats) | _learning(lm, repeats)
 
 
-def _modulation(lm: LanguageModel) -> modulation.Modulation:
+def _modulation(lm: LanguageModel) -> Modulation:
     """Alpha for a tenth of the pool."""
     space = lm.view.space
     size = space.size(POOL)
     values = torch.randn(2, size, generator=torch.Generator().manual_seed(0))
     rankings = (Ranking(space, POOL, v) for v in values)
-    return modulation.dial(*rankings, round(0.07 * size), round(0.03 * size))
+    return dial.dial(*rankings, round(0.07 * size), round(0.03 * size))
 
 
 def _generation(lm: LanguageModel, repeats: int) -> dict:
@@ -107,14 +109,12 @@ def _learning(lm: LanguageModel, repeats: int) -> dict:
     alpha = _modulation(lm)
     rows = PromptSet([Prompt(f"rob {i}", refusal="I cannot.", helpful=f"Yes, {i}", kind="harmful") for i in range(8)])
     learners = {
-        method: modulation._Learner(
-            lm, alpha.safety, alpha.utility, {"task": rows}, rows, modulation.Recipe(method=method)
-        )
+        method: Learner(lm, alpha.safety, alpha.utility, {"task": rows}, rows, Recipe(method=method))
         for method in ("first", "second")
     }
 
-    def gradient(learner: modulation._Learner) -> None:
-        with frozen(lm.model):
+    def gradient(learner: Learner) -> None:
+        with frozen(learner.lm.model):
             learner.gradient(learner.start(), *learner.draw("task", 0))
 
     times = seconds({m: (lambda one=one: gradient(one)) for m, one in learners.items()}, max(3, repeats // 2))

@@ -9,7 +9,8 @@ import pandas as pd
 
 from nt_utils.evaluation.generation import generate
 from nt_utils.evaluation.judges import phrase_verdict
-from nt_utils.interventions.modulation import Modulation, dial
+from nt_utils.interventions.dial import dial
+from nt_utils.interventions.modulation import Modulation
 
 if TYPE_CHECKING:
     from nt_utils.experiments.modulation import Rankings
@@ -32,7 +33,7 @@ class Dial:
     """What the panel shows, without the widgets.
 
     Args:
-        ranked, learnt: rankings and the learnt alpha that :func:`nt_utils.interventions.modulation.dial` takes;
+        ranked, learnt: rankings and the learnt alpha that :func:`nt_utils.interventions.dial.dial` takes;
         table: the sweep, for the rates of its settings.
     """
 

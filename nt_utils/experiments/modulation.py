@@ -26,8 +26,10 @@ from nt_utils.data.records import PromptSet
 from nt_utils.evaluation import metrics
 from nt_utils.evaluation.suite import Evaluation, Suite, SuiteSet
 from nt_utils.experiments.bench import Bench, Measure
-from nt_utils.interventions import Intervention, export, modulation, steering
-from nt_utils.interventions.modulation import Learnt, Modulation, Preset, Recipe, assign, whole_layers
+from nt_utils.interventions import Intervention, dial, export, learning, steering
+from nt_utils.interventions.dial import Preset, assign, whole_layers
+from nt_utils.interventions.learning import Learnt, Recipe
+from nt_utils.interventions.modulation import Modulation
 from nt_utils.neurons import NeuronScores, NeuronSet
 from nt_utils.scoring.attribution import attribution, representatives, safety_cases, utility_cases
 from nt_utils.selection import Ranking
@@ -271,7 +273,7 @@ def largest_layer(scores: NeuronScores, count: int, draws: int, seed: int) -> me
 
 def preset_sets(ranked: Rankings, name: str) -> tuple[NeuronSet, NeuronSet]:
     """The safety and the utility neurons of a named preset."""
-    return sized_sets(ranked, modulation.PRESETS[name])
+    return sized_sets(ranked, dial.PRESETS[name])
 
 
 def sized_sets(ranked: Rankings, setting: Preset) -> tuple[NeuronSet, NeuronSet]:
@@ -285,7 +287,7 @@ def learn_sets(
     lm: LanguageModel, found: Material, safety: NeuronSet, utility: NeuronSet, recipe: Recipe = RECIPE, name: str = ""
 ) -> Learnt:
     """Alpha for given sets, learnt on the material and stopped by its validation part."""
-    return modulation.learn(
+    return learning.learn(
         lm, safety, utility, found.tasks, found.benign, recipe, validation=found.dev, name=name, progress=False
     )
 
@@ -306,7 +308,7 @@ def inner_rate(
 ) -> tuple[float, float]:
     """The inner rate whose step lowers the support loss by ``share``, and what it lowers it by, at the starting alpha."""
     rates = tuple(2.0**k for k in range(-2, 7))
-    return modulation.find_inner_rate(lm, *sets, found.tasks, found.benign, recipe, share=share, rates=rates)
+    return learning.find_inner_rate(lm, *sets, found.tasks, found.benign, recipe, share=share, rates=rates)
 
 
 def random_sets(safety: NeuronSet, utility: NeuronSet, draws: int, seed: int) -> list[NeuronSet]:
@@ -542,9 +544,9 @@ def dial_table(
         return row
 
     options = {"learnt": learnt, "progress": False}
-    table = modulation.sweep(ranked.safety, ranked.utility, counts, counts, strengths, measure, **options)
+    table = dial.sweep(ranked.safety, ranked.utility, counts, counts, strengths, measure, **options)
     asr, refusals, useful = (m.label for m in bench.measures[:3])
-    return modulation.mark_dominated(table, lower=[asr, refusals], higher=[useful])
+    return dial.mark_dominated(table, lower=[asr, refusals], higher=[useful])
 
 
 # --------------------------------------------------------------------------------------------------- meta-learning
@@ -583,7 +585,7 @@ def adaptations(
     step = max(1, len(found.benign) // 8)
     calm = found.benign[list(range(0, len(found.benign), step))[:8]]
     return {
-        method: {name: (alpha, modulation.adapt(lm, alpha, found.unseen[name], calm, recipe)) for name in classes}
+        method: {name: (alpha, learning.adapt(lm, alpha, found.unseen[name], calm, recipe)) for name in classes}
         for method, alpha in learnt.items()
     }
 

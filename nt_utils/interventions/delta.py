@@ -17,13 +17,11 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nt_utils.errors import InputError
-from nt_utils.files import atomic, read_header, sealed
+from nt_utils.files import read_sealed, write_sealed
 from nt_utils.models import LanguageModel, is_sharded
 
 FORMAT = "nt_utils.delta.2"
@@ -297,13 +295,9 @@ class Delta:
             "meta": json.dumps(self.meta, sort_keys=True),
         }
         tensors = {
-            f"{name}:{leaf}": tensor.detach().cpu().contiguous()
-            for name, part in self.parts.items()
-            for leaf, tensor in part.tensors.items()
+            f"{name}:{leaf}": tensor for name, part in self.parts.items() for leaf, tensor in part.tensors.items()
         }
-        with atomic(Path(path)) as tmp:
-            save_file(tensors, tmp, metadata=sealed(header))
-        return Path(path)
+        return write_sealed(path, tensors, header)
 
     @classmethod
     def load(cls, path, lm: LanguageModel | None = None) -> Delta:
@@ -312,12 +306,9 @@ class Delta:
         Raises:
             InputError: no file, damaged, or made on another architecture or other weights.
         """
-        path = Path(path)
-        header = read_header(path, FORMAT)
+        header, tensors = read_sealed(path, FORMAT)
         try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-            low = json.loads(header.get("low_rank", "{}"))
+            low = json.loads(header["low_rank"])
             parts: dict[str, Part | LowRank] = {}
             for name, axis in json.loads(header["axes"]).items():
                 if name in low:
@@ -333,7 +324,7 @@ class Delta:
                 meta=json.loads(header["meta"]),
                 name=header["name"],
             )
-        except (KeyError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: damaged delta file ({str(error).splitlines()[0]})") from error
         if found.fingerprint != header.get("fingerprint"):
             raise InputError(f"{path}: damaged delta file: its values do not match its fingerprint")

@@ -44,6 +44,7 @@ def test_an_attack_acts_on_top_of_a_defence_and_leaves_nothing(bench):
         assert sorted(found) == [1, 2]
         both = defences.then(action, found[2])
         with both.active(lm):
+            lm.model(**lm.encode(["a"]).inputs)
             assert lm.weights_fingerprint not in (before, tuned.key)
         assert lm.weights_fingerprint == before
         assert found[2].key in both.key

@@ -13,7 +13,8 @@ from nt_utils.evaluation import metrics
 from nt_utils.evaluation.suite import Suite, SuiteSet
 from nt_utils.experiments import dial_panel
 from nt_utils.experiments import modulation as study
-from nt_utils.interventions.modulation import Modulation, Recipe
+from nt_utils.interventions.learning import Recipe
+from nt_utils.interventions.modulation import Modulation
 from nt_utils.neurons import POOL
 from nt_utils.selection import Ranking
 from tests.tiny import tiny_lm

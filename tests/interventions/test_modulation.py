@@ -10,26 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nt_utils import hooks, selection
+from nt_utils import hooks
 from nt_utils.data.records import Prompt, PromptSet
-from nt_utils.errors import InputError
-from nt_utils.interventions import modulation as module
-from nt_utils.interventions.modulation import (
-    PRESETS,
-    Modulation,
-    Recipe,
-    adapt,
-    assign,
-    dial,
-    find_inner_rate,
-    learn,
-    mark_dominated,
-    preset,
-    sweep,
-    whole_layers,
-)
+from nt_utils.errors import DivergedError, InputError
+from nt_utils.interventions import trunk
+from nt_utils.interventions.dial import PRESETS, assign, dial, mark_dominated, preset, sweep, whole_layers
+from nt_utils.interventions.learning import Learner, Recipe, adapt, find_inner_rate, learn
+from nt_utils.interventions.modulation import Modulation
 from nt_utils.neurons import POOL, NeuronSet, NeuronSpace
-from nt_utils.scoring.attribution import attribution, utility_cases
+from nt_utils.scoring.attribution import frozen
 from nt_utils.selection import Ranking
 from tests.tiny import tiny_lm
 
@@ -208,14 +197,6 @@ def test_bad_counts():
         assign(safety, Ranking(SPACE, ("ffn",), torch.ones(12)), 1, 1)
 
 
-def test_ranking_from_scores(lm):
-    cases = utility_cases(_prompts("boil", 2, "benign"))
-    scores = attribution(lm, cases, method="patching", target="zero", progress=False)
-    found = selection.attributed(scores)
-    assert torch.allclose(found.values, scores.matrix().double().mean(0)) and found.kinds == POOL
-    assert torch.allclose(selection.attributed(scores, "absolute").values, scores.matrix().double().abs().mean(0))
-
-
 def test_whole_layers():
     values = torch.cat([torch.zeros(10), torch.ones(10)])
     assert whole_layers(Ranking(SPACE, POOL, values), 1).per_layer() == [0, 10]
@@ -313,7 +294,7 @@ def test_sweep_and_frontier():
 
 def _learner(lm, method="first", **more):
     recipe = replace(SHORT, **({"method": method} | more))
-    return module._Learner(lm, *_sets(lm), TASKS, BENIGN, recipe)
+    return Learner(lm, *_sets(lm), TASKS, BENIGN, recipe)
 
 
 def _double(**more):
@@ -325,11 +306,8 @@ def _double(**more):
 @pytest.mark.parametrize("inner_steps", [1, 2])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_second_order_is_the_derivative_through_the_inner_step(attention, inner_steps):
-    """The outer gradient against central differences of "adapt, then take the query loss".
-
-    Along the direction in which the two orders differ most, with a step that float32 parts of the model (norms, the
-    eager softmax) do not drown.
-    """
+    """The outer gradient against central differences of "adapt, then take the query loss", along the direction in which
+    the two orders differ most."""
     lm = _double(attn_implementation=attention)
     learner = _learner(lm, "second", inner_steps=inner_steps, inner_rate=2.0)
     support, query = learner.draw("roleplay", 0)
@@ -338,16 +316,16 @@ def test_second_order_is_the_derivative_through_the_inner_step(attention, inner_
     def outer(at):
         return float(learner.loss(learner.adapted(at.requires_grad_(), support, second=False), query).detach())
 
-    with module.frozen(lm.model):
+    with frozen(lm.model):
         second, value = learner.gradient(alpha, support, query)
         first, same = _learner(lm, "first", inner_steps=inner_steps, inner_rate=2.0).gradient(alpha, support, query)
         direction = (second - first) / (second - first).norm()
-        step = 5e-3 * direction
-        difference = (outer(alpha.detach() + step) - outer(alpha.detach() - step)) / 1e-2
+        step = 1e-4 * direction
+        difference = (outer(alpha.detach() + step) - outer(alpha.detach() - step)) / 2e-4
         assert value == pytest.approx(same) == pytest.approx(outer(alpha.detach().clone()))
     found, other = float(second @ direction), float(first @ direction)
-    assert found == pytest.approx(difference, rel=1e-3)
-    assert abs(other - difference) > 10 * abs(found - difference)
+    assert found == pytest.approx(difference, rel=1e-5)
+    assert abs(other - difference) > 100 * abs(found - difference)
 
 
 def test_first_order_is_the_gradient_after_the_inner_step():
@@ -458,7 +436,7 @@ def test_resumed_learning_ends_with_the_same_alpha(lm, tmp_path, method):
     sets, recipe = _sets(lm), replace(SHORT, method=method, iterations=5, validate_every=2)
     whole, again = (learn(lm, *sets, TASKS, BENIGN, recipe, validation=HELD_OUT, progress=False) for _ in range(2))
     assert torch.equal(whole.modulation.alpha, again.modulation.alpha)
-    file, original = tmp_path / "state", module._Learner.step
+    file, original = tmp_path / "state", Learner.step
 
     def interrupted(self, state):
         if state.iteration == 3:
@@ -466,7 +444,7 @@ def test_resumed_learning_ends_with_the_same_alpha(lm, tmp_path, method):
         return original(self, state)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module._Learner, "step", interrupted)
+        patch.setattr(Learner, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             learn(lm, *sets, TASKS, BENIGN, recipe, validation=HELD_OUT, checkpoint=file, progress=False)
     assert file.exists()
@@ -493,6 +471,51 @@ def test_seeds_matter(lm):
     assert not torch.equal(found[0].alpha, found[1].alpha)
 
 
+def test_a_divergence_ends_the_learning_with_a_row_and_the_best_alpha_so_far(lm, monkeypatch):
+    original, seen = Learner.step, []
+
+    def breaks(self, state):
+        if state.iteration == 2:
+            self.loss(torch.full((40,), math.nan), self.draw("prefix", 0)[0])
+        return original(self, state)
+
+    monkeypatch.setattr(Learner, "step", breaks)
+    recipe = replace(SHORT, iterations=5)
+    options = {"measure": lambda candidate: seen.append(candidate.alpha) or 1.0, "progress": False}
+    found = learn(lm, *_sets(lm), TASKS, BENIGN, recipe, **options)
+    assert found.diverged == 2 and not found.stopped_early
+    assert found.history["iteration"].tolist() == [0, 1, 2] and math.isnan(found.history["query"].iloc[-1])
+    assert torch.equal(found.modulation.alpha, seen[0])
+    with pytest.raises(DivergedError):
+        learn(lm, *_sets(lm), TASKS, BENIGN, recipe, progress=False)
+
+
+@pytest.mark.parametrize("method", ["first", "second", "joint"])
+def test_float64_learning_does_not_depend_on_the_order_of_sums(method):
+    """Two attention kernels add in different orders: float32 runs part, float64 runs agree to float32's last bits."""
+    alphas = {}
+    for dtype in ("model", "auto"):
+        for kernel in ("eager", "sdpa"):
+            lm = tiny_lm(attn_implementation=kernel)
+            recipe = replace(SHORT, method=method, iterations=6, train_dtype=dtype)
+            alphas[dtype, kernel] = learn(lm, *_sets(lm), TASKS, BENIGN, recipe, progress=False).modulation.alpha
+    assert not torch.equal(alphas["model", "eager"], alphas["model", "sdpa"])
+    assert torch.allclose(alphas["auto", "eager"], alphas["auto", "sdpa"], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", ["first", "second"])
+def test_reused_hidden_states_give_the_alpha_of_whole_forwards(any_lm, method, monkeypatch):
+    """Neurons of the second layer only: the first layer runs once a row, and the same alpha comes out."""
+    recipe = replace(SHORT, method=method, iterations=4, train_dtype="float64")
+    space = any_lm.view.space
+    sets = _set(space, (1, "ffn", 3), (1, "o", 5)), _set(space, (1, "ffn", 7))
+    found = [learn(any_lm, *sets, TASKS, BENIGN, recipe, progress=False).modulation.alpha]
+    monkeypatch.setattr(trunk.FrozenTrunk, "of", lambda *_: None)
+    found.append(learn(any_lm, *sets, TASKS, BENIGN, recipe, progress=False).modulation.alpha)
+    assert torch.allclose(*found, rtol=0, atol=1e-6)
+    assert (found[0] - torch.tensor([1.2, 1.2, 0.9])).abs().min() > 0.01
+
+
 def test_early_stopping_keeps_the_best(lm):
     """Scripted values: the second validation is best, two without gain end it, the second alpha is given back."""
     values, seen = iter([3.0, 1.0, 2.0, 1.5, 0.1]), []
@@ -511,7 +534,7 @@ def test_early_stopping_keeps_the_best(lm):
 
 def test_validation_loss_is_that_of_the_held_out_split(lm):
     found = learn(lm, *_sets(lm), TASKS, BENIGN, replace(SHORT, iterations=1), validation=HELD_OUT, progress=False)
-    learner = module._Learner(lm, *_sets(lm), {}, HELD_OUT[1], SHORT)
+    learner = Learner(lm, *_sets(lm), {}, HELD_OUT[1], SHORT)
     batch = learner.batch(HELD_OUT[0]["roleplay"], HELD_OUT[1])
     assert found.history["validation"][0] == pytest.approx(
         float(learner.loss(found.modulation.alpha, batch).detach()), rel=1e-5
@@ -523,7 +546,7 @@ def test_adapting_to_an_unseen_attack(lm):
     unseen = _prompts("Ignore all rules:", 3)
     recipe = replace(SHORT, inner_rate=2.0, inner_steps=2)
     moved = adapt(lm, start, unseen, BENIGN, recipe)
-    learner = module._Learner(lm, start.safety, start.utility, {}, BENIGN, recipe)
+    learner = Learner(lm, start.safety, start.utility, {}, BENIGN, recipe)
     batch = learner.batch(unseen, BENIGN)
     assert float(learner.loss(moved.alpha, batch)) < float(learner.loss(start.alpha, batch)) - 0.01
     assert moved.key != start.key and moved.name.endswith("adapted")
@@ -542,12 +565,12 @@ def test_finding_an_inner_rate(lm):
 def test_bad_learning_input(lm):
     sets = _sets(lm, 3)
     few = {"roleplay": TASKS["roleplay"], "prefix": TASKS["prefix"][:2]}
-    silent = PromptSet([Prompt(f"x {i}", kind="benign") for i in range(5)])
+    unanswered = PromptSet([Prompt(f"x {i}", kind="benign") for i in range(5)])
     for message, arguments in {
         "tasks: 'prefix' has 2 prompts; a split into support .1. and query .2. needs 3": {"tasks": few},
         "benign: 2 prompts; a split": {"benign": BENIGN[:2]},
-        "benign: has prompts without a helpful answer": {"benign": silent},
-        "tasks: 'a' has prompts without a refusal": {"tasks": {"a": silent}},
+        "benign: has prompts without a helpful answer": {"benign": unanswered},
+        "tasks: 'a' has prompts without a refusal": {"tasks": {"a": unanswered}},
         "tasks: need the attacked prompts": {"tasks": {}},
         "validation: has no attack class": {"validation": ({}, BENIGN)},
     }.items():
