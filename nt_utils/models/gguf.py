@@ -148,7 +148,8 @@ def _header(path: Path) -> dict[str, Any]:
     try:
         reader = gguf.GGUFReader(path)
         kinds = Counter(tensor.tensor_type.name for tensor in reader.tensors)
-        fields = {key: field.contents() for key, field in reader.fields.items() if key.startswith("tokenizer.ggml.")}
+        names = {name: reader.fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre")}
+        rules = {name: field.contents() for name, field in names.items() if field}
     except Exception as error:  # a damaged file fails anywhere in the parser
         raise ModelError(f"model: {path} is damaged or no GGUF file ({first_line(error)})") from error
     for tensor in reader.tensors:
@@ -158,7 +159,7 @@ def _header(path: Path) -> dict[str, Any]:
             raise ModelError(
                 f"model: {path} holds weights in {tensor.tensor_type.name} ({tensor.name}), which cannot be dequantised"
             ) from error
-    split = fields.get("tokenizer.ggml.pre") if fields.get("tokenizer.ggml.model") == "gpt2" else ""
+    split = rules.get("pre") if rules.get("model") == "gpt2" else ""
     return {
         "parameters": sum(math.prod(int(n) for n in tensor.shape) for tensor in reader.tensors),
         "tensors": dict(kinds),
