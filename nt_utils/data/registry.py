@@ -46,6 +46,8 @@ class Entry:
 
     languages   columns that hold the same prompts in other languages, chosen as `name:column`
     shortest    rows with fewer characters are left out (headings and blank lines of running text)
+    words       longer texts are cut to so many words (whole articles of an encyclopaedia)
+    own         names of the project's files that no place says; `files` are all names in the folder NT_DATA
     stream      too large to download for a few hundred prompts: read from the front
     """
 
@@ -56,7 +58,15 @@ class Entry:
     licence: str
     languages: tuple[str, ...] = ()
     shortest: int = 0
+    words: int = 0
     stream: bool = False
+    own: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names that a file of this set may have in the folder NT_DATA, in lower case; * stands for any characters."""
+        published = [place.id.rpartition("/")[2].lower() for place in self.places if place.is_file]
+        return (*dict.fromkeys([*published, *self.own, f"{self.name}.*", f"{self.name}_*"]),)
 
 
 def _file(address: str, columns: Columns, **more) -> Place:
@@ -122,6 +132,7 @@ _ENTRIES = (
         (Place("JailbreakBench/JBB-Behaviors", _JBB, config="behaviors", split="harmful"),),
         "Chao et al. 2024, JailbreakBench",
         "MIT",
+        own=("harmful-behaviors.csv",),
     ),
     Entry(
         "jailbreakbench-benign",
@@ -129,6 +140,7 @@ _ENTRIES = (
         (Place("JailbreakBench/JBB-Behaviors", _JBB, config="behaviors", split="benign"),),
         "Chao et al. 2024, JailbreakBench; the benign behaviours of the same topics",
         "MIT",
+        own=("benign-behaviors.csv",),
     ),
     Entry(
         "maliciousinstruct",
@@ -238,6 +250,7 @@ _ENTRIES = (
         "Wikimedia, English Wikipedia of 1 November 2023; the foundation corpus of SN-Tune",
         "CC BY-SA 3.0",
         shortest=100,
+        words=256,
         stream=True,
     ),
     Entry(

@@ -1,10 +1,12 @@
 """Prompts from a source: a known name, a local file or a hub data set.
 
 A source is written
-    advbench                        a set of the registry, from the hub or its cache, else from the original address
+    advbench                        a set of the registry: from the folder NT_DATA if it has a file of the set (see
+                                    `Entry.files`), from the hub or its cache, else from the original address
     multijail:th                    the same set, another column
     advbench@folder/behaviors.csv   the same set, from the file its project publishes
     file.csv:column                 a local file: .csv, .tsv, .json, .jsonl, .parquet, .txt (one prompt a line, no column)
+                                    (`data.tables` says how each is read)
     file.csv                        a local file whose columns are those of a set of the registry
     hub:org/name:split:column       any hub data set; org/name/config names a configuration
 
@@ -14,9 +16,12 @@ Nothing here loads a model; a source that cannot be used is refused in one line.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import functools
+import hashlib
 import logging
 import os
+import re
 import socket
 import urllib.parse
 import urllib.request
@@ -27,9 +32,10 @@ from typing import Any
 
 from nt_utils.data.records import PROMPT_KINDS, Prompt, PromptSet
 from nt_utils.data.registry import REGISTRY, Columns, Entry, Place, entry
+from nt_utils.data.tables import SUFFIXES, SURROGATE, read_rows
 from nt_utils.errors import InputError, first_line
+from nt_utils.files import atomic, cache_folder
 
-SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")
 HUB = ("datasets", "huggingface_hub", "huggingface_hub.utils._http")  # whose retries and cache notices are kept out
 STREAMED = 1000  # rows taken from a set that is too large to download, where no limit is given
 
@@ -73,7 +79,7 @@ def _read(source: str, limit: int | None, seed: int) -> tuple[Iterable[Row], Col
         return _read_original(entry(known), path)
     file, column = _split_file(source)
     if file is not None:
-        content = read_file(file)
+        content = read_rows(file)
         return (content, {"text": column}, None) if column else _recognised(file, content)
     set_name, _, column = source.partition(":")
     found = entry(set_name)
@@ -95,59 +101,11 @@ def _split_file(source: str) -> tuple[Path | None, str]:
     return None, ""
 
 
-def read_file(path: Path) -> list[Row]:
-    """The rows of a local file, every row a mapping of its columns. A .txt file has the column `text`."""
-    import json
-
-    import pandas
-
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file")
-    suffix = path.suffix.lower()
-    try:
-        if suffix in (".csv", ".tsv"):
-            options = {"dtype": str, "keep_default_na": False, "skip_blank_lines": False, "encoding": "utf-8-sig"}
-            frame = pandas.read_csv(path, sep="\t" if suffix == ".tsv" else ",", **options)
-            rows = frame.to_dict("records")
-        elif suffix == ".parquet":
-            rows = pandas.read_parquet(path).to_dict("records")
-        elif suffix == ".txt":
-            rows = [{"text": line} for line in path.read_text(encoding="utf-8-sig").splitlines()]
-        elif suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-            rows = [json.loads(line) for line in lines if line.strip()]
-        else:
-            rows = _json_rows(json.loads(path.read_text(encoding="utf-8-sig")))
-    except (ValueError, OSError, UnicodeError) as error:
-        raise InputError(f"{path}: cannot be read as {suffix[1:]} ({first_line(error)})") from error
-    if not rows:
-        raise InputError(f"{path}: the file holds no rows")
-    if not all(isinstance(row, Mapping) for row in rows):
-        raise InputError(f"{path}: every row must be an object with named columns")
-    return rows
-
-
-def _json_rows(content: Any) -> list[Any]:
-    """A list of objects or of strings, an object that holds such a list, or an object of columns."""
-    if isinstance(content, Mapping):
-        lists = {key: value for key, value in content.items() if isinstance(value, list)}
-        if lists and len(lists) == len(content) and len({len(v) for v in lists.values()}) == 1 and _plain(lists):
-            return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
-        content = next((value for value in lists.values() if value), [])
-    if not isinstance(content, list):
-        return []
-    return [{"text": row} if isinstance(row, str) else row for row in content]
-
-
-def _plain(lists: Mapping[str, list]) -> bool:
-    return not any(isinstance(value, (Mapping, list)) for values in lists.values() for value in values)
-
-
 def _recognised(path: Path, rows: list[Row]) -> tuple[list[Row], Columns, None]:
     """A file without a column: one of a single column, or one with the columns of a known set."""
     columns = _column_names(rows)
-    if len(columns) == 1:
-        return rows, {"text": columns[0]}, None
+    if len(columns) == 1 or columns == ["key", "text"]:
+        return rows, {"text": columns[-1]}, None
     for known in REGISTRY.values():
         for place in known.places:
             if place.is_file and not place.where and len(place.columns) > 1 and _needed(place.columns) <= set(columns):
@@ -157,20 +115,47 @@ def _recognised(path: Path, rows: list[Row]) -> tuple[list[Row], Columns, None]:
 
 def _read_original(found: Entry, path: str) -> tuple[list[Row], Columns, Entry]:
     """A set of the registry from its project's file, or from a hub copy saved as a file."""
-    rows = read_file(Path(path).expanduser())
+    file = Path(path).expanduser()
+    return *_as_original(found, read_rows(file), file), found
+
+
+def _as_original(found: Entry, rows: list[Row], path: Path) -> tuple[list[Row], Columns]:
+    """The rows of a set in a file of it and what its columns mean; InputError where the columns are others."""
     columns = set(_column_names(rows))
     places = sorted(found.places, key=lambda place: not place.is_file)
     for place in places:
         if set(_as_tuple(place.columns["text"])) & columns and set(place.where) <= columns:
-            return [row for row in rows if _kept(row, place)], place.columns, found
+            return [row for row in rows if _kept(row, place)], place.columns
     needed = sorted(_needed(places[0].columns) | set(places[0].where))
     raise InputError(
         f"{path}: {found.name} needs the columns {', '.join(needed)}; the file has {', '.join(sorted(columns))}"
     )
 
 
+def _read_folder(found: Entry) -> tuple[Iterable[Row], Columns] | None:
+    """A set of the registry from the folder NT_DATA: the one file that has a name and the columns of the set."""
+    given = os.environ.get("NT_DATA")
+    if not given:
+        return None
+    folder = Path(given).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"NT_DATA: there is no folder {folder}")
+    named = [p for p in sorted(folder.iterdir()) if any(fnmatch.fnmatch(p.name.lower(), f) for f in found.files)]
+    readable = {}
+    for path in named:
+        rows = read_rows(path)
+        with contextlib.suppress(InputError):  # another set's file whose name is alike
+            readable[path.name] = _as_original(found, rows, path)
+    if len(readable) > 1:
+        raise InputError(f"{found.name}: NT_DATA holds several files of it: {', '.join(readable)}; keep one")
+    return next(iter(readable.values()), None)
+
+
 def _read_entry(found: Entry, limit: int | None, seed: int) -> tuple[Iterable[Row], Columns]:
-    """A set of the registry from the first of its places that can be read."""
+    """A set of the registry from NT_DATA, else from the first of its places that can be read."""
+    local = _read_folder(found)
+    if local:
+        return local
     failures = []
     for place in found.places:
         try:
@@ -180,7 +165,8 @@ def _read_entry(found: Entry, limit: int | None, seed: int) -> tuple[Iterable[Ro
             continue
         return [row for row in rows if _kept(row, place)] if place.where else rows, place.columns
     raise InputError(
-        f"{found.name}: {failures[0]}; a local copy can be given as {found.name}@file (source: {found.source})"
+        f"{found.name}: {failures[0]}; a local copy can be given as {found.name}@file or lie in the folder NT_DATA as "
+        f"{' or '.join(found.files)} (source: {found.source})"
     )
 
 
@@ -236,16 +222,18 @@ def _hub_failure(error: BaseException) -> str:
 
 
 def _read_address(place: Place) -> list[Row]:
-    """The rows of a file at an address, kept by datasets' own download cache."""
-    import datasets
-
-    suffix = Path(place.id).suffix.lower()
-    builder = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}[suffix]
-    with quiet(*HUB), offline_unless_reachable(place.id):
+    """The rows of a file at an address, fetched once into the cache."""
+    name = Path(urllib.parse.urlsplit(place.id).path).name
+    path = cache_folder() / "prompts" / f"{hashlib.sha256(place.id.encode()).hexdigest()[:16]}-{name}"
+    if not path.is_file():
+        if not hub_reachable(place.id):
+            raise InputError(f"{place.id}: cannot be reached and is not cached")
         try:
-            return list(datasets.load_dataset(builder, data_files=place.id, split="train"))
-        except Exception as error:
-            raise InputError(f"{place.id}: cannot be fetched and is not cached") from error
+            with atomic(path) as unfinished, urllib.request.urlopen(place.id, timeout=60) as found:
+                unfinished.write_bytes(found.read())
+        except OSError as error:
+            raise InputError(f"{place.id}: cannot be fetched ({first_line(error)})") from error
+    return read_rows(path)
 
 
 def _snapshot(dataset: str) -> Path | None:
@@ -330,27 +318,38 @@ def _prompts(rows: Iterable[Row], columns: Columns, source: str, kind: str, foun
     fields = {f: tuple(n for n in _as_tuple(c) if n in names) for f, c in columns.items()}
     label = found.name if found else source
     language = text if found and isinstance(text, str) and text in found.languages else "en"
-    return [
-        Prompt(
-            **{f: "\n\n".join(filter(None, (_cell(row, c, source) for c in cells))) for f, cells in fields.items()},
-            kind=kind,
-            language=language,
-            source=label,
-        )
-        for row in rows
-    ]
+    prompts = []
+    for number, row in enumerate(rows, 1):
+        cells = {f: [_cell(row, name, source, number) for name in columns] for f, columns in fields.items()}
+        known = {f: "\n\n".join(filter(None, texts)) for f, texts in cells.items()}
+        if found and found.words:
+            known["text"] = _first_words(known["text"], found.words)
+        prompts.append(Prompt(**known, kind=kind, language=language, source=label))
+    return prompts
 
 
-def _cell(row: Row, column: str, source: str) -> str:
-    """A cell as text; missing values are empty."""
+def _first_words(text: str, count: int) -> str:
+    """The first words of a text, with the space between them as it is."""
+    found = re.match(rf"(?:\s*\S+){{0,{count}}}", text)
+    return found[0] if found else text
+
+
+def _cell(row: Row, column: str, source: str, number: int) -> str:
+    """A cell's text; missing values are empty. Raises InputError for anything that is no text."""
     value = row.get(column)
     if value is None or (isinstance(value, float) and value != value):
         return ""
-    if isinstance(value, (Mapping, list, tuple)) and column in ("tags", "category"):
+    if column in ("tags", "category") and not isinstance(value, str):
         return str(value)
-    if isinstance(value, (Mapping, list, tuple)) or hasattr(value, "tolist"):
-        raise InputError(f"{source}: column {column!r} holds {type(value).__name__} values, not text")
-    return str(value).strip()
+    if not isinstance(value, str):
+        raise InputError(f"{source}: row {number}: column {column!r} holds {value!r:.40}, which is no text")
+    half = SURROGATE.search(value)
+    if half:
+        raise InputError(
+            f"{source}: row {number}: column {column!r} holds half of a surrogate pair, \\u{ord(half[0]):04x}, after "
+            f"{value[max(0, half.start() - 20) : half.start()]!r}"
+        )
+    return value.strip()
 
 
 def _cleaned(prompts: Sequence[Prompt], source: str, found: Entry | None, name: str) -> PromptSet:

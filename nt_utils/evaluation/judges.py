@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Protocol
 
 from nt_utils.data.records import Prompt, PromptSet
+from nt_utils.data.tables import read_rows, write_csv
 from nt_utils.errors import InputError, command
 from nt_utils.evaluation import phrases
 from nt_utils.evaluation.metrics import is_missing
@@ -268,24 +269,22 @@ def final_number(text: object) -> str | None:
 
 
 def judge_file(source: str | Path, target: str | Path, column: str = "completion") -> dict[str, int]:
-    """Adds a `verdict` column to a CSV file; returns the count of each verdict. Empty cells are degenerate."""
-    import pandas
+    """Adds a `verdict` column to a table (any format of `data.tables`), written as CSV; returns the count of each verdict.
 
-    path = Path(source)
-    if not path.is_file():
-        raise InputError(f"IN: there is no file {source}")
+    Empty cells are degenerate.
+    """
     try:
-        frame = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (ValueError, OSError) as error:
-        raise InputError(f"IN: {source} cannot be read as CSV ({str(error).splitlines()[0]})") from error
-    if column not in frame.columns:
-        raise InputError(f"--column: {source} has no column {column!r}; it has {', '.join(frame.columns)}")
-    frame["verdict"] = [phrase_verdict(text) for text in frame[column]]
+        rows = read_rows(Path(source))
+    except InputError as error:
+        raise InputError(f"IN: {error}") from error
+    if column not in rows[0]:
+        raise InputError(f"--column: {source} has no column {column!r}; it has {', '.join(rows[0])}")
+    verdicts = [phrase_verdict(row.get(column)) for row in rows]
     try:
-        frame.to_csv(target, index=False)
+        write_csv(target, [{**row, "verdict": verdict} for row, verdict in zip(rows, verdicts, strict=True)])
     except OSError as error:
         raise InputError(f"OUT: {target} cannot be written ({error.strerror or error})") from error
-    return count_verdicts(frame["verdict"])
+    return count_verdicts(verdicts)
 
 
 def count_verdicts(verdicts: Iterable[Verdict]) -> dict[str, int]:

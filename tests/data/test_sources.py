@@ -14,7 +14,8 @@ ROWS = [{"id": 1, "prompt": "how do I bake bread", "note": "x"}, {"id": 2, "prom
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """No test reaches out."""
+    """No test reaches out, or reads the user's own sets."""
+    monkeypatch.delenv("NT_DATA", raising=False)
     monkeypatch.setattr(sources, "_answers", lambda host, port: False)
 
 
@@ -134,7 +135,7 @@ def test_unreadable_files_and_bad_sources(tmp_path):
         (f"{tmp_path}/b.jsonl:q", "cannot be read as jsonl"),
         (f"{tmp_path}/c.csv:q", "cannot be read as csv"),
         (f"{tmp_path}/d.jsonl:q", "every row must be an object"),
-        (f"{tmp_path}/e.jsonl:q", "column 'q' holds list values, not text"),
+        (f"{tmp_path}/e.jsonl:q", r"row 1: column 'q' holds \[1, 2\], which is no text"),
         (f"{tmp_path}/f.docx:q", "prompts are read from .csv"),
         ("nonsense", "unknown prompt set 'nonsense': use one of advbench, harmbench"),
         ("hub:dataset:train", "a hub source is hub:org/name:split:column"),
@@ -269,6 +270,40 @@ def test_files_as_their_projects_publish_them(tmp_path, name):
     other = write(tmp_path / "other.csv", [{"id": 1, "request": "do harm"}])
     with pytest.raises(InputError, match=f"{name} needs the columns .*; the file has id, request"):
         load_prompts(f"{name}@{other}", kind="harmful")
+
+
+@pytest.mark.parametrize("name", sorted(ORIGINALS))
+def test_files_in_the_folder_nt_data_come_before_the_hub(tmp_path, monkeypatch, name):
+    file, row = ORIGINALS[name]
+    monkeypatch.setenv("NT_DATA", str(tmp_path))
+    (tmp_path / file).write_text(row) if isinstance(row, str) else write(tmp_path / file, [row])
+    write(tmp_path / f"{name}_others.csv", [{"request": "columns of another set"}])
+    monkeypatch.setattr(sources, "_read_hub", lambda *given: pytest.fail("the hub was asked"))
+    (prompt,) = load_prompts(name)
+    assert prompt.kind == REGISTRY[name].kind and prompt.source == name and prompt.text
+
+
+def test_the_folder_nt_data_is_never_guessed_at(tmp_path, monkeypatch, hub):
+    monkeypatch.setenv("NT_DATA", str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match="NT_DATA: there is no folder"):
+        load_prompts("advbench")
+    monkeypatch.setenv("NT_DATA", str(tmp_path))
+    with pytest.raises(InputError, match=r"lie in the folder NT_DATA as harmful_behaviors\.csv or advbench\.\* or"):
+        load_prompts("advbench")
+    row = ORIGINALS["advbench"][1]
+    write(tmp_path / "harmful_behaviors.csv", [row])
+    write(tmp_path / "AdvBench_100.csv", [row])
+    with pytest.raises(InputError, match=r"several files of it: AdvBench_100\.csv, harmful_behaviors\.csv; keep one"):
+        load_prompts("advbench")
+
+
+def test_whole_articles_are_cut_to_their_first_words(hub):
+    place = REGISTRY["wikipedia"].places[0]
+    text = "one  two\nthree " * 200
+    card = f"---\nconfigs:\n- config_name: {place.config}\n  data_files:\n  - split: train\n    path: x/train-*\n---\n"
+    hub(place.id, **{"x/train-0.parquet": [{"title": "t", "text": text}], "README.md": card})
+    (prompt,) = load_prompts("wikipedia")
+    assert text.startswith(prompt.text) and len(prompt.text.split()) == REGISTRY["wikipedia"].words
 
 
 def test_context_is_put_before_the_behaviour_and_rows_of_other_kinds_are_left_out(tmp_path):
