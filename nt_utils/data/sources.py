@@ -32,14 +32,12 @@ from typing import Any
 
 from nt_utils.data.records import PROMPT_KINDS, Prompt, PromptSet
 from nt_utils.data.registry import REGISTRY, Columns, Entry, Place, entry
-from nt_utils.data.tables import SUFFIXES, SURROGATE, read_rows
+from nt_utils.data.tables import SUFFIXES, SURROGATE, Row, read_rows
 from nt_utils.errors import InputError, first_line
 from nt_utils.files import atomic, cache_folder
 
 HUB = ("datasets", "huggingface_hub", "huggingface_hub.utils._http")  # whose retries and cache notices are kept out
 STREAMED = 1000  # rows taken from a set that is too large to download, where no limit is given
-
-Row = Mapping[str, Any]
 
 
 def load_prompts(

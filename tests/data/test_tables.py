@@ -80,8 +80,8 @@ WRITERS = {
     "json lines, as is": (".jsonl", by_json(lambda rows: "\r\n".join(json.dumps(r, ensure_ascii=False) for r in rows))),
     "json values": (".json", by_json(lambda rows: json.dumps([list(row.values()) for row in rows]))),
 }
-#: Layouts that are refused whatever they hold: another separator, another end of line, no names.
-REFUSED = {"csv, bars", "csv, semicolons", "csv, carriage returns", "pandas csv, utf-16", "json values"}
+#: Layouts that are refused whatever they hold: another separator, another encoding, no names.
+REFUSED = {"csv, bars", "csv, semicolons", "pandas csv, utf-16", "json values"}
 REFUSED |= {"csv, tabs, wrong name", "csv, commas, wrong name"}
 #: Layouts in which every text that is no half of a surrogate pair can be told.
 COMPLETE = {name for name, (suffix, _) in WRITERS.items() if suffix in (".json", ".jsonl")} - REFUSED
@@ -144,6 +144,7 @@ def test_loading_gives_the_texts_that_were_written_or_a_refusal(tmp_path_factory
 @given(st.lists(TEXT, min_size=1, max_size=4))
 def test_text_files_give_their_lines_or_a_refusal(tmp_path_factory, texts):
     path = tmp_path_factory.mktemp("t") / "t.txt"
+    texts[0] = texts[0].lstrip("\ufeff")  # at the start of a file it is a byte order mark
     try:
         path.write_text("\n".join(texts), encoding="utf-8", newline="")
     except UnicodeEncodeError:
@@ -154,7 +155,7 @@ def test_text_files_give_their_lines_or_a_refusal(tmp_path_factory, texts):
             warnings.simplefilter("ignore")
             assert load_prompts(str(path)).texts == expected(lines)
     except InputError:
-        assert not expected(lines) or any("\r" in line for line in lines) or texts[0].startswith("\ufeff")
+        assert not expected(lines) or any("\r" in line for line in lines)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

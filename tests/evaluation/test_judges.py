@@ -256,7 +256,7 @@ def test_command_adds_a_verdict_column_and_survives_empty_cells(tmp_path):
 def test_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
     (tmp_path / "a.csv").write_text("id,text\n1,x\n")
     for arguments, message in [
-        ([f"{tmp_path}/no.csv", "o.csv"], "there is no file"),
+        ([f"{tmp_path}/no.csv", "o.csv"], "there is no such file"),
         ([f"{tmp_path}/a.csv", "o.csv"], "has no column 'completion'; it has id, text"),
         ([f"{tmp_path}/a.csv", f"{tmp_path}/no/o.csv", "--column", "text"], "cannot be written"),
     ]:
