@@ -51,7 +51,7 @@ def others(wildcards):
 def point(wildcards):
     run = RUNS[wildcards.folder]
     changes = [f"--set {shlex.quote(f'{k}={json.dumps(v)}')}" for k, v in run.changes.items()]
-    return " ".join([f"--study {run.study} --name {run.name}", *changes])
+    return " ".join([f"--study {shlex.quote(run.study)} --name {shlex.quote(run.name)}", *changes])
 
 
 def cores(wildcards):
@@ -74,7 +74,7 @@ rule testbed:
         mem_mb=4000,
         runtime=60,
     shell:
-        "{sys.executable} -m nt_utils.study.batch testbed --seed {wildcards.seed} --model {params.model}"
+        "{sys.executable:q} -m nt_utils.study.batch testbed --seed {wildcards.seed} --model {params.model:q}"
 
 
 rule notebook:
@@ -93,8 +93,8 @@ rule notebook:
         mem_mb=lambda w: needs(w)["mem_mb"],
         runtime=lambda w: needs(w)["runtime"],
     shell:
-        "OMP_NUM_THREADS={threads} {sys.executable} -m nt_utils.study.batch run {wildcards.notebook} {params.point}"
-        " --seed {wildcards.seed} --preset {PRESET} --output {output}"
+        "OMP_NUM_THREADS={threads} {sys.executable:q} -m nt_utils.study.batch run {wildcards.notebook:q} {params.point}"
+        " --seed {wildcards.seed} --preset {PRESET:q} --output {output:q}"
 
 
 rule seeds:
@@ -105,7 +105,7 @@ rule seeds:
     params:
         seeds=",".join(map(str, SEEDS)),
     shell:
-        "{sys.executable} -m nt_utils.study.seeds --folder {wildcards.folder} --seeds {params.seeds}"
+        "{sys.executable:q} -m nt_utils.study.seeds --folder {wildcards.folder:q} --seeds {params.seeds}"
 
 
 rule sweep:
@@ -120,4 +120,4 @@ rule sweep:
         mem_mb=2000,
         runtime=10,
     shell:
-        "{sys.executable} -m nt_utils.study.batch collect --study {params.study} --seeds {params.seeds} --preset {PRESET}"
+        "{sys.executable:q} -m nt_utils.study.batch collect --study {params.study:q} --seeds {params.seeds} --preset {PRESET:q}"

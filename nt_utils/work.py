@@ -35,6 +35,16 @@ def count(**amounts: float) -> None:
     COUNTS.update({name: int(amount) for name, amount in amounts.items()})
 
 
+def clock(seconds: float) -> str:
+    """ "45 s", "3 min 20 s", "2 h 05 min"."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
 @contextmanager
 def part(name: str) -> Iterator[None]:
     """What the loops inside belong to: an arm, a rate, a draw. Shown before their own labels."""

@@ -42,7 +42,8 @@ def notebook(*sources, tagged=True):
 
 @pytest.fixture
 def project(tmp_path):
-    """A project with one toy notebook."""
+    """A project with one toy notebook, below a path with blanks and quotes."""
+    tmp_path = tmp_path / "it's a \"project\""
     (tmp_path / "notebooks" / "params").mkdir(parents=True)
     (tmp_path / "nt_utils").mkdir()
     (tmp_path / "notebooks" / "00_toy.ipynb").write_text(notebook(TOY, "print(rho, seed, study)"))
@@ -90,9 +91,15 @@ def test_unknown_studies_and_seeds_are_refused(project):
     with pytest.raises(InputError, match="'none' has no parameter file; known: toy"):
         batch.study_parameters("none", "00_toy", project)
     assert batch.parse_seeds("0 1,2 1") == [0, 1, 2]
-    for bad in ("", "one", "-1", "1.5"):
+    for bad in ("", "one", "-1", "1.5", "²", "9" * 40):
         with pytest.raises(InputError, match="seeds"):
             batch.parse_seeds(bad)
+
+
+def test_a_parameter_file_in_another_encoding_is_named(project):
+    (project / "notebooks" / "params" / "toy.yaml").write_bytes("rho: 0.5  # für\n".encode("latin-1"))
+    with pytest.raises(InputError, match="toy.yaml: not UTF-8"):
+        batch.read("toy", project)
 
 
 def test_every_study_of_the_project_is_valid():
@@ -102,7 +109,8 @@ def test_every_study_of_the_project_is_valid():
 
 
 def test_the_command_line_refuses_before_it_starts(capsys):
-    for arguments in (["study", "--studies", "nope"], ["study", "--seeds", "x"], ["study", "--preset", "fast"]):
+    wrong = {"--studies": ["nope"], "--seeds": ["x", "²"], "--preset": ["fast"], "--cores": ["0", "-1", "many", ""]}
+    for arguments in (["study", f"{option}={value}"] for option, values in wrong.items() for value in values):
         start = time.time()
         assert batch.main(arguments) == 1
         assert time.time() - start < 5
@@ -128,13 +136,27 @@ def test_a_step_leaves_the_executed_notebook(project):
     assert "0.5 7 toy" in (output.parent / "logs" / "00_toy.log").read_text()
 
 
-def test_an_executed_notebook_keeps_no_stubs_of_progress_bars(project):
-    bar = "from tqdm.notebook import tqdm\nfor _ in tqdm(range(3)):\n    pass\nprint('after the bar')"
+def test_an_executed_notebook_keeps_no_stubs_of_progress_bars(project, capsys):
+    bar = """
+import sys, time
+import tqdm.notebook
+from nt_utils import work
+for _ in tqdm.notebook.tqdm(range(3)):
+    pass
+for _ in tqdm.tqdm(range(3), desc="Loading weights"):
+    pass
+work.SECONDS = 0.0
+for _ in work.track(range(3), "training"):
+    time.sleep(0.5)
+print("after the bar")
+print("a real warning", file=sys.stderr)
+"""
     (project / "notebooks" / "00_toy.ipynb").write_text(notebook(TOY, bar))
     output = project / "runs" / "toy" / "00_toy.ipynb"
     batch.run_notebook("00_toy", {}, output, project)
-    assert "after the bar" in outputs(output)
+    assert outputs(output).split("\n") == ["after the bar", "a real warning", ""]
     assert "widget-view" not in output.read_text()
+    assert "00_toy: training: 2 of 3" in capsys.readouterr().out  # the batch's own output says how far a cell is
 
 
 @pytest.mark.parametrize(
@@ -229,6 +251,8 @@ def test_a_sweep_gives_one_table_and_a_planted_token_appears_nowhere(project):
         "2",
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_TOKEN": token, "OMP_NUM_THREADS": "1"}
+    environment |= {"HOME": "/proc/nohome", "NT_CACHE": str(project / "cache")}  # a home that cannot be written
+    environment = {k: v for k, v in environment.items() if k not in ("XDG_CACHE_HOME", "LOGNAME", "USER")}
 
     def study(values):
         write_params(project, sweep={"rho": values, "seed": [3]})
@@ -237,12 +261,15 @@ def test_a_sweep_gives_one_table_and_a_planted_token_appears_nowhere(project):
         )
         assert token not in done.stdout + done.stderr
         assert token.encode() not in everything(project)
-        assert b"[hidden]" in everything(project)
         return done
 
+    (project / "Snakefile").write_text("raise ValueError('the reason of Snakemake')\n")
+    assert "the reason of Snakemake" in study([0.5]).stderr
+    shutil.copy(ROOT / "Snakefile", project / "Snakefile")
     failed = study([0.5, 0.25])
     assert failed.returncode != 0
     assert "00_toy: RuntimeError: [hidden]" in failed.stderr
+    assert b"[hidden]" in everything(project)
     assert (project / "runs" / "toy.rho-0.25" / "seed-3" / "00_toy.failed.ipynb").is_file()
     done = study([0.5, 0.75])
     assert done.returncode == 0, done.stderr
@@ -287,6 +314,22 @@ def test_settings_are_written_when_they_change(project, monkeypatch):
     monkeypatch.setattr(batch.parameter_files, "code_fingerprint", lambda: "other code")
     assert noted() != 1
     assert noted() == 1
+
+
+def test_a_changed_prompt_file_changes_the_settings_of_the_steps_that_read_it(project):
+    """Also a local model's folder, in every form in which a parameter can name a file."""
+    prompts, model = project / "prompts.csv", project / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    prompts.write_text("goal\nHow?\n")
+    given = {"a": "prompts.csv:goal", "b": f"advbench@{prompts}", "c": str(model), "d": "testbed", "e": "hub:x/y:z", "f": 3}
+    before = batch.parameter_files.contents(given, project)
+    assert sorted(before) == ["a", "b", "c"]
+    prompts.write_text("goal\nWhy?\n")
+    after = batch.parameter_files.contents(given, project)
+    assert after["a"] != before["a"] and after["b"] != before["b"] and after["c"] == before["c"]
+    (model / "config.json").write_text("{ }")
+    assert batch.parameter_files.contents(given, project)["c"] != before["c"]
 
 
 def test_a_kernel_is_reached_through_sockets_of_its_own(project, monkeypatch):

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from nt_utils import testbed
-from nt_utils.testbed import gate as gates
-from nt_utils.testbed import training
 from nt_utils.data import corpus
 from nt_utils.errors import InputError
+from nt_utils.testbed import gate as gates
+from nt_utils.testbed import training
 
 MICRO = testbed.RECIPES["micro"]
 

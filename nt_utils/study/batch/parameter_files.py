@@ -9,8 +9,10 @@ A file gives parameters for every notebook that takes them and has three keys of
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
+import hashlib
 import itertools
 import json
 import re
@@ -22,7 +24,7 @@ from typing import Any
 import yaml
 
 import nt_utils
-from nt_utils.errors import InputError
+from nt_utils.errors import InputError, first_line
 from nt_utils.files import atomic, study_name
 from nt_utils.study import parameters
 from nt_utils.study.parameters import TESTBED, TESTBEDS, notebook_parameters
@@ -95,8 +97,10 @@ def read(study: str, root: Path) -> StudyFile:
         raise InputError(f"study: {study!r} has no parameter file; known: {', '.join(known)} (notebooks/params/*.yaml)")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise InputError(f"{file}: not valid YAML ({str(error).splitlines()[0]})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    except (yaml.YAMLError, OSError) as error:
+        raise InputError(f"{file}: not valid YAML ({first_line(error)})") from error
     if not isinstance(content, dict):
         raise InputError(f"{file}: must hold lines of the form parameter: value")
     own, sweep, facts = (_mapping(file, key, content.pop(key, None)) for key in OWN_KEYS)
@@ -156,7 +160,7 @@ def study_parameters(study: str, notebook: str, root: Path) -> dict[str, Any]:
 def parse_seeds(text: str) -> list[int]:
     """ "0 1 2" or "0,1,2" -> [0, 1, 2]."""
     words = text.replace(",", " ").split()
-    if not words or not all(w.isdigit() for w in words):
+    if not words or not all(re.fullmatch("[0-9]{1,10}", w) for w in words):
         raise InputError(f"seeds: got {text!r}; allowed: whole numbers, 0 or more, separated by blanks or commas")
     return list(dict.fromkeys(int(w) for w in words))
 
@@ -213,8 +217,39 @@ def settings(variant: Variant, notebook: str, seed: int, preset: str, root: Path
     return {k: v for k, v in given.items() if k in known}
 
 
+def contents(given: Mapping[str, Any], root: Path) -> dict[str, str]:
+    """Parameter -> digest of the local file or folder that its value names (prompts, a model, a template).
+
+    Large files, such as weights, are told by size and time of change.
+    """
+    found = {}
+    for name, value in given.items():
+        path = _named_file(value, root) if isinstance(value, str) else None
+        if path is not None:
+            digest = hashlib.sha256()
+            for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+                state = file.stat()
+                body = file.read_bytes() if state.st_size < 2**24 else f"{state.st_size} {state.st_mtime_ns}".encode()
+                digest.update(f"{file.relative_to(path)}\n".encode() + hashlib.sha256(body).digest())
+            found[name] = digest.hexdigest()
+    return found
+
+
+def _named_file(value: str, root: Path) -> Path | None:
+    """The file or folder in "file", "file:column", "file:split:column" or "name@file"; None where there is none."""
+    text = value.rpartition("@")[2]
+    pieces = text.split(":")
+    for n in range(len(pieces), 0, -1):
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            path = root / Path(":".join(pieces[:n])).expanduser()
+            if pieces[0] and path.exists() and path.resolve() != root.resolve():
+                return path
+    return None
+
+
 def note_settings(variant: Variant, preset: str, root: Path) -> None:
-    """Write what every step's result follows from, beside its inputs: its parameters and the package's code.
+    """Write what every step's result follows from, beside its inputs: its parameters, the
+    contents of the files that they name, and the package's code.
 
     Each step has a file of its own, in ``.settings`` of its run folder, written only when its content changes; a result
     is out of date when this file is newer. So nothing depends on what Snakemake recorded: a step that finished while
@@ -223,7 +258,8 @@ def note_settings(variant: Variant, preset: str, root: Path) -> None:
     code = code_fingerprint()
     for seed, notebook in itertools.product(variant.seeds, variant.notebooks):
         path = root / "runs" / variant.folder / f"seed-{seed}" / ".settings" / f"{notebook}.json"
-        content = {"parameters": settings(variant, notebook, seed, preset, root), "code": code}
+        given = settings(variant, notebook, seed, preset, root)
+        content = {"parameters": given, "files": contents(given, root), "code": code}
         text = json.dumps(content, sort_keys=True, indent=1) + "\n"
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             with atomic(path) as tmp:

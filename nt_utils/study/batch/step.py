@@ -20,6 +20,7 @@ from typing import Any, TextIO
 
 from nt_utils.errors import InputError
 from nt_utils.files import atomic
+from nt_utils.work import IN_BATCH, MARK, clock
 
 #: Set by ``make study`` for its steps: its process, whose death ends them, and when it began (seconds since 1970).
 OWNER, STARTED = "NT_STUDY_PROCESS", "NT_STUDY_STARTED"
@@ -27,6 +28,8 @@ OWNER, STARTED = "NT_STUDY_PROCESS", "NT_STUDY_STARTED"
 SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$")
 HIDDEN = "[hidden]"
 WIDGET = "application/vnd.jupyter.widget-view+json"
+#: Lines of the error stream that an executed notebook does not keep: bars, and notices about the kernel's sockets.
+NOISE = re.compile(r"^\s*$|\r|\d+%\||it/s|Loading weights|socket|traitlets|zmq", re.IGNORECASE)
 
 
 def run_notebook(notebook: str, parameters: Mapping[str, Any], output: Path, root: Path) -> None:
@@ -36,6 +39,7 @@ def run_notebook(notebook: str, parameters: Mapping[str, Any], output: Path, roo
     step; what was executed by then is kept as ``<output>.failed.ipynb``, and an older ``output`` stays as it was.
     """
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
+    os.environ[IN_BATCH] = notebook
     output = Path(output).absolute()
     failed, log = output.with_suffix(".failed.ipynb"), output.parent / "logs" / f"{notebook}.log"
     try:
@@ -45,7 +49,7 @@ def run_notebook(notebook: str, parameters: Mapping[str, Any], output: Path, roo
             _remove_leftovers(output)
             with atomic(output) as tmp:
                 try:
-                    with _log(log) as file:
+                    with _log(log) as file, _progress(log, notebook):
                         _execute(root / "notebooks" / f"{notebook}.ipynb", tmp, parameters, root, file)
                 except BaseException:  # whatever it was, a half-executed notebook may not pass for a finished one
                     if tmp.exists():
@@ -92,12 +96,41 @@ def _sockets(folder: Path) -> Any:
 
 
 def _drop_bars(path: Path) -> None:
-    """Take the places of progress bars out of an executed notebook: without the kernel's widgets they are broken stubs."""
+    """Take progress out of an executed notebook: without the kernel's widgets, bars are broken stubs; text bars, and the
+    notices of the library that talks to the kernel, are no results."""
     book = json.loads(path.read_text(encoding="utf-8"))
     for cell in book["cells"]:
+        kept = []
+        for output in cell.get("outputs", []):
+            if output.get("name") == "stderr":
+                lines = "".join(output["text"]).splitlines(keepends=True)
+                output["text"] = [line for line in lines if not NOISE.search(line)]
+            if WIDGET not in output.get("data", {}) and output.get("text") != []:
+                kept.append(output)
         if "outputs" in cell:
-            cell["outputs"] = [o for o in cell["outputs"] if WIDGET not in o.get("data", {})]
+            cell["outputs"] = kept
     path.write_text(json.dumps(book, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _progress(log: Path, notebook: str) -> Iterator[None]:
+    """Show the progress lines of a step's log as they come."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        with log.open(encoding="utf-8", errors="replace") as file:
+            while not ended.wait(1.0):
+                for line in file:
+                    if MARK in line:
+                        print(f"       {notebook}: {line.rpartition(MARK)[2].strip()}", flush=True)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 @functools.cache
@@ -255,16 +288,6 @@ def expected_seconds(notebook: str, output: Path) -> float | None:
             found.append(json.loads(note.read_text(encoding="utf-8")).get("seconds"))
     found = [seconds for seconds in found if seconds]
     return statistics.median(found) if found else None
-
-
-def clock(seconds: float) -> str:
-    """ "45 s", "3 min 20 s", "2 h 05 min"."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
 def since_the_start() -> str:

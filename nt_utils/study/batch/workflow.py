@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import getpass
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 from nt_utils.errors import InputError
-from nt_utils.files import project_root
+from nt_utils.files import cache_folder, project_root, writable
 from nt_utils.study import parameters
 from nt_utils.study.batch import access, parameter_files, step, sweep
 from nt_utils.study.parameters import TESTBED, TESTBEDS
+from nt_utils.work import clock
 
 
 def run_study(names: Sequence[str], seeds: Sequence[int], preset: str, cores: str, root: Path) -> int:
@@ -27,6 +33,8 @@ def run_study(names: Sequence[str], seeds: Sequence[int], preset: str, cores: st
     outlives a killed process; ours does not, so Snakemake's is left out. So are its marks of incomplete files, which outlive
     it too: every output takes its name only when it is complete.
     """
+    if cores != "all" and not re.fullmatch("[1-9][0-9]{0,5}", cores):
+        raise InputError(f"cores: got {cores!r}; allowed: all, or a whole number from 1")
     for study in names:
         access.check_access(parameter_files.read(study, root))
     runs = [v for study in names for v in parameter_files.variants(study, seeds, preset, root)]
@@ -44,8 +52,6 @@ def run_study(names: Sequence[str], seeds: Sequence[int], preset: str, cores: st
         "--nolock",
         "--ignore-incomplete",
         "--keep-going",
-        "--quiet",
-        "all",
         "--scheduler",
         "greedy",  # the notebook with the largest file first: about the longest first
         "--config",
@@ -62,23 +68,38 @@ def run_study(names: Sequence[str], seeds: Sequence[int], preset: str, cores: st
         print(f"{'done' if status == 0 else 'incomplete'}: {folder}")
     if status:
         print("the same command goes on from here; finished steps are not repeated")
-    print(step.clock(time.time() - start))
+    print(clock(time.time() - start))
     return status
 
 
 def _supervised(command: Sequence[str], environment: dict[str, str], locks: Sequence[int]) -> int:
     """Run Snakemake in a process group of its own and leave none of its steps behind, however it or this ends.
 
-    It inherits the claims (``locks``): they hold until both are gone.
+    It inherits the claims (``locks``): they hold until both are gone. Of what it and the steps write to the error stream,
+    the steps' own lines are shown; where it fails and no step said why, its last lines are.
     """
 
     def stop(*_) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
-    process = subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=locks)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        start_new_session=True,
+        pass_fds=locks,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    last: deque[str] = deque(maxlen=8)
+    reader = threading.Thread(target=_read, args=(process.stderr, last), daemon=True)
+    reader.start()
     try:
         status = process.wait()
+        reader.join(timeout=5)
+        if status > 0 and last:
+            print("\n".join(["Snakemake ended without a step's reason; its last lines:", *last]), file=sys.stderr)
         return status if status >= 0 else 128 - status
     except KeyboardInterrupt:
         return 130
@@ -87,6 +108,43 @@ def _supervised(command: Sequence[str], environment: dict[str, str], locks: Sequ
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _read(stream: IO[str], last: deque[str]) -> None:
+    """Show the steps' errors; keep the last other lines, until a step has said why."""
+    said = False
+    for line in stream:
+        if line.startswith("error: "):
+            print(line, end="", file=sys.stderr, flush=True)
+            said = True
+            last.clear()
+        elif not said and line.strip():
+            last.append(step.hide(line.rstrip()))
+
+
+def settle_home() -> None:
+    """Give libraries that write into the home a folder of the cache where there is no home that can be written.
+
+    Raises InputError in one line when the cache cannot be written either.
+    """
+    try:
+        home = Path.home()
+        fine = home.is_dir() and os.access(home, os.W_OK)
+        hub = home / ".cache" / "huggingface"
+        if not fine and hub.is_dir():  # models that are there can still be read
+            os.environ.setdefault("HF_HOME", str(hub))
+    except RuntimeError:  # no HOME, and no entry for this user
+        fine = False
+    if not fine:
+        if not os.environ.get("NT_CACHE") and not os.environ.get("XDG_CACHE_HOME"):
+            raise InputError("home: there is none that can be written; set NT_CACHE to a folder for the cache")
+        os.environ["HOME"] = str(writable(cache_folder().absolute() / "home"))
+        os.environ["XDG_CACHE_HOME"] = str(Path(os.environ["HOME"]) / ".cache")
+        os.environ["NT_CACHE"] = str(Path(os.environ["HOME"]).parent)
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = str(os.getuid())
 
 
 def _run_step(options: argparse.Namespace, root: Path) -> None:
@@ -100,11 +158,11 @@ def _run_step(options: argparse.Namespace, root: Path) -> None:
     given = parameter_files.settings(point, options.notebook, seed, options.preset, root)
     title = f"{options.notebook} ({name}, seed {seed})"
     expected = step.expected_seconds(options.notebook, options.output)
-    about = f"expected {step.clock(expected)}" if expected else "expected time unknown"
+    about = f"expected {clock(expected)}" if expected else "expected time unknown"
     print(f"start  {title}: {about}{step.since_the_start()}", flush=True)
     start = time.time()
     step.run_notebook(options.notebook, given, options.output, root)
-    print(f"done   {title}: {step.clock(time.time() - start)}, {about}{step.since_the_start()}", flush=True)
+    print(f"done   {title}: {clock(time.time() - start)}, {about}{step.since_the_start()}", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -137,6 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     root = project_root()
     try:
+        settle_home()
         if options.command == "testbed":
             from nt_utils import testbed
 
@@ -154,6 +213,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_study(options.studies.replace(",", " ").split(), seeds, options.preset, options.cores, root)
     except InputError as error:
         print(f"error: {step.hide(str(error))}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename or root}: {error.strerror or error}", file=sys.stderr)
         return 1
     except json.JSONDecodeError as error:
         print(f"error: --set: values are JSON ({error})", file=sys.stderr)
