@@ -60,7 +60,7 @@ publish: env ## collect the runs' claims, figures and executed notebooks into fi
 	@$(PY) -m nt_utils.study.publish --studies "$(STUDY)" --seeds "$(SEEDS)" --preset "$(PRESET)"
 
 docs: env-dev ## build the pages of docs/ into build/site, with their links checked
-	@$(PY) -m nt_utils.study.docs && $(BIN)/mkdocs build --strict --quiet
+	@$(PY) -m nt_utils.study.docs && $(PY) -m mkdocs build --strict --quiet
 
 reproduce: CORES = 1
 reproduce: env ## rerun a published study into runs/reproduce/ and compare its tables and verdicts with the published ones
