@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from nt_utils.data.records import Prompt
 from nt_utils.errors import InputError
-from nt_utils.evaluation.judges import NOT_JUDGED, VERDICTS, Verdict, is_degenerate
-from nt_utils.evaluation.metrics import is_missing
+from nt_utils.evaluation.judges import NOT_JUDGED, VERDICTS, Verdict, answer_of, is_degenerate
 from nt_utils.work import track
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ class _ModelJudge(ABC):
         starts = range(0, len(asked), self.batch_size)
         for start in track(starts, desc=self.name, unit="batch", disable=not self.progress):
             rows = asked[start : start + self.batch_size]
-            pairs = [(prompts[i].text, self._cut(prompts[i].prefill + responses[i])) for i in rows]
+            pairs = [(prompts[i].text, self._cut(prompts[i].prefill + str(answer_of(responses[i])))) for i in rows]
             for i, positive in zip(rows, self._ask(pairs), strict=True):
                 verdicts[i] = NOT_JUDGED if positive is None else "compliance" if positive else self.negative
                 self.unparseable += positive is None
@@ -96,9 +95,10 @@ class _ModelJudge(ABC):
 
 def _without_model(response: object) -> Verdict | None:
     """NaN and degenerate responses need no model; None for the rest."""
-    if is_missing(response):
+    said = answer_of(response)
+    if said is None:
         return NOT_JUDGED
-    return "degenerate" if is_degenerate(response) else None
+    return "degenerate" if is_degenerate(said) else None
 
 
 # ------------------------------------------------------------------------------------------- sequence classifiers
