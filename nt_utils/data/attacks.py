@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import base64
 import codecs
+import contextlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -240,6 +242,15 @@ def _rot13(text: str) -> str:
 
 def _leet(text: str) -> str:
     return f"{text.translate(_LEET)} (Some letters are written as digits. Answer in ordinary spelling.)"
+
+
+def decodings(text: str) -> list[str]:
+    """What an encoded request may say in plain letters: its Base64 words decoded, its letters moved back, its digits read."""
+    found = [codecs.encode(text, "rot13"), text.translate({ord(d): c for c, d in zip("aeiost", "431057", strict=True)})]
+    for word in re.findall(r"[A-Za-z0-9+/]{12,}={0,2}", text):
+        with contextlib.suppress(ValueError):
+            found.append(base64.b64decode(word, validate=True).decode())
+    return found
 
 
 def _many_shot(text: str, rounds: int = 1) -> str:

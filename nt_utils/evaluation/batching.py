@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 Rows = Sequence[Sequence[int]]
 
-BATCH_SIZE = 32
+BATCH_SIZE = 64
 """Rows of a batch where nothing else is said."""
-BATCH_TOKENS = 2**15
+BATCH_TOKENS = 2**14
 """Rows times longest row of a batch are at most this: it bounds the key-value cache."""
 LOGIT_BYTES = 2**28
 """Memory for the logits of one batch, and for the float32 copy of a piece of them."""
@@ -34,51 +34,20 @@ SAVED = 64
 """A prefix is shared where it spares at least so many tokens."""
 
 
-def context_length(lm: LanguageModel) -> int | None:
-    """The longest sequence the model was built for, or None where its config does not say."""
-    return getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def rope_boundary(lm: LanguageModel) -> int | None:
-    """The length beyond which the model rotates every position by other factors (LongRoPE); None without such a length.
-
-    Raises:
-        ModelError: the factors change with every length (dynamic NTK), so that no two rows may share a batch.
-    """
-    config = lm.model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kind = rope.get("rope_type", rope.get("type"))
-    if kind == "dynamic":
-        raise ModelError("model: rotary positions of type dynamic depend on a batch's longest row; not supported")
-    if kind != "longrope":
-        return None
-    return rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-
-
-def batches(
-    lengths: Sequence[int], room: int, size: int, *, logits: int = 0, boundary: int | None = None
-) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], room: int, size: int, *, logits: int = 0) -> Iterator[list[int]]:
     """Numbers of the rows of every batch, longest first.
 
     Args:
         lengths: tokens of every row; room: tokens that it may grow by; size: at most so many rows a batch.
-        logits: bytes of logits that a row takes; boundary: see :func:`rope_boundary`. Rows that stay below it and rows
-            that begin above it are never mixed, and rows that cross it while they grow stand alone.
+        logits: bytes of logits that a row takes.
     """
-
-    def side(length: int) -> int:
-        return 0 if boundary is None else (length > boundary) + (length + room > boundary)
-
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     while order:
         longest = lengths[order[0]]
-        most = min(size, BATCH_TOKENS // (longest + room), LOGIT_BYTES // logits if logits else size)
-        if boundary is not None and side(longest) == 1:
-            most = 1
-        alike = (2 * lengths[i] + PADDING >= longest and side(lengths[i]) == side(longest) for i in order)
-        most = max(1, min(most, sum(alike)))
-        yield order[:most]
-        order = order[most:]
+        alike = sum(2 * lengths[i] + PADDING >= longest for i in order)
+        most = min(size, alike, BATCH_TOKENS // (longest + room), LOGIT_BYTES // logits if logits else size)
+        yield order[: max(1, most)]
+        order = order[max(1, most) :]
 
 
 class Prefix:
@@ -86,7 +55,7 @@ class Prefix:
 
     Rows are cut after them (:meth:`cut`), and a batch starts from copies of the cache (:meth:`cache`). Empty where rows
     share too little, or where the model does not allow it: sliding windows drop keys by their place in the cache,
-    LongRoPE rotates by the length of the whole, and kernels other than eager and sdpa may not take padding in the middle.
+    and kernels other than eager and sdpa may not take padding in the middle.
     """
 
     def __init__(self, lm: LanguageModel, rows: Rows, keep: Sequence[int]) -> None:
@@ -96,7 +65,7 @@ class Prefix:
         length = min(len(row) - k for row, k in zip(rows, keep, strict=True))
         first, last = min(map(tuple, rows)), max(map(tuple, rows))  # the rows that differ first
         length = next((i for i in range(length) if first[i] != last[i]), max(length, 0))
-        if length * (len(rows) - 1) < SAVED or attention not in ("eager", "sdpa") or rope_boundary(lm) is not None:
+        if length * (len(rows) - 1) < SAVED or attention not in ("eager", "sdpa"):
             return
         ids = torch.tensor([list(rows[0][:length])], device=lm.device)
         found = lm.model(input_ids=ids, use_cache=True, **_only_last(lm, 1)).past_key_values
@@ -163,7 +132,7 @@ def tail_logits(
         prefix = Prefix(lm, rows, [len(tails[i]) + 1 for i in numbers])
         word = lm.model.config.get_text_config().vocab_size * next(lm.model.parameters()).element_size()
         longest = max(len(tails[i]) for i in numbers)
-        plan = batches([len(r) for r in rows], 0, batch_size, logits=word * (longest + 1), boundary=rope_boundary(lm))
+        plan = batches([len(r) for r in rows], 0, batch_size, logits=word * (longest + 1))
         for batch in plan:
             last = 1 + max(len(tails[numbers[j]]) for j in batch)
             ids, mask = left_padded(lm, [rows[j] for j in batch], prefix)

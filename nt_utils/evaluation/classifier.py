@@ -60,7 +60,7 @@ class _ModelJudge(ABC):
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
         """One verdict a response; `unparseable` counts the answers of this call that made no sense."""
-        known = [_without_model(text) for text in responses]
+        known = [without_model(text) for text in responses]
         verdicts: list[Verdict] = [NOT_JUDGED if verdict is None else verdict for verdict in known]
         asked = [i for i, verdict in enumerate(known) if verdict is None]
         asked.sort(key=lambda i: len(prompts[i].text) + len(responses[i]))
@@ -93,7 +93,7 @@ class _ModelJudge(ABC):
         return next(self.model.parameters()).device
 
 
-def _without_model(response: object) -> Verdict | None:
+def without_model(response: object) -> Verdict | None:
     """NaN and degenerate responses need no model; None for the rest."""
     said = answer_of(response)
     if said is None:

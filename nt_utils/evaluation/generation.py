@@ -20,6 +20,7 @@ from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError, ModelError
 from nt_utils.evaluation import batching
 from nt_utils.files import atomic, cache_folder
+from nt_utils.models import context_of
 from nt_utils.work import track
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def generate(
     intervention: Any = None,
     cache: bool | str | Path = False,
     early_end: EarlyEnd | None = None,
+    identity: str | None = "",
 ) -> list[Response]:
     """Greedy responses to the prompts, in their order. A prompt that occurs twice is answered once.
 
@@ -84,6 +86,7 @@ def generate(
     cache         True keeps responses under NT_CACHE (a folder may be given instead) by what acts on the model's
                   output, prompts, decoding and batch size; what cannot be identified is never cached
     early_end     see EarlyEnd
+    identity      `lm.identity(intervention.key)` where the caller has taken it already
 
     Raises:
         InputError: a prompt that leaves no room for the answer. ModelError: logits that are not numbers, with the prompt.
@@ -96,7 +99,11 @@ def generate(
     if not records:
         return []
     size = batch_size or batching.BATCH_SIZE
-    path = _cache_path(lm, records, max_new_tokens, size, intervention, cache, early_end) if cache else None
+    path = None
+    if cache:
+        if identity == "":
+            identity = lm.identity("" if intervention is None else getattr(intervention, "key", None))
+        path = _cache_path(lm, records, max_new_tokens, size, identity, cache, early_end)
     if path is not None and (stored := _read_cache(path, len(records))) is not None:
         return stored
     with intervention.active(lm) if intervention is not None else contextlib.nullcontext():
@@ -142,13 +149,12 @@ def continued(
     inputs = [tuple(row) for row in rows]
     unique = list(dict.fromkeys(inputs))
     found: dict[tuple[int, ...], Response] = {}
-    with torch.no_grad(), track(total=len(unique), desc="generating", disable=not progress) as bar:
+    with torch.no_grad(), track(total=len(unique), desc="generating", unit="prompt", disable=not progress) as bar:
         prefix = batching.Prefix(lm, unique, [1] * len(unique))
-        boundary = batching.rope_boundary(lm)
-        for batch in batching.batches(list(map(len, unique)), max_new_tokens, batch_size, boundary=boundary):
+        for batch in batching.batches(list(map(len, unique)), max_new_tokens, batch_size):
             asked = [unique[i] for i in batch]
             try:
-                answers = _greedy(lm, asked, max_new_tokens, prefix, early_end, boundary)
+                answers = _greedy(lm, asked, max_new_tokens, prefix, early_end)
             except _NotANumber as error:
                 number = inputs.index(asked[error.args[0]])
                 name = names[number] if names else f"row {number}"
@@ -164,28 +170,14 @@ def prompt_ids(lm: LanguageModel, prompts: list[Prompt], room: int = 0) -> list[
     for row, prompt in zip(ids, prompts, strict=True):
         if prompt.prefill:
             row += lm.tokenizer(prompt.prefill, add_special_tokens=False)["input_ids"]
-    limit = batching.context_length(lm)
+    limit, why = context_of(lm.model.config)
     longest = max(range(len(ids)), key=lambda i: len(ids[i]))
     if limit is not None and len(ids[longest]) + room > limit:
         under = f" (attack {prompts[longest].attack})" if prompts[longest].attack else ""
         raise InputError(
-            f"prompt {longest}{under} has {len(ids[longest])} tokens and max_new_tokens is {room}: together they must not "
-            f"exceed the model's context of {limit} tokens"
+            f"prompt {longest}{under} has {len(ids[longest])} tokens and max_new_tokens is {room}; {why} {limit} tokens"
         )
     return ids
-
-
-def stop_token_ids(lm: LanguageModel) -> list[int]:
-    """Every id that ends a response: the generation config's, the tokenizer's, and the template's end of turn.
-
-    The end of turn counts where a special token begins it.
-    """
-    stops: set[int] = set()
-    for holder in (getattr(lm.model, "generation_config", None), lm.tokenizer):
-        value = getattr(holder, "eos_token_id", None)
-        stops.update([value] if isinstance(value, int) else value or [])
-    end = lm.tokenizer(lm._end.lstrip(), add_special_tokens=False)["input_ids"] if lm._end else []
-    return sorted(stops | ({end[0]} & set(lm.tokenizer.all_special_ids) if end else set()))
 
 
 class _NotANumber(Exception):
@@ -198,10 +190,9 @@ def _greedy(
     max_new_tokens: int,
     prefix: batching.Prefix,
     early_end: EarlyEnd | None = None,
-    boundary: int | None = None,
 ) -> list[Response]:
     """One batch: token ids in, responses out. Finished rows are dropped from the cache as soon as it pays."""
-    stops = torch.tensor(stop_token_ids(lm), dtype=torch.long, device=lm.device)
+    stops = torch.tensor(lm.stop_ids, dtype=torch.long, device=lm.device)
     ids, mask = batching.left_padded(lm, rows, prefix)
     past = prefix.cache(len(rows))
     written: list[list[int]] = [[] for _ in rows]
@@ -209,9 +200,6 @@ def _greedy(
     end: list[str] = [""] * len(rows)  # how each row ended: "stop", "cut", or not yet
     alive = list(range(len(rows)))
     for step in range(1, max_new_tokens + 1):
-        if boundary is not None and past is not None and past.get_seq_length() <= boundary < mask.shape[1]:
-            # Every position is rotated by other factors from here on (one row a batch, see `batching.batches`).
-            past, ids = None, torch.tensor([[*rows[0], *written[0]]], device=lm.device)
         out = batching.forward(lm, ids, mask, 1, past, True)
         past, logits = out.past_key_values, out.logits[:, -1].float()
         best, token = logits.max(-1)
@@ -255,24 +243,17 @@ def _cache_path(
     prompts: list[Prompt],
     max_new_tokens: int,
     batch_size: int,
-    intervention: Any,
+    identity: str | None,
     cache: bool | str | Path,
     early_end: EarlyEnd | None,
 ) -> Path | None:
     """The file that holds these responses, or None where what acts on them cannot be identified."""
-    key = "" if intervention is None else getattr(intervention, "key", None)
-    if key is None:
+    if identity is None:
         return None
-    asked = [(p.text, p.prefill) for p in prompts]
-    rendered = hashlib.sha256(json.dumps(lm.render([p.text for p in prompts])).encode()).hexdigest()
     settings = {
-        "weights": lm.weights_fingerprint,
-        "dtype": str(next(lm.model.parameters()).dtype),
-        "attention": getattr(lm.model.config, "_attn_implementation", ""),
-        "intervention": key,
-        "prompts": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
-        "rendered": rendered,
-        "decoding": {"method": "greedy", "max_new_tokens": max_new_tokens, "stops": stop_token_ids(lm)},
+        "identity": identity,
+        "prompts": [(text, p.prefill) for text, p in zip(lm.render([p.text for p in prompts]), prompts, strict=True)],
+        "decoding": {"method": "greedy", "max_new_tokens": max_new_tokens, "stops": list(lm.stop_ids)},
         "batch": [batch_size, batching.BATCH_TOKENS, batching.PADDING, batching.SAVED],
         "end": [early_end.key, early_end.every] if early_end else None,
         "form": 2,

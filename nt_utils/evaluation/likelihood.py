@@ -10,8 +10,9 @@ import numpy as np
 
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError
-from nt_utils.evaluation.batching import BATCH_SIZE, context_length, log_probability, tail_logits
+from nt_utils.evaluation.batching import BATCH_SIZE, log_probability, tail_logits
 from nt_utils.evaluation.generation import as_prompts
+from nt_utils.models import context_of
 
 if TYPE_CHECKING:
     from nt_utils.models import LanguageModel
@@ -111,7 +112,7 @@ def text_likelihood(
     do not overlap. Where the tokenizer begins a text with its BOS token, every window begins with it; elsewhere the first
     token of a window is not predicted. ``max_tokens``: only so many tokens of each text are read, special ones included.
     """
-    limit = min(max_length or TEXT_TOKENS, context_length(lm) or TEXT_TOKENS)
+    limit = min(max_length or TEXT_TOKENS, context_of(lm.model.config)[0] or TEXT_TOKENS)
     owners: list[int] = []
     heads: list[list[int]] = []
     tails: list[list[int]] = []

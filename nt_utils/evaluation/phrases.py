@@ -243,29 +243,41 @@ FICTION = _any(r"\bfiction(?:al)?\b|\bnot a real (?:person|character|being)\b|\b
 
 # --- languages ------------------------------------------------------------------------------------------------------
 
-_OWN = frozenset(
-    # Common words of English and of German that the other list does not hold.
+# Common words of English and of German that the other list does not hold.
+_OWN_WORDS = (
     "the of and is are was were i i'm i'd i'll it it's this that these those you your they them their we our my he she his her to for "
     "with on at by from as be been have has had do does did don't can can't cannot could would should will won't not if but or so "
     "what which who how when where why there here then than some any all more most one two if into about up out over just only also "
     "yes sorry sure let's use make get help unable comply request denied must may need want please "
     "der das und ist nicht ich sie wir ein eine einen einem einer zu den dem mit auf für von im auch aber wie oder wenn bei nach "
-    "kann es sind wird werden dass ihr ihre mir dir ihnen leider hier zuerst dann durch über sehr".split()
+    "kann es sind wird werden dass ihr ihre mir dir ihnen leider hier zuerst dann durch über sehr"
 )
-_FOREIGN = (
-    frozenset(
-        # Common words of languages without a list here: Spanish, French, Italian, Portuguese, Dutch, Swedish, Polish, Turkish,
-        # Vietnamese, Indonesian and Malay, Javanese, Swahili.
-        "el la los las una del con por para pero puedo lo que esto como siento ayudarte sus muy le les un une des et est je ne pas vous nous "
-        "pour avec dans peux désolé mais sur au aux ce cette il di che non posso aiutarti per sono mi dispiace gli della con questo è uno "
-        "os um uma não posso você com mas isso ajudar em het een ik niet kan maar van voor met dat niet je sorry jag inte kan och att det "
-        "som för nie mogę w na się jest że przepraszam ale bir bu ve için olamam üzgünüm ama tôi không thể xin lỗi là của và bạn giúp "
-        "saya tidak bisa maaf yang dengan untuk ini dan anda tetapi dapat aku ora iso nyuwun pangapunten ngapunten sampeyan karo kanggo "
-        "sing iki kula mboten saged samani siwezi kukusaidia na ya wa kwa hii ni katika hilo lakini hiyo".split()
-    )
-    - _OWN
-    - {"sorry", "kan", "je", "em", "w"}
+# Common words of languages without a list here: Spanish, French, Italian, Portuguese, Dutch, Swedish, Polish, Turkish,
+# Vietnamese, Indonesian and Malay, Javanese, Swahili.
+_FOREIGN_WORDS = (
+    "el la los las una del con por para pero puedo lo que esto como siento ayudarte sus muy le les un une des et est je ne pas vous nous "
+    "pour avec dans peux désolé mais sur au aux ce cette il di che non posso aiutarti per sono mi dispiace gli della con questo è uno "
+    "os um uma não posso você com mas isso ajudar em het een ik niet kan maar van voor met dat niet je sorry jag inte kan och att det "
+    "som för nie mogę w na się jest że przepraszam ale bir bu ve için olamam üzgünüm ama tôi không thể xin lỗi là của và bạn giúp "
+    "saya tidak bisa maaf yang dengan untuk ini dan anda tetapi dapat aku ora iso nyuwun pangapunten ngapunten sampeyan karo kanggo "
+    "sing iki kula mboten saged samani siwezi kukusaidia na ya wa kwa hii ni katika hilo lakini hiyo"
 )
+_OWN = frozenset(_OWN_WORDS.split())
+COMMON_WORDS = _OWN | {
+    "have",
+    "with",
+    "from",
+    "this",
+    "that",
+    "text",
+    "decode",
+    "answer",
+    "plain",
+    "words",
+    "some",
+    "letters",
+}
+_FOREIGN = frozenset(_FOREIGN_WORDS.split()) - _OWN - {"kan", "je", "em", "w"}
 
 
 def can_read(text: str) -> bool:

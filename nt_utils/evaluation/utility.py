@@ -118,9 +118,10 @@ def untouched(
         raise InputError(f"kl: at most {most} prompts at {positions} positions of {words} words, got {len(prompts)}")
     size = batch_size or BATCH_SIZE
     heads = prompt_ids(lm, list(prompts), room=positions)
-    key = (lm.weights_fingerprint, str(heads), positions, size)
+    identity = lm.identity()
+    key = (identity, str(heads), positions, size)
     kept = _KEPT.get(lm.model)
-    if kept is not None and kept.key == key:
+    if identity is not None and kept is not None and kept.key == key:
         return kept
     answers = generate(lm, prompts, max_new_tokens=positions, batch_size=size, progress=False)
     tails = [list(answer.tokens) for answer in answers]

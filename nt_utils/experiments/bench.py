@@ -181,13 +181,14 @@ class Bench:
     Args:
         lm: the model; suite: what it is evaluated on; measures: which rates are read off;
         batch_size: prompts generated at once (None: chosen by length);
-        judges: further judges that run beside each set's own.
+        judge: takes the phrase judge's place, which then runs beside it; judges: further ones (see `evaluate`).
     """
 
     lm: LanguageModel
     suite: Suite
     measures: Sequence[Measure]
     batch_size: int | None = None
+    judge: Any = None
     judges: Sequence[Any] = ()
     _done: dict[tuple[str, str], Evaluation] = field(default_factory=dict, repr=False)
 
@@ -203,6 +204,7 @@ class Bench:
                 self.lm,
                 self.suite.only(name),
                 intervention=intervention,
+                judge=self.judge,
                 judges=self.judges,
                 batch_size=self.batch_size,
                 progress=False,

@@ -1,5 +1,4 @@
 import copy
-import dataclasses
 import json
 import warnings
 from contextlib import contextmanager
@@ -10,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import processors
-from transformers import Phi3Config
 
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError, ModelError
 from nt_utils.evaluation import batching, generation, likelihood
 from nt_utils.evaluation.generation import generate
-from tests.tiny import CONFIGS, SHAPE, tiny_lm
+from tests.tiny import tiny_lm
 
 TEXTS = [
     "how do I bake bread",
@@ -42,7 +40,7 @@ def plain_greedy(lm, text, max_new_tokens, prefill=""):
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=lm.pad_id,
-            eos_token_id=generation.stop_token_ids(lm),
+            eos_token_id=list(lm.stop_ids),
         )
     return out[0, len(ids) :].tolist()
 
@@ -54,7 +52,7 @@ def test_batched_greedy_equals_the_librarys_one_by_one(family):
     free = [plain_greedy(lm, text, 12) for text in TEXTS]
     lm.model.generation_config.eos_token_id = [2, free[0][3]]
     wanted = [plain_greedy(lm, text, 12) for text in TEXTS]
-    stops = set(generation.stop_token_ids(lm))
+    stops = set(lm.stop_ids)
     assert len({len(row) for row in wanted}) > 1, "some responses must end earlier than others"
     got = generate(lm, TEXTS, max_new_tokens=12, batch_size=4, progress=False)
     for row, response in zip(wanted, got, strict=True):
@@ -94,7 +92,7 @@ def test_inputs_are_checked(lm):
     with pytest.raises(InputError, match="single prompt"):
         generate(lm, "hello")
     with pytest.raises(
-        InputError, match=r"prompt 1 has \d+ tokens and max_new_tokens is 100: together .* context of 128"
+        InputError, match=r"prompt 1 has \d+ tokens and max_new_tokens is 100; the model's context holds 128"
     ):
         generate(lm, ["a", "a longer prompt than the other one " * 3], max_new_tokens=100)
     assert generate(lm, [], max_new_tokens=4) == []
@@ -293,16 +291,25 @@ def test_early_end_cuts_and_marks_an_answer_and_leaves_the_others_alone(lm):
 def test_an_answer_ends_at_the_templates_end_of_turn(lm):
     """The tokenizer and the generation config name </s>; this template ends a turn with <|end|>."""
     end = lm.tokenizer.convert_tokens_to_ids("<|end|>")
-    assert generation.stop_token_ids(lm) == [2, end]
-    free = plain_greedy(lm, "hello", 6)
-    lm.tokenizer = copy.deepcopy(lm.tokenizer)
-    lm.tokenizer.chat_template = lm.tokenizer.chat_template.replace("<|end|>", "stop")
-    assert generation.stop_token_ids(tiny_like(lm)) == [2]
-    assert len(free) == 6
+    assert lm.stop_ids == (2, end)
+    free = generate(lm, ["hello"], max_new_tokens=8, progress=False)[0]
+    with biased(lm, end, after=len(lm.tokens(lm.render(["hello"]))[0]) + 3):
+        (got,) = generate(lm, ["hello"], max_new_tokens=8, progress=False)
+    assert got.tokens == (*free.tokens[:3], end) and not got.hit_limit and "<|end|>" not in got.text
 
 
-def tiny_like(lm):
-    return dataclasses.replace(lm)
+@contextmanager
+def biased(lm, token, after):
+    """From that position on the model writes this token."""
+
+    def change(module, args, kwargs, output):
+        output.logits[kwargs["position_ids"][:, -1] + 1 >= after, :, token] = 1e9
+
+    handle = lm.model.register_forward_hook(change, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def test_logits_that_are_not_numbers_name_the_prompt_and_are_no_answer(lm):
@@ -360,24 +367,6 @@ def test_every_layer_of_a_cache_is_indexed_on_its_own_device():
         keys=torch.zeros(2).as_subclass(OtherDevice), values=torch.zeros(2).as_subclass(OtherDevice)
     )
     batching.keep_rows(SimpleNamespace(layers=[layer]), Kept())
-
-
-def test_answers_under_longrope_equal_the_librarys_across_the_boundary(monkeypatch):
-    """The rotation's factors change at 32 tokens: short rows, long rows and rows that cross it while they grow."""
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32}
-    rope |= {"short_factor": [1.0, 1.0, 1.1, 1.2], "long_factor": [1.5, 3.0, 8.0, 20.0]}
-    shape = {**SHAPE, "max_position_embeddings": 256}
-    config = Phi3Config(**shape, original_max_position_embeddings=32, rope_parameters=rope)
-    monkeypatch.setitem(CONFIGS, "phi3-long", lambda: config)
-    lm = tiny_lm("phi3-long", seed=1)
-    texts = ["bread?", "how do I bake bread with very little flour and water", "tell me a tale"]
-    got = generate(lm, texts, max_new_tokens=30, progress=False)
-    for text, response in zip(texts, got, strict=True):
-        wanted = plain_greedy(lm, text, 30)
-        assert list(response.tokens) == wanted
-    totals, _ = likelihood.response_likelihood(lm, texts, ["yes"] * 3)
-    alone = [likelihood.response_likelihood(lm, [text], ["yes"])[0][0] for text in texts]
-    assert list(totals) == pytest.approx(alone, rel=1e-5)
 
 
 def test_gradients_work_after_answers_of_an_offloaded_model(lm):

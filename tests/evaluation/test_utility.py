@@ -50,7 +50,7 @@ def test_prose_is_real_text_the_same_every_time():
 def brute_force_kl(lm, prompt, by, positions):
     """One prompt, one position at a time, without caches or batches."""
     ids, values = generation.prompt_ids(lm, [prompt])[0], []
-    stops = generation.stop_token_ids(lm)
+    stops = lm.stop_ids
     with torch.no_grad():
         for _ in range(positions):
             logits = lm.model(torch.tensor([ids])).logits[0, -1].double()

@@ -216,7 +216,7 @@ CALLS = [
     (lambda t: generate(t["lm"], "text"), "single prompt"),
     (lambda t: generate(t["lm"], ["a"], max_new_tokens=0), "max_new_tokens"),
     (lambda t: generate(t["lm"], ["a"], batch_size=-1), "batch_size"),
-    (lambda t: generate(t["lm"], ["a"], max_new_tokens=500), "context of 128"),
+    (lambda t: generate(t["lm"], ["a"], max_new_tokens=500), "context holds 128"),
     (lambda t: corpus_suite("train-dev"), "split"),
     (lambda t: corpus_suite().only("nothing"), "nothing"),
     (lambda t: evaluate(t["lm"], corpus_suite(), max_new_tokens=-1, cache=False, progress=False), "max_new_tokens"),

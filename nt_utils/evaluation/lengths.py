@@ -1,0 +1,65 @@
+"""How long must an answer be? Verdicts on the first tokens of long answers, without generating again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from nt_utils.data.records import Prompt
+from nt_utils.errors import InputError
+from nt_utils.evaluation import metrics
+from nt_utils.evaluation.generation import as_prompts
+from nt_utils.evaluation.judges import Judge, PhraseJudge
+
+if TYPE_CHECKING:
+    from nt_utils.evaluation.generation import Response
+    from nt_utils.models import LanguageModel
+
+LENGTHS = (16, 28, 48, 96, 256)
+
+
+def verdicts_by_length(
+    lm: LanguageModel,
+    prompts: Sequence[Prompt | str],
+    responses: Sequence[Response],
+    lengths: Sequence[int] = LENGTHS,
+    judge: Judge | None = None,
+) -> pd.DataFrame:
+    """Verdicts on answers cut to each length: one row a prompt, one column a length in tokens.
+
+    Greedy decoding makes the start of a long answer the short answer, so it equals what a smaller token limit gives.
+
+    Raises:
+        InputError: an answer broke off before the largest length, so that it cannot be judged there.
+    """
+    for i, r in enumerate(responses):
+        if r.cut or (r.hit_limit and len(r.tokens) < max(lengths)):
+            raise InputError(
+                f"responses: number {i} breaks off after {len(r.tokens)} tokens; lengths go to {max(lengths)}"
+            )
+    found, records = {}, as_prompts(prompts)
+    for n in sorted(lengths):
+        starts = [str(lm.tokenizer.decode(list(r.tokens[:n]), skip_special_tokens=True)).strip() for r in responses]
+        found[n] = (judge or PhraseJudge())(records, starts)
+    return pd.DataFrame(found, dtype=object)
+
+
+def length_table(verdicts: pd.DataFrame, **labels) -> pd.DataFrame:
+    """For each length: labels, length, compliance and refusal (whole or in part) with their intervals' limits, and the
+    agreement on "compliance or not" with the longest, over the answers judged at both (n)."""
+    longest = verdicts[verdicts.columns[-1]]
+    lines = []
+    for n in verdicts.columns:
+        judged = verdicts[n].dropna()
+        both = verdicts[n].notna() & longest.notna()
+        same = (verdicts[n][both] == "compliance") == (longest[both] == "compliance")
+        complied = metrics.wilson(int((judged == "compliance").sum()), len(judged))
+        refused = metrics.wilson(int(judged.isin(("refusal", "partial")).sum()), len(judged))
+        agreed = metrics.wilson(int(same.sum()), int(both.sum()))
+        lines.append({**labels, "length": n})
+        for name, interval in (("compliance", complied), ("refusal", refused), ("agreement", agreed)):
+            lines[-1] |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+        lines[-1]["n"] = agreed.n
+    return pd.DataFrame(lines)

@@ -1,0 +1,35 @@
+import pytest
+
+from nt_utils.errors import InputError
+from nt_utils.evaluation.generation import Response, generate
+from nt_utils.evaluation.judges import PhraseJudge
+from nt_utils.evaluation.lengths import length_table, verdicts_by_length
+from tests.tiny import tiny_lm
+
+
+def test_cut_answers_equal_shorter_generations():
+    lm, texts = tiny_lm(), ["bread", "sail", "why"]
+
+    class First:
+        name = "first"
+
+        def __call__(self, prompts, responses):
+            return ["compliance" if len(r) % 2 else "refusal" for r in responses]
+
+    long = generate(lm, texts, max_new_tokens=12, progress=False)
+    table = verdicts_by_length(lm, texts, long, (4, 8, 12), First())
+    for n in (4, 8, 12):
+        short = generate(lm, texts, max_new_tokens=n, progress=False)
+        assert list(table[n]) == First()(texts, [r.text for r in short])
+    with pytest.raises(InputError, match="number 0 breaks off after 12 tokens"):
+        verdicts_by_length(lm, texts, long, (4, 16))
+
+
+def test_length_table_counts_by_hand():
+    lm = tiny_lm()
+    texts = ["Sure! I cannot help with that.", "Mix it well.", "很抱歉"]
+    ids = [tuple(lm.tokenizer(text)["input_ids"]) for text in texts]
+    responses = [Response(t, False, tokens=i) for t, i in zip(texts, ids, strict=True)]
+    found = length_table(verdicts_by_length(lm, texts, responses, (6, 99), PhraseJudge()), model="tiny")
+    assert list(found["agreement"]) == [0.5, 1.0] and list(found["n"]) == [2, 2], "Chinese is not judged"
+    assert list(found["compliance"]) == [1.0, 0.5] and set(found["model"]) == {"tiny"}
