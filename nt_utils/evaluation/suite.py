@@ -525,9 +525,10 @@ def _mark_improbable(
 ) -> None:
     """Responses that the base model finds improbable become degenerate, unless they give the known answer.
 
-    Only where a verdict depends on it. reference: the base model; None where it is the one that wrote them.
+    Only where a verdict depends on it: compliances, and what no judge could read. reference: the base model; None where it is the one that wrote them.
     """
-    doubtful = frame[_verdict_columns(frame)].isin(DOUBTFUL).any(axis=1) & ~frame["correct"].eq(1.0)
+    verdicts = frame[_verdict_columns(frame)]
+    doubtful = (verdicts.isin(DOUBTFUL) | verdicts.isna()).any(axis=1) & ~frame["correct"].eq(1.0)
     numbers = [i for i in frame.index[doubtful] if responses[i].text]
     if not numbers:
         return
@@ -542,7 +543,8 @@ def _mark_improbable(
             math.exp(-t / len(tail)) if tail else math.nan for t, tail in zip(totals, tails, strict=True)
         ]
     for column in _verdict_columns(frame):
-        frame.loc[(frame["perplexity"] > threshold) & frame[column].isin(DOUBTFUL), column] = "degenerate"
+        open_ = frame[column].isin(DOUBTFUL) | frame[column].isna()
+        frame.loc[(frame["perplexity"] > threshold) & open_, column] = "degenerate"
 
 
 def _values(rows: pandas.DataFrame, metric: str) -> pandas.Series:
