@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from nt_utils.data.records import Prompt, PromptSet
-from nt_utils.errors import InputError
+from nt_utils.errors import DivergedError, InputError
 from nt_utils.evaluation import metrics
 from nt_utils.evaluation.suite import Evaluation, Suite
-from nt_utils.experiments.bench import Bench, Measure, difference, rates
+from nt_utils.experiments.bench import Bench, Finding, Measure, clusters_of, rates
 from nt_utils.experiments.finetuning import FineTuned, Scope, diverged_rows, finetune
 from nt_utils.experiments.units import Calibration, random_like
+from nt_utils.interventions.delta import Delta
 from nt_utils.interventions.tuning import AllBut, Everything, LoRA, Only, Tuned, tune
 from nt_utils.models import LanguageModel, pad
 from nt_utils.neurons import NeuronSet
@@ -104,16 +105,14 @@ def attack(
 
 
 def attack_table(runs: Mapping[tuple[str, float], FineTuned], measures: Sequence[Measure], **labels) -> pd.DataFrame:
-    """All points of the sweep: labels, arm, learning_rate, step, loss (of training), metric, value, low, high, n.
+    """All points of the sweep: labels, arm, learning_rate, step, loss (of held-out rows), metric, value, low, high, n.
 
-    The loss is the mean over the steps since the last evaluation, nats a token; NaN at step 0. A training that diverged
-    ends with a row a measure without a value.
+    A training that diverged ends with a row a measure without a value.
     """
     rows = []
     for (arm, rate), run in runs.items():
-        losses = {row["step"]: row["loss"] for row in run.tuned.history}
         for step, found in run.evaluations.items():
-            more = {**labels, "arm": arm, "learning_rate": rate, "step": step, "loss": losses[step]}
+            more = {**labels, "arm": arm, "learning_rate": rate, "step": step, "loss": run.losses.get(step, np.nan)}
             rows += rates(found, measures, **more)
         rows += diverged_rows(run, measures, **labels, arm=arm, learning_rate=rate, loss=np.nan)
     return pd.DataFrame(rows)
@@ -121,77 +120,136 @@ def attack_table(runs: Mapping[tuple[str, float], FineTuned], measures: Sequence
 
 @dataclass(frozen=True)
 class Point:
-    """One place in a sweep: after how many steps at which rate, with which training loss."""
+    """One place in a sweep, at an evaluated step or between two of them.
+
+    Attributes:
+        weights: evaluated step -> its weight (one step, or two with weights that add up to 1);
+        loss: held-out loss of the task there, nats a token.
+    """
 
     arm: str
     learning_rate: float
-    step: int
+    weights: Mapping[int, float]
     loss: float
-    evaluation: Evaluation
+    run: FineTuned
+
+    @property
+    def step(self) -> float:
+        """Training steps, interpolated."""
+        return sum(step * weight for step, weight in self.weights.items())
+
+    def values(self, measure: Measure) -> np.ndarray:
+        """One outcome a prompt, interpolated between the steps."""
+        found = (
+            weight * self.run.evaluations[step].values(measure.set, measure.metric).to_numpy(float)
+            for step, weight in self.weights.items()
+        )
+        return np.sum(list(found), axis=0)
+
+    def rate(self, measure: Measure) -> float:
+        """The rate, interpolated between the steps."""
+        rates_ = {step: self.run.evaluations[step].rate(measure.set, measure.metric).value for step in self.weights}
+        return sum(self.weights[step] * value for step, value in rates_.items())
 
 
 def points(runs: Mapping[tuple[str, float], FineTuned]) -> list[Point]:
     """Every evaluated state after some training."""
-    found = []
-    for (arm, rate), run in runs.items():
-        losses = {row["step"]: row["loss"] for row in run.tuned.history}
-        found += [Point(arm, rate, step, losses[step], e) for step, e in run.evaluations.items() if step]
-    return found
+    return [
+        Point(arm, rate, {step: 1.0}, run.losses.get(step, np.nan), run)
+        for (arm, rate), run in runs.items()
+        for step in run.evaluations
+        if step
+    ]
 
 
 def worst_points(
     runs: Mapping[tuple[str, float], FineTuned], asr: Measure, utility: Measure, floor: float
 ) -> dict[str, Point]:
-    """Of each arm the point with the highest ASR among those that keep utility at or above the floor.
+    """A bounded attacker: of each arm the point with the highest ASR among those that keep utility at or above the floor.
 
-    An arm without such a point has none: fine-tuning that breaks the model attacks nobody.
+    The grid of rates and steps is the sweep's. An arm without such a point has none: fine-tuning that breaks the model
+    attacks nobody.
     """
     found: dict[str, Point] = {}
     for point in points(runs):
-        if point.evaluation.rate(utility.set, utility.metric).value < floor:
-            continue
-        best = found.get(point.arm)
-        if best is None or _rate(point, asr) > _rate(best, asr):
+        if point.rate(utility) >= floor and (point.arm not in found or point.rate(asr) > found[point.arm].rate(asr)):
             found[point.arm] = point
     return found
 
 
 def equal_loss_points(runs: Mapping[tuple[str, float], FineTuned]) -> tuple[float, dict[str, Point]]:
-    """Each arm where it has learnt the task as far as all arms have, as in the paper: equal final training loss.
+    """Each arm where it has learnt the task as far as all arms have: equal loss on held-out rows of the task.
 
-    The target is the loss that even the slowest arm reaches at its best rate; of each arm the point whose loss is nearest
-    to it (as a ratio) counts.
+    Every arm is taken at the rate that brings its held-out loss down furthest. The target is the loss that even the slowest
+    arm reaches; an arm's point lies where its loss first comes down to the target, between two evaluated steps in a
+    straight line.
 
     Returns:
         The target in nats a token, and arm -> its point.
     """
-    by_arm: dict[str, list[Point]] = {}
-    for point in points(runs):
-        by_arm.setdefault(point.arm, []).append(point)
-    target = max(min(p.loss for p in some) for some in by_arm.values())
-    return target, {arm: min(some, key=lambda p: abs(np.log(p.loss / target))) for arm, some in by_arm.items()}
+    best: dict[str, tuple[float, FineTuned]] = {}
+    for (arm, rate), run in runs.items():
+        if len(run.losses) > 1 and (arm not in best or min(run.losses.values()) < min(best[arm][1].losses.values())):
+            best[arm] = (rate, run)
+    target = max(min(run.losses.values()) for _, run in best.values())
+    found = {}
+    for arm, (rate, run) in best.items():
+        steps = sorted(run.losses)
+        at = next(i for i, step in enumerate(steps) if run.losses[step] <= target)
+        weights = {steps[at]: 1.0}
+        if at:
+            above, below = run.losses[steps[at - 1]], run.losses[steps[at]]
+            weight = (above - target) / (above - below)
+            weights = {steps[at - 1]: 1 - weight, steps[at]: weight}
+        found[arm] = Point(arm, rate, {step: w for step, w in weights.items() if w}, target, run)
+    return target, found
 
 
-def points_table(chosen: Mapping[str, Point], measures: Sequence[Measure], **labels) -> pd.DataFrame:
-    """Table 2 of the paper: labels, arm, learning_rate, step, loss, metric, value, low, high, n."""
+def points_table(
+    chosen: Mapping[str, Sequence[Point]], measures: Sequence[Measure], seed: int = 0, **labels
+) -> pd.DataFrame:
+    """Table 2 of the paper: labels, arm, learning_rate, step, loss, metric, value, low, high, n; intervals resample topics."""
     rows = []
-    for arm, p in chosen.items():
-        more = {**labels, "arm": arm, "learning_rate": p.learning_rate, "step": p.step, "loss": p.loss}
-        rows += rates(p.evaluation, measures, **more)
+    for arm, (first, *_) in chosen.items():
+        more = {**labels, "arm": arm, "learning_rate": first.learning_rate, "step": first.step, "loss": first.loss}
+        for m in measures:
+            found = point_difference(chosen, arm, None, m, seed)
+            rows.append({**more, "metric": m.label, **(found or _NOTHING)._asdict()})
     return pd.DataFrame(rows)
 
 
-def _rate(point: Point, measure: Measure) -> float:
-    return point.evaluation.rate(measure.set, measure.metric).value
+_NOTHING = metrics.Interval(np.nan, np.nan, np.nan, 0)
 
 
 def point_difference(
-    chosen: Mapping[str, Point], arm: str, others: Sequence[str], measure: Measure, seed: int
+    chosen: Mapping[str, Sequence[Point]], arm: str, other: str | None, measure: Measure, seed: int
 ) -> metrics.Interval | None:
-    """An arm's rate minus the mean rate of other arms, over topics and arms; None where one of them has no point."""
-    if arm not in chosen or not all(o in chosen for o in others) or not others:
+    """An arm's rate minus another's (None: minus nothing), over topics and trainings; None where one has no point.
+
+    ``chosen``: arm -> its point in each training.
+    """
+    if not chosen.get(arm) or (other is not None and not chosen.get(other)):
         return None
-    return difference([chosen[o].evaluation for o in others], chosen[arm].evaluation, measure, seed)
+    after = np.mean([p.values(measure) for p in chosen[arm]], axis=0)
+    controls = [np.zeros_like(after)] if other is None else [p.values(measure) for p in chosen[other]]
+    evaluation = next(iter(chosen[arm][0].run.evaluations.values()))
+    return metrics.clustered_difference(controls, after, clusters_of(evaluation, measure.set), seed=seed)
+
+
+def by_arm(trainings: Sequence[Mapping[str, Point]]) -> dict[str, list[Point]]:
+    """Arm -> its point in each training, for arms that have one in every training."""
+    return {arm: [t[arm] for t in trainings] for arm in trainings[0] if all(arm in t for t in trainings)}
+
+
+def freezing_findings(
+    equal: Mapping[str, Mapping[str, Sequence[Point]]], guarded: str, asr: Measure, seed: int
+) -> Iterator[Finding]:
+    """What is said of A5 (freezing, each fine-tuning set a row) and A6 (adapters, on benign rows), at equal held-out loss."""
+    for row in ("benign rows", "10% harmful rows"):
+        found = point_difference(equal.get(row, {}), guarded, "full", asr, seed)
+        yield Finding("A5", row, "safety", found or "this study has no such fine-tuning rows")
+    found = point_difference(equal["benign rows"], "LoRA", "full", asr, seed)
+    yield Finding("A6", "", "safety", found or "an arm did not learn the task")
 
 
 # ----------------------------------------------------------------------------------------------------- transfer
@@ -262,30 +320,50 @@ def align(
     learning_rates: Sequence[float],
     asr: Measure,
     utility: Measure,
+    steps: int,
     **options,
 ) -> dict[str, Aligned]:
-    """Align an unaligned model under each scope, at the rate with the most utility minus ASR on development prompts.
+    """Align an unaligned model under each scope, at the rate and the step with the most utility minus ASR on development
+    prompts: one rule for every scope.
 
     Args:
         dev, test: benches of the unaligned model on the development and on the test prompts.
-        options: of :func:`nt_utils.interventions.tuning.tune` (steps, batch_size, benign_share, seed).
+        steps: the most steps; a quarter and half of them are looked at too.
+        options: of :func:`nt_utils.interventions.tuning.tune` (batch_size, benign_share, seed).
     """
+    stops = sorted({max(1, steps // 4), max(1, steps // 2), steps})
 
-    def score(tuned: Tuned) -> float:
-        found = dev(tuned.delta)
-        return found.rate(utility.set, utility.metric).value - found.rate(asr.set, asr.metric).value
+    def score(delta: Delta) -> float:
+        return dev.rate(utility, delta).value - dev.rate(asr, delta).value
 
     found = {}
     for name, scope in scopes.items():
-        tried = [
-            (rate, tune(dev.lm, scope, harmful=harmful, benign=benign, learning_rate=rate, progress=False, **options))
-            for rate in learning_rates
-        ]
-        rate, tuned = max(
-            (pair for pair in tried if pair[1].diverged is None), key=lambda pair: score(pair[1]), default=tried[0]
-        )
-        found[name] = Aligned(rate, tuned, test(tuned.delta))
+        tried: list[tuple[float, float, Tuned, Delta]] = []
+        for rate in learning_rates:
+            more = {"steps": steps, "every": stops, "snapshots": True, "progress": False, **options}
+            tuned = tune(dev.lm, scope, harmful=harmful, benign=benign, learning_rate=rate, **more)
+            tried += [(score(delta), rate, tuned, delta) for step, delta in tuned.snapshots.items() if step]
+        if not tried:
+            raise DivergedError(
+                f"align_rates: {name} diverged at each of {', '.join(f'{r:g}' for r in learning_rates)}"
+            )
+        _, rate, tuned, delta = max(tried, key=lambda t: t[0])
+        found[name] = Aligned(rate, tuned, test(delta))
     return found
+
+
+def budget_findings(
+    trainings: Sequence[Mapping[str, Aligned]], asr: Measure, utility: Measure, seed: int
+) -> Iterator[Finding]:
+    """What is said of A8: aligned by RU alone minus full alignment, averaged over the trainings."""
+    for part, measure in (("safety", asr), ("utility", utility)):
+        found = {
+            name: [t[name].evaluation.values(measure.set, measure.metric).to_numpy(float) for t in trainings]
+            for name in ("RU", "full")
+        }
+        clusters = clusters_of(trainings[0]["RU"].evaluation, measure.set)
+        after = np.mean(found["RU"], axis=0)
+        yield Finding("A8", "", part, metrics.clustered_difference(found["full"], after, clusters, seed=seed))
 
 
 def budget_table(base: Evaluation, found: Mapping[str, Aligned], measures: Sequence[Measure]) -> pd.DataFrame:
@@ -380,6 +458,15 @@ def direction_table(values: Mapping[str, Mapping[str, np.ndarray]], topics: Sequ
                 interval = over_topics(found[:, layer], topics, seed)
                 rows.append((model, variant, layer, *interval))
     return pd.DataFrame(rows, columns=["model", "variant", "layer", "value", "low", "high", "n"])
+
+
+def lean_finding(leanings: Mapping[str, Mapping[str, np.ndarray]], topics: Sequence[str], seed: int) -> Finding:
+    """What is said of A1: leaning of the aligned model minus the unaligned one's, mean over the layers, over topics."""
+    variant = "query-only baseline subtracted"
+    if "unaligned" not in leanings:
+        return Finding("A1", "", "lean", "this model has no unaligned counterpart")
+    change = leanings["aligned"][variant] - leanings["unaligned"][variant]
+    return Finding("A1", "", "lean", over_topics(change[:, 1:].mean(axis=1), topics, seed))
 
 
 def over_topics(values: np.ndarray, topics: Sequence[str], seed: int) -> metrics.Interval:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from nt_utils.data.sources import load_prompts
 from nt_utils.evaluation import metrics
 from nt_utils.evaluation.metrics import Interval
 from nt_utils.evaluation.suite import METRICS, Evaluation, Suite, SuiteSet, evaluate
-from nt_utils.evaluation.utility import prose
+from nt_utils.evaluation.utility import perplexity_ratio, prose
 from nt_utils.interventions import Deactivate, Intervention
 from nt_utils.models import LanguageModel
 from nt_utils.neurons import NeuronSet
@@ -154,6 +154,18 @@ def total(*parts: Interval) -> Interval:
     return Interval(value, value - below, value + above, min(p.n for p in parts))
 
 
+def ratio(after: Interval, before: Interval) -> Interval | None:
+    """after / before with an interval from the two intervals (MOVER for ratios, Donner and Zou 2012); None where before may
+    be zero. It takes the two as independent, which is cautious for answers to the same prompts.
+    """
+    (a, la, ua, n), (b, lb, ub, _) = after, before
+    if not lb > 0:
+        return None
+    low = (a * b - math.sqrt(max((a * b) ** 2 - la * (2 * a - la) * ub * (2 * b - ub), 0))) / (ub * (2 * b - ub))
+    high = (a * b + math.sqrt(max((a * b) ** 2 - ua * (2 * a - ua) * lb * (2 * b - lb), 0))) / (lb * (2 * b - lb))
+    return Interval(a / b, max(min(low, a / b), 0.0), max(high, a / b), n)
+
+
 class Finding(NamedTuple):
     """A quantity of one of the thirty claims: claim, row, part (see ``study.claims``), and its interval or why there is none."""
 
@@ -261,3 +273,47 @@ class Bench:
         sum of the differences in ``harm`` (a success rate of attacks) and in ``useful`` (benign requests answered).
         """
         return total(*(self.excess(action, controls, m, seed) for m in (harm, useful)))
+
+    def mean_values(self, actions: Sequence[Action], measure: Measure) -> np.ndarray:
+        """One value a prompt: its outcome, averaged over the actions (several trainings of one arm)."""
+        found = [self.on(measure.set, a).values(measure.set, measure.metric).to_numpy(float) for a in actions]
+        return np.mean(found, axis=0)
+
+    def against(
+        self, actions: Sequence[Action], controls: Sequence[Action] | None, measure: Measure, seed: int = 0
+    ) -> Interval:
+        """A rate, averaged over the actions, minus the controls' mean; the rate itself without controls (None).
+
+        Resampled over topics and over the controls.
+        """
+        after = self.mean_values(actions, measure)
+        rows = [np.zeros_like(after)] if controls is None else [self.mean_values([c], measure) for c in controls]
+        return metrics.clustered_difference(rows, after, clusters_of(self.on(measure.set), measure.set), seed=seed)
+
+    def harmful_score(
+        self, actions: Sequence[Action], controls: Sequence[Action] | None, measures: Sequence[Measure], seed: int = 0
+    ) -> Interval:
+        """The mean of several rates (direct and attacked ASR), averaged over the actions, minus the controls' if given."""
+        found = total(*(self.against(actions, controls, m, seed) for m in measures))
+        value, low, high = (x / len(measures) for x in found[:3])
+        return (
+            Interval(value, low, high, found.n) if controls else Interval(value, max(low, 0.0), min(high, 1.0), found.n)
+        )
+
+    def utility_findings(
+        self, claim: str, actions: Sequence[Action], roles: dict[str, Measure], seed: int = 0, row: str = ""
+    ) -> Iterator[Finding]:
+        """What "without harming general capability" is tested by (parts of S7, S9 and N4), averaged over the actions.
+
+        Of perplexity the action with the largest ratio counts.
+        """
+        changes = {"benign": "useful", "over-refusal": "over", "likelihood": "likelihood"}
+        for part, role in changes.items():
+            found: Interval | str = f"the study has no prompts for it ({ROLES[role][2]})"
+            if role in roles:
+                found = self.against(actions, [None], roles[role], seed)
+            yield Finding(claim, row, part, found)
+        text = roles["perplexity"].set
+        ratios = [perplexity_ratio(self.on(text), self.on(text, a), text, seed=seed) for a in actions]
+        yield Finding(claim, row, "perplexity", max(ratios, key=lambda r: r.value))
+        yield Finding(claim, row, "kl", self.against(actions, None, roles["kl"], seed))

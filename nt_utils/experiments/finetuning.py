@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
@@ -32,10 +32,12 @@ Scope = Only | AllBut | Everything | LoRA
 
 @dataclass
 class FineTuned:
-    """What fine-tuning did: an evaluation a step (step 0: before it), and the training itself."""
+    """What fine-tuning did: an evaluation a step (step 0: before it), the training itself, and the held-out loss of its
+    task at the same steps (nats a token; empty where no rows were held out)."""
 
     evaluations: dict[int, Evaluation]
     tuned: Tuned
+    losses: dict[int, float] = field(default_factory=dict)
 
     @property
     def delta(self) -> Delta:
@@ -61,6 +63,7 @@ def finetune(
     eval_batch_size: int | None = None,
     seed: int = 0,
     start: Evaluation | None = None,
+    held_out: Sequence[Prompt] = (),
     **options,
 ) -> FineTuned:
     """Fine-tune on the rows' helpful responses and evaluate after each of these steps; `lm` is as before afterwards.
@@ -75,14 +78,18 @@ def finetune(
             the model under training itself, which takes its own babble for probable).
         seed: of the order of the rows, the same for every state that is to be compared.
         start: the evaluation of step 0, where another fine-tuning from this state has made it.
+        held_out: rows of the same task that are not trained on; their loss is taken at every evaluated step.
         options: further ones of :func:`nt_utils.interventions.tuning.tune`.
 
     Raises:
         InputError: as :func:`tune`.
     """
     found: dict[int, Evaluation] = {} if start is None else {0: start}
+    losses: dict[int, float] = {}
 
     def measure(model: LanguageModel, step: int) -> None:
+        if held_out:
+            losses[step] = task_loss(model, held_out)
         if step or start is None:
             found[step] = evaluate(model, suite, base=reference, batch_size=eval_batch_size, progress=False)
 
@@ -99,7 +106,7 @@ def finetune(
         seed=seed,
         **{"progress": False, **options},
     )
-    return FineTuned(found, tuned)
+    return FineTuned(found, tuned, losses)
 
 
 def choose_rate(

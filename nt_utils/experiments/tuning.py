@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -22,8 +22,9 @@ from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import DivergedError, InputError
 from nt_utils.evaluation import metrics
 from nt_utils.evaluation.generation import generate
+from nt_utils.evaluation.metrics import Interval
 from nt_utils.evaluation.suite import Evaluation
-from nt_utils.experiments.bench import Bench, Measure, clusters_of, rates
+from nt_utils.experiments.bench import Bench, Finding, Measure, clusters_of, rates, ratio, spread
 from nt_utils.experiments.cost import peak_of
 from nt_utils.experiments.finetuning import FineTuned, Scope
 from nt_utils.interventions.delta import Delta
@@ -184,6 +185,68 @@ def choose_draws(
     return [first, *(choose(lm, name, scope, [first.rate], *setting) for scope in scopes[1:])]
 
 
+def choose_trainings(
+    lm: LanguageModel,
+    name: str,
+    scope: Scope,
+    learning_rates: Sequence[float],
+    trainings: int,
+    pairs: Pairs,
+    *setting,
+) -> list[Arm]:
+    """As :func:`choose`, several times with other orders of the pairs; the first chooses the rate, the others their step."""
+    first = choose(lm, name, scope, learning_rates, pairs, *setting)
+    orders = [replace(pairs, seed=pairs.seed + 1000 * i) for i in range(1, trainings)]
+    return [first, *(choose(lm, name, scope, [first.rate], order, *setting) for order in orders)]
+
+
+def findings(
+    bench: Bench,
+    claims: Mapping[str, str],
+    arms: Sequence[Arm],
+    controls: Sequence[Arm],
+    harm: Sequence[Measure],
+    roles: dict[str, Measure],
+    seed: int,
+) -> Iterator[Finding]:
+    """What is said of one model's SN-Tune: its harmful score (mean of the ``harm`` rates), its utility, against random.
+
+    Args:
+        claims: "score", "utility" and "random" -> the claim's id; those left out are not handed in.
+    """
+    tuned, drawn = [arm.delta for arm in arms], [arm.delta for arm in controls]
+    after, before = (bench.harmful_score(a, None, harm, seed) for a in (tuned, [None]))
+    yield Finding(claims["score"], "", "harmful score", after)
+    fall = ratio(after, before)
+    yield Finding(claims["score"], "", "fall", fall or "the model's harmful score may be zero before tuning")
+    yield from bench.utility_findings(claims["utility"], tuned, roles, seed)
+    if "random" in claims:
+        yield Finding(claims["random"], "", "harmful score", bench.harmful_score(tuned, drawn, harm, seed))
+
+
+def later_finding(
+    later: Mapping[str, FineTuned], sn: str, rsn: str, harm: Measure, useful: Measure, task: Measure | None, seed: int
+) -> Interval | str:
+    """What is said of S10: the rise of RSN-Tune's harmful score under the later task minus SN-Tune's, or why it has no test.
+
+    The task has to be learnt (correct answers up by 30 points or more, at most 10 points of utility lost) and SN-Tune's
+    safety has to fall under it by more than 5 points.
+    """
+    if sn not in later or rsn not in later:
+        return "no later task, or no general text to find foundation neurons with"
+    if task is None:
+        return "whether the later task is learnt cannot be told: its answers are not known"
+    first, last = later[sn].evaluations[0], later[sn].last
+    gain, loss = (last.rate(m.set, m.metric).value - first.rate(m.set, m.metric).value for m in (task, useful))
+    if gain < 0.3 or loss < -0.1:
+        return (
+            f"the later task is not learnt: correct answers {100 * gain:+.0f} points, utility {100 * loss:+.0f} points"
+        )
+    if rise(later[sn], harm, seed=seed).low <= 0.05:
+        return "SN-Tune's safety does not fall under the later task, so nothing can be kept better"
+    return rise(later[rsn], harm, later[sn], seed)
+
+
 def without(ranking: Ranking, excluded: NeuronSet, share: float) -> NeuronSet:
     """The top share of a ranking with some neurons left out, the count refilled from further down.
 
@@ -247,13 +310,8 @@ def stop_table(bench: Bench, arms: Mapping[str, Sequence[Arm]], measures: Sequen
 def _mean_rates(found: Sequence[Evaluation], measures: Sequence[Measure], **labels) -> list[dict]:
     if len(found) == 1:
         return rates(found[0], measures, **labels)
-    rows = []
-    for m in measures:
-        values = [one.rate(m.set, m.metric) for one in found]
-        each = [v.value for v in values]
-        row = {"metric": m.label, "value": float(np.mean(each)), "low": min(each), "high": max(each), "n": values[0].n}
-        rows.append({**labels, **row})
-    return rows
+    each = {m.label: [one.rate(m.set, m.metric) for one in found] for m in measures}
+    return [{**labels, "metric": label, **spread([r.value for r in some], some[0].n)} for label, some in each.items()]
 
 
 def cost_table(lm: LanguageModel, arms: Mapping[str, Sequence[Arm]]) -> pd.DataFrame:

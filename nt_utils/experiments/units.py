@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -15,7 +15,7 @@ import pandas as pd
 from nt_utils import selection
 from nt_utils.data.records import Prompt
 from nt_utils.errors import InputError
-from nt_utils.experiments.bench import Bench, Measure
+from nt_utils.experiments.bench import Bench, Finding, Measure
 from nt_utils.experiments.detection import random_rows
 from nt_utils.interventions.pruning import Prune
 from nt_utils.models import LanguageModel
@@ -186,8 +186,31 @@ def pruning_table(
     for name in names:
         rows += bench.rates(pruning(units.set(name), means), condition=name, group="chosen", share=shares[name])
         controls[name] = [pruning(s, means) for s in random_like(units, units.set(name), draws, seed)]
-        rows += random_rows(bench, controls[name], f"random, as {name}", group="control", share=shares[name])
+        rows += random_rows(bench, controls[name], f"random, matched to {name}", group="control", share=shares[name])
     return pd.DataFrame(rows), controls
+
+
+def findings(
+    bench: Bench,
+    units: UnitMap,
+    means: Fluctuation | None,
+    controls: Mapping[str, Sequence[Prune]],
+    safety: Measure,
+    utility: Measure,
+    seed: int,
+) -> Iterator[Finding]:
+    """What is said of A2 (SCU), A3 (UCU) and A4 (RU): changes of both rates, against random units or against the dense model."""
+    against = {
+        "A2": ("SCU", {"safety": True, "utility": False}),
+        "A3": ("UCU", {"utility": True, "safety": True}),
+        "A4": ("RU", {"utility": False, "safety": False}),
+    }
+    for claim, (name, parts) in against.items():
+        action = pruning(units.set(name), means)
+        for part, random in parts.items():
+            measure = safety if part == "safety" else utility
+            others: Sequence = controls[name] if random else [None]
+            yield Finding(claim, "", part, bench.excess(action, others, measure, seed))
 
 
 def pruning_cost(
@@ -196,7 +219,7 @@ def pruning_cost(
     """The evaluation that :func:`nt_utils.selection.find_proportions` asks for, on a development set's bench."""
 
     def rate(action, measure: Measure) -> float:
-        return bench(action).rate(measure.set, measure.metric).value
+        return bench.rate(measure, action).value
 
     def cost(neurons: NeuronSet) -> Cost:
         action = pruning(neurons, means)
@@ -348,5 +371,5 @@ def selection_rules(harmful, benign) -> dict[str, Callable[[Sequence[int], int],
     pool = ("ffn", "o")
     return {
         "contrast": lambda rows, n: selection.contrast(last.subset(rows), benign.subset(rows)).top(n),
-        "paper's rule": lambda rows, n: selection.consistency(everywhere.subset(rows), 1.0, pool, per="pool").top(n),
+        "as written": lambda rows, n: selection.consistency(everywhere.subset(rows), 1.0, pool, per="pool").top(n),
     }

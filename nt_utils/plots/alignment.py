@@ -25,40 +25,71 @@ def _colour(arm: str, i: int) -> str:
     return "#000000" if arm == "full" else GREY if "random" in arm else COLOURS[i]
 
 
+def _best_rates(table: pd.DataFrame) -> pd.DataFrame:
+    """Of every fine-tuning set and arm the rows at the learning rate with the lowest held-out loss."""
+    keys = ["rows", "arm", "learning_rate"]
+    lowest = table.groupby(keys)["loss"].min().reset_index().sort_values("loss").drop_duplicates(keys[:2])
+    return table.merge(lowest[keys], on=keys)
+
+
 @figure
 def attack_curves(table: pd.DataFrame) -> Figure:
-    """Notebook 04: rates against the fine-tuning loss, one line an arm and learning rate.
+    """Notebook 04: rates over the steps of fine-tuning, every arm at the rate that learns its task best.
 
-    Columns: rows (fine-tuning set), arm, learning_rate, step, loss (nats a token), metric, value, low, high, n.
+    Columns: rows (fine-tuning set), arm, learning_rate, step, loss (held-out, nats a token), metric, value, low, high, n.
     """
     sets, shown, arms = ordered(table["rows"]), ordered(table["metric"]), ordered(table["arm"])
-    drawn, axes = panels(len(shown), len(sets), height=2.3 * len(shown) + 0.8, sharey="row", sharex="col")
+    drawn, axes = panels(len(shown), len(sets), height=2.3 * len(shown) + 0.8, sharey="row", sharex=True)
+    best = _best_rates(table)
     for c, name in enumerate(sets):
         for r, metric in enumerate(shown):
-            ax, rows = axes[r, c], table[(table["rows"] == name) & (table["metric"] == metric) & (table["step"] > 0)]
+            ax, rows = axes[r, c], best[(best["rows"] == name) & (best["metric"] == metric)]
             for i, arm in enumerate(arms):
-                for j, (_, part) in enumerate(rows[rows["arm"] == arm].groupby("learning_rate")):
-                    part = part.sort_values("step")
-                    label = arm if (r, c, j) == (0, 0, 0) else None
-                    ax.plot(
-                        part["loss"], part["value"], "o-", color=_colour(arm, i), ms=3, lw=1, alpha=0.85, label=label
-                    )
-            start = table[(table["rows"] == name) & (table["metric"] == metric) & (table["step"] == 0)]["value"]
-            ax.axhline(start.iloc[0], color="black", lw=0.8, ls=":")
+                part = rows[rows["arm"] == arm].sort_values("step")
+                colour = _colour(arm, i)
+                ax.plot(part["step"], part["value"], "o-", color=colour, ms=3.5, label=arm if r == c == 0 else None)
+                ax.fill_between(part["step"], part["low"], part["high"], color=colour, alpha=0.08, lw=0)
             ax.set_ylim(-0.03, 1.03)
             percent(ax.yaxis)
             if r == 0:
                 ax.set_title(name)
             if c == 0:
                 ax.set_ylabel(f"{metric}\n({counts(rows)})")
-        axes[-1, c].set_xscale("log")
-        axes[-1, c].invert_xaxis()
-        low, high = sorted(axes[-1, c].get_xlim())
-        ticks = [t for t in LOSSES if low <= t <= high]
-        axes[-1, c].set_xticks(ticks, [f"{t:g}" for t in ticks])
-        axes[-1, c].minorticks_off()
-        axes[-1, c].set_xlabel("training loss, nats a token (falling)")
-    drawn.legend(loc="outside lower center", ncols=3, title="dotted: before fine-tuning; one line a learning rate")
+        axes[-1, c].set_xlabel("steps of fine-tuning")
+    drawn.legend(loc="outside lower center", ncols=3)
+    note(drawn, "bands: 95% intervals; every arm at the learning rate with the lowest held-out loss", table)
+    return drawn
+
+
+@figure
+def attack_sweep(table: pd.DataFrame) -> Figure:
+    """Notebook 04, appendix: the whole sweep of the fine-tuning attack, one column a learning rate.
+
+    Columns as :func:`attack_curves`; the adapter's rates stand under the full arms' they belong to.
+    """
+    sets, arms = ordered(table["rows"]), ordered(table["arm"])
+    metric = ordered(table["metric"])[0]
+    ranks = table.groupby("arm")["learning_rate"].rank(method="dense").astype(int)
+    table = table.assign(column=ranks)
+    columns = sorted(table["column"].unique())
+    drawn, axes = panels(len(sets), len(columns), height=2.2 * len(sets) + 0.8, sharey=True, sharex=True)
+    for r, name in enumerate(sets):
+        for c, column in enumerate(columns):
+            chosen = (table["rows"] == name) & (table["metric"] == metric) & (table["column"] == column)
+            ax, rows = axes[r, c], table[chosen]
+            for i, arm in enumerate(arms):
+                part = rows[rows["arm"] == arm].sort_values("step")
+                label = arm if r == c == 0 else None
+                ax.plot(part["step"], part["value"], "o-", color=_colour(arm, i), ms=3, lw=1.2, label=label)
+            rates = " or ".join(f"{rate:g}" for rate in sorted(rows["learning_rate"].unique()))
+            ax.set_title(f"{name}, rate {rates}")
+            ax.set_ylim(-0.03, 1.03)
+            percent(ax.yaxis)
+            if c == 0:
+                ax.set_ylabel(f"{metric}\n({counts(rows)})")
+    for ax in axes[-1]:
+        ax.set_xlabel("steps of fine-tuning")
+    drawn.legend(loc="outside lower center", ncols=3)
     return drawn
 
 

@@ -195,6 +195,7 @@ PARAMETERS: dict[str, Parameter] = {
         low=1e-4,
         high=0.9,
         presets=([0.01, 0.2], [0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3], [0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3]),
+        empty=True,
     ),
     "growth_limits": Parameter(
         list,
@@ -280,7 +281,8 @@ PARAMETERS: dict[str, Parameter] = {
     "target": Parameter(
         float, "harmful score on the development split that every way of tuning has to reach", low=0, high=1
     ),
-    "tune_draws": Parameter(int, "random sets that are tuned, for each rule", low=1, high=100, presets=(1, 1, 2)),
+    "tune_draws": Parameter(int, "random sets that are tuned, for each rule", low=1, high=100, presets=(1, 2, 3)),
+    "trainings": Parameter(int, "trainings with other orders of the rows", low=1, high=100, presets=(1, 2, 3)),
     "compared": Parameter(
         list,
         "definitions whose neurons are zeroed",

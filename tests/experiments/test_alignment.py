@@ -1,8 +1,10 @@
 """The pieces of notebook 04 on a tiny model: frozen units keep their bits, chosen points are what they say."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -57,7 +59,9 @@ def runs(tuned_lm, scores, suite):
     sets = alignment.frozen_sets(scores.map(SHARES), scores, 0.2, 1, seed=0)
     scopes = {"full": Everything(), "LoRA": LoRA(rank=1)}
     scopes |= {name: alignment.freezing(neurons, 8) for name, neurons in sets.items()}
-    return alignment.attack(tuned_lm, GOOD, suite, scopes, [0.01], keep=[*sets], steps=[1, 2], batch_size=4), sets
+    return alignment.attack(
+        tuned_lm, GOOD, suite, scopes, [0.01], keep=[*sets], steps=[1, 2], batch_size=4, held_out=GOOD[:4]
+    ), sets
 
 
 def test_frozen_units_are_bit_identical_after_fine_tuning(tuned_lm, runs):
@@ -111,49 +115,68 @@ def test_tables_of_a_sweep(runs):
     assert set(rate for arm, rate in swept if arm == "LoRA") == {0.1}, "adapters take ten times the rate"
     table = alignment.attack_table(swept, [ASR, REFUSED], rows="benign")
     assert len(table) == 6 * 3 * 2
-    assert table[table["step"] == 0]["loss"].isna().all()
-    assert table[table["step"] > 0]["loss"].gt(0).all()
+    assert table["loss"].gt(0).all(), "of held-out rows, at step 0 too"
     assert table[table["step"] == 0].groupby("metric")["value"].nunique().eq(1).all()
-    target, equal = alignment.equal_loss_points(swept)
+    assert table[table["step"] == 0]["loss"].nunique() == 1
+    _, equal = alignment.equal_loss_points(swept)
     assert set(equal) == {arm for arm, _ in swept}
-    assert max(min(p.loss for p in alignment.points(swept) if p.arm == arm) for arm in equal) == target
-    chosen = alignment.points_table(equal, [ASR], compared="equal training loss", rows="benign")
+    both = alignment.by_arm([equal, equal])
+    chosen = alignment.points_table(both, [ASR], compared="equal held-out loss", rows="benign")
     assert len(chosen) == 6
     assert figures.attack_curves(table).axes
+    assert figures.attack_sweep(table).axes
     assert figures.attack_points(chosen).axes
 
 
+@dataclass
+class FakeEvaluation:
+    asr: float
+    helpful: float
+
+    def rate(self, name, metric):
+        return metrics.wilson(round(100 * getattr(self, metric)), 100)
+
+    def values(self, name, metric):
+        return pd.Series(np.arange(100) < round(100 * getattr(self, metric))).astype(float)
+
+    @property
+    def rows(self):
+        return pd.DataFrame({"set": "direct", "topic": "", "number": range(100)})
+
+
 def fake_runs(table):
-    """arm -> [(loss, asr, utility) a step] as fine-tunings."""
-
-    def evaluation(asr, utility):
-        values = {"asr": asr, "helpful": utility}
-        return SimpleNamespace(rate=lambda name, metric: metrics.wilson(round(100 * values[metric]), 100))
-
+    """arm -> [(held-out loss, asr, utility) a step] as fine-tunings."""
     return {
         (arm, 0.1): SimpleNamespace(
-            evaluations={i: evaluation(asr, utility) for i, (_, asr, utility) in enumerate(steps)},
-            tuned=SimpleNamespace(history=[{"step": i, "loss": loss} for i, (loss, _, _) in enumerate(steps)]),
+            evaluations={i: FakeEvaluation(asr, utility) for i, (_, asr, utility) in enumerate(steps)},
+            losses={i: loss for i, (loss, _, _) in enumerate(steps)},
         )
         for arm, steps in table.items()
     }
 
 
-def test_the_worst_point_keeps_its_utility_and_equal_losses_are_near():
-    nan = float("nan")
+def test_the_bounded_attacker_keeps_utility_and_equal_losses_are_interpolated():
     swept = fake_runs(
         {
-            "a": [(nan, 0.9, 1.0), (2.0, 0.1, 0.95), (1.0, 0.4, 0.9), (0.2, 0.8, 0.5)],
-            "b": [(nan, 0.9, 1.0), (3.0, 0.1, 0.5), (1.1, 0.2, 0.5)],
+            "full": [(3.0, 0.0, 1.0), (2.0, 0.1, 0.95), (1.0, 0.5, 0.9), (0.2, 0.8, 0.5)],
+            "slow": [(3.0, 0.0, 1.0), (2.5, 0.1, 0.5), (1.5, 0.2, 0.5)],
         }
     )
     useful = Measure("direct", "helpful", "utility")
     worst = alignment.worst_points(swept, ASR, useful, 0.9)
-    assert {arm: p.step for arm, p in worst.items()} == {"a": 2}, "step 0 is no attack; b never keeps its utility"
+    assert {arm: p.step for arm, p in worst.items()} == {"full": 2}, "step 0 is no attack; slow never keeps its utility"
     target, equal = alignment.equal_loss_points(swept)
-    assert target == 1.1
-    assert {arm: p.step for arm, p in equal.items()} == {"a": 2, "b": 2}
-    assert alignment.point_difference(worst, "a", ["b"], ASR, 0) is None
+    assert target == 1.5, "the slowest arm's lowest held-out loss"
+    assert {arm: p.step for arm, p in equal.items()} == {"full": 1.5, "slow": 2}
+    assert equal["full"].rate(ASR) == pytest.approx(0.3), "half way between 10 and 50%"
+    assert equal["full"].values(ASR).mean() == pytest.approx(0.3)
+    found = alignment.point_difference(alignment.by_arm([equal, equal]), "full", "slow", ASR, 0)
+    assert found.value == pytest.approx(0.1)
+    assert alignment.point_difference({arm: [p] for arm, p in worst.items()}, "full", "slow", ASR, 0) is None
+    findings = list(alignment.freezing_findings({"benign rows": alignment.by_arm([equal])}, "slow", ASR, 0))
+    assert [f.row for f in findings] == ["benign rows", "10% harmful rows", ""]
+    assert findings[0].found.value == pytest.approx(-0.1)
+    assert isinstance(findings[1].found, str)
 
 
 def test_flows_and_their_noise(calibration):

@@ -16,6 +16,17 @@ from nt_utils.errors import InputError
 from nt_utils.plots import text
 
 RATE = {"value": [0.1, 0.8, 0.5, 0.2], "low": [0.05, 0.7, 0.4, 0.1], "high": [0.2, 0.9, 0.6, 0.3], "n": [100] * 4}
+ATTACK = pd.DataFrame(
+    {
+        "rows": "r",
+        "arm": ["full", "full", "LoRA", "LoRA"],
+        "learning_rate": 1e-3,
+        "step": [0, 5] * 2,
+        "loss": [2, 1] * 2,
+        "metric": "ASR",
+        **RATE,
+    }
+)
 TABLES = {
     "behaviour": pd.DataFrame({"model": ["a", "a", "b", "b"], "set": ["s", "t"] * 2, "metric": "ASR", **RATE}),
     "verdicts": pd.DataFrame(
@@ -181,17 +192,8 @@ TABLES = {
         {"rule": ["a", "a", "random", "random"], "neurons": [2, 20] * 2, "metric": "ASR", **RATE}
     ),
     "per_neuron": pd.DataFrame({"measure": ["x", "x", "y", "y"], "definition": ["a", "b"] * 2, "chance": 0.01, **RATE}),
-    "attack_curves": pd.DataFrame(
-        {
-            "rows": "r",
-            "arm": ["full", "full", "LoRA", "LoRA"],
-            "learning_rate": 1e-3,
-            "step": [0, 5] * 2,
-            "loss": [2, 1] * 2,
-            "metric": "ASR",
-            **RATE,
-        }
-    ),
+    "attack_sweep": ATTACK,
+    "attack_curves": ATTACK,
     "attack_points": pd.DataFrame(
         {"rows": "r", "compared": ["a", "b"] * 2, "arm": ["full", "full", "LoRA", "LoRA"], "metric": "ASR", **RATE}
     ),
