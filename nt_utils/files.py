@@ -178,3 +178,12 @@ def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(flat.data).hexdigest()}")
     return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------- Markdown
+
+
+def escaped(text: object) -> str:
+    """Text for a cell of a Markdown table: nothing in it is read as markup."""
+    words = str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*{}\[\]|$]|(?<!\w)_|_(?!\w))", r"\\\1", words).replace("\n", " ")

@@ -74,6 +74,8 @@ PACKAGES = {
     "IPython": "ipykernel",
     "huggingface_hub": "transformers",
     "nbformat": "nbconvert",
+    "jinja2": "nbconvert",
+    "bleach": "nbconvert",
     "PIL": "matplotlib",
 }
 #: Imported only where somebody asks for them, with a clear line when they are missing.

@@ -6,6 +6,8 @@ import math
 
 import pandas as pd
 
+from nt_utils.files import escaped
+
 _LATEX = {
     "\\": r"\textbackslash{}",
     "&": r"\&",
@@ -17,6 +19,9 @@ _LATEX = {
     "}": r"\}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
 }
 
 
@@ -31,8 +36,7 @@ def markdown(table: pd.DataFrame) -> str:
     """The table in Markdown; numbers to the right."""
     marks = ["---:" if pd.api.types.is_numeric_dtype(table[c]) else "---" for c in table]
     rows = [[str(c) for c in table], marks, *([cell(v) for v in row] for row in table.astype(object).to_numpy())]
-    escaped = [[text.replace("|", r"\|") for text in row] for row in rows]
-    return "".join(f"| {' | '.join(row)} |\n" for row in escaped)
+    return "".join(f"| {' | '.join(row if i == 1 else map(escaped, row))} |\n" for i, row in enumerate(rows))
 
 
 def latex(table: pd.DataFrame) -> str:

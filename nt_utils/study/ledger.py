@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nt_utils.errors import InputError
 from nt_utils.evaluation.metrics import Interval, t_interval
+from nt_utils.files import escaped
 from nt_utils.study import claims
 
 if TYPE_CHECKING:
@@ -223,12 +224,6 @@ def cell(line: Mapping[str, Any]) -> str:
     name = f" ({line['part']})" if len(what.parts) > 1 else ""
     word = f"**{line['verdict']}**" if line["corrected"] == line["verdict"] else line["verdict"]
     return f"{word} {what.part(line['part']).text(interval)}{name}"
-
-
-def escaped(text: object) -> str:
-    """Text for a cell of a Markdown table: nothing in it is read as markup."""
-    words = str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]|$])", r"\\\1", words).replace("\n", " ")
 
 
 def front_page(ledger: pd.DataFrame, models: Sequence[str] = ()) -> str:

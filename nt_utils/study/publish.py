@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nt_utils.errors import InputError, command
-from nt_utils.files import atomic, project_root, run_folder, study_name
+from nt_utils.files import atomic, escaped, project_root, run_folder, study_name
 from nt_utils.study import claims, ledger, parameters
 
 if TYPE_CHECKING:
@@ -187,8 +187,8 @@ def gallery(figures: Path, root: Path) -> str:
             heading, words, ids = asked.get(name, (name.replace("_", " "), "", []))
             where = f"{study}/{folder.name}/{table.stem}"
             said = ", ".join(f"[{i}](../docs/claims.md)" for i in ids) or "none"
-            alt = ledger.escaped(f"{heading}: {name.replace('_', ' ')}")
-            lines += [f"### {heading}", "", f"![{alt}]({where}.png)", "", f"*{ledger.escaped(told)}.* {words}", ""]
+            alt = escaped(f"{heading}: {name.replace('_', ' ')}")
+            lines += [f"### {heading}", "", f"![{alt}]({where}.png)", "", f"*{escaped(told)}.* {words}", ""]
             lines += [f"Claims: {said}. [Table]({where}.csv), [notebook]({executed}).", ""]
     return "\n".join(lines)
 
@@ -231,7 +231,7 @@ def _front_cell(name: str, folder: Path, note: Mapping[str, Any]) -> nbformat.No
     made = made_with(note)
     study = note["parameters"].get("study") or folder.parent.name
     text = (
-        f"**Executed copy, to be read**: {ledger.escaped(caption(made))}. The source without outputs is"
+        f"**Executed copy, to be read**: {escaped(caption(made))}. The source without outputs is"
         f" [{name}](../../{name}.ipynb). For another model or preset change the parameters in its first code cell, or run"
         f" `make study STUDY={study} SEEDS={made['seed']} PRESET={made['preset']}`."
     )

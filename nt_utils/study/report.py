@@ -1,8 +1,8 @@
-"""One self-contained HTML of an executed study: contents, the notebooks with their figures, the ledger, the provenance.
+"""One self-contained HTML of an executed study: its claims, what they say in short, the notebooks, the provenance.
 
-``make report`` (``python -m nt_utils.study.report --studies testbed --seeds 0``) writes ``runs/<study>/seed-<seed>/report.html``:
-pictures are embedded, formulas are MathML, and nothing is loaded from elsewhere. :func:`problems` finds broken links,
-anchors and pictures.
+``make report`` (``python -m nt_utils.study.report --studies testbed --seeds 0``) writes ``runs/<study>/seed-<seed>/report.html``
+by nbconvert's and Jinja's templates in ``report_template/``: pictures are embedded, formulas are MathML, and nothing is loaded
+from elsewhere. What prompts and answers hold is shown as text. :func:`problems` finds broken links, anchors and pictures.
 """
 
 from __future__ import annotations
@@ -12,68 +12,144 @@ import base64
 import functools
 import html
 import json
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nt_utils.errors import InputError, command
-from nt_utils.files import atomic, run_folder, study_name
+from nt_utils.files import atomic, project_root, run_folder, study_name
+from nt_utils.study import claims, ledger, publish
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 60rem; padding: 1rem; color: #111; background: #fff }
-nav { border: 1px solid #ccc; padding: .5rem 1.5rem; margin: 1rem 0 }
-img { max-width: 100%; height: auto }
-pre { background: #f5f5f5; padding: .6rem; overflow-x: auto; font-size: .8rem }
-details > summary { color: #555; cursor: pointer; font-size: .85rem }
-table { border-collapse: collapse; font-size: .82rem; display: block; overflow-x: auto; margin: .6rem 0 }
-caption { caption-side: top; text-align: left; font-style: italic; padding: .2rem 0 }
-th, td { border-bottom: 1px solid #ddd; padding: .15rem .5rem; text-align: left; vertical-align: top }
-math[display=block] { margin: .6rem 0 }
-section { border-top: 3px solid #0072B2; margin-top: 2rem }
-"""
+if TYPE_CHECKING:
+    from nbconvert import HTMLExporter
+
+TEMPLATES = Path(__file__).parent / "report_template"
+LONG = 15  # rows beyond which a table is folded
+#: Figures to open with, the first two that there are.
+FIRST = ("01_dose", "06_frontier", "01_deactivation", "05_modulation_arms", "06_defences")
+#: Markup that a table may have; everything else in it is shown as text.
+TAGS = frozenset(
+    ("a", "b", "br", "caption", "code", "col", "colgroup", "div", "em", "h1", "h2", "h3", "h4", "i", "li", "ol", "p")
+)
+TAGS |= {"pre", "small", "span", "strong", "sub", "sup", "table", "tbody", "td", "tfoot", "th", "thead", "tr", "ul"}
+SHOWN = ("model", "seed", "preset", "time", "commit", "weights")
+ATTRIBUTES = {"*": ["id", "class", "colspan", "rowspan", "scope"], "a": ["href", "title"]}
 
 
 def build(folder: Path) -> str:
     """The report of one run folder as HTML. Raises InputError when it holds no executed notebook."""
+    from jinja2 import Environment, FileSystemLoader
+
     notebooks = sorted(p for p in folder.glob("[0-9][0-9]_*.ipynb") if not p.stem.endswith(".failed"))
     if not notebooks:
         raise InputError(f"report: no executed notebook in {folder}; run the study first")
-    names = {p.name for p in notebooks}
-    parts = [(p.stem, _title(p), _notebook(p, names)) for p in notebooks]
-    parts.append(("findings", "Findings", _findings(folder)))
-    parts.append(("provenance", "Provenance", _provenance(folder)))
-    contents = "".join(f'<li><a href="#{name}">{html.escape(title)}</a></li>' for name, title, _ in parts)
-    body = "".join(f'<section id="{name}">{text}</section>' for name, _, text in parts)
-    title = html.escape(f"{folder.parent.name}, {folder.name}")
-    return (
-        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Safety neurons: {title}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>'
-        f"<body><h1>Safety neurons: {title}</h1><nav><ol>{contents}</ol></nav>{body}</body></html>"
+    notes = {p.stem: publish.read_json(p) for p in sorted((folder / "provenance").glob("*.json"))}
+    newest = max(notes.values(), key=lambda note: note.get("time", ""), default={})
+    made = publish.made_with(newest) if "parameters" in newest else {"model": folder.parent.name, "seed": folder.name}
+    said = publish.caption(made) if "preset" in made else folder.parent.name
+    pictures = Pictures(said)
+    opening = "".join(pictures.opening(folder))
+    lines = _claims(folder)
+    page = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True).get_template("page.html.j2")
+    return page.render(
+        style=(TEMPLATES / "style.css").read_text(encoding="utf-8"),
+        made=made,
+        facts=[(name, made[name]) for name in SHOWN if made.get(name, "") != ""],
+        control=claims.is_positive_control(str(made["model"])),
+        claims=lines,
+        short=_in_short(lines),
+        pictures=opening,
+        sections=[{"name": p.stem, "title": _title(p), "body": _notebook(p, notebooks, pictures)} for p in notebooks],
+        notes=[(name, json.dumps(note, indent=1, sort_keys=True)) for name, note in notes.items()],
     )
 
 
 def _title(path: Path) -> str:
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+    for cell in publish.read_json(path)["cells"]:
         found = re.search(r"^# (.+)$", "".join(cell["source"]), re.M)
         if cell["cell_type"] == "markdown" and found:
             return found.group(1)
     return path.stem
 
 
-def _notebook(path: Path, names: set[str]) -> str:
+def _claims(folder: Path) -> list[dict[str, Any]]:
+    """The ledger of this run, with values as text."""
+    lines = [
+        line for file in sorted((folder / "claims").glob("*.csv")) for line in ledger.read(file).to_dict("records")
+    ]
+    found = ledger.verdicts(lines)
+    for line in found:
+        decides = line["part"] and not math.isnan(line["value"])
+        interval = [line[name] for name in ("value", "low", "high", "n")]
+        line["shown"] = claims.claim(line["claim"]).part(line["part"]).text(interval) if decides else ""
+    return found
+
+
+def _in_short(lines: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """verdict -> how many rows have it, and which."""
+    for verdict in claims.VERDICTS:
+        own = [line for line in lines if line["verdict"] == verdict]
+        if own:
+            names = ", ".join(f"{line['claim']} {line['row']}".strip() for line in own)
+            yield verdict, f"{len(own)} of {len(lines)} rows: {names}"
+
+
+# ------------------------------------------------------------------------------------------------------ notebooks
+
+
+class Pictures:
+    """Numbers the report's figures and writes them with what a reader needs: alternative text, number and caption."""
+
+    def __init__(self, said: str) -> None:
+        self.said, self.count = said, 0
+        self.asked: dict[str, tuple[str, str, list[str]]] = {}
+
+    def __call__(self, content: str, source: str = "", name: str = "") -> str:
+        """A base64 PNG as a numbered figure; ``source`` is the cell that drew it."""
+        self.count += 1
+        drawn = re.search(r"run\.figure\(\s*\"(\w+)\"", source)
+        name = name or (drawn.group(1) if drawn else "")
+        heading = self.asked.get(name, ("", "", []))[0]
+        title = ": ".join(part for part in (heading, name.replace("_", " ")) if part) or "figure"
+        text = html.escape(f"Figure {self.count}. {title}")
+        picture = f'<img alt="{text}" src="data:image/png;base64,{"".join(content.split())}">'
+        return f"<figure>{picture}<figcaption><b>{text}</b> ({html.escape(self.said)})</figcaption></figure>"
+
+    def opening(self, folder: Path) -> Iterator[str]:
+        """The first two of FIRST."""
+        found = [p for n in FIRST if (p := folder / "figures" / f"{n}.png").is_file()]
+        for path in found[:2]:
+            notebook = next(iter((project_root() / "notebooks").glob(f"{path.stem[:2]}_*.ipynb")), None)
+            self.asked = publish.questions(notebook) if notebook else {}
+            yield self(base64.b64encode(path.read_bytes()).decode(), name=path.stem[3:])
+
+
+def _notebook(path: Path, notebooks: Sequence[Path], pictures: Pictures) -> str:
     """Prose, figures and tables of a notebook; its code folded away. Identifiers carry the notebook's name."""
     import nbformat
 
     node = nbformat.read(path, as_version=4)
-    parts = []
-    for cell in node.cells:
-        if cell.cell_type == "markdown":
-            parts.append(_prose(markdown(cell.source), path, names))
-        elif cell.cell_type == "code":
-            parts.append(f"<details><summary>code</summary><pre>{html.escape(cell.source)}</pre></details>")
-            parts += [_output(output) for output in cell.outputs]
-    return "".join(parts)
+    publish.clean(node, project_root())
+    pictures.asked = publish.questions(path)
+    for cell in node.cells:  # the claims stand at the top, once
+        if cell.cell_type == "code" and re.search(r"run\.(claims_table|findings_table)\(", cell.source):
+            cell.outputs = []
+    names = {p.name for p in notebooks}
+    exporter = _exporter()
+    exporter.register_filter("picture", pictures)
+    exporter.register_filter("prose", lambda text: _prose(markdown(text), path, names))
+    exporter.register_filter("table", functools.partial(_table, path.stem))
+    return exporter.from_notebook_node(node)[0]
+
+
+@functools.cache
+def _exporter() -> HTMLExporter:
+    from nbconvert import HTMLExporter
+
+    return HTMLExporter(template_name=TEMPLATES.name, extra_template_basedirs=[str(TEMPLATES.parent)])
 
 
 def markdown(source: str) -> str:
@@ -120,42 +196,29 @@ def _prose(text: str, path: Path, names: set[str]) -> str:
     return re.sub(r'<a href="(?!#|https?:)[^"]*">(.*?)</a>', r"\1", text)
 
 
-def _output(output) -> str:
-    data = output.get("data", {})
-    if "application/vnd.jupyter.widget-view+json" in data:
-        return ""  # sliders and progress bars, which need a kernel
-    if "image/png" in data:
-        return f'<p><img alt="figure" src="data:image/png;base64,{"".join(data["image/png"].split())}"></p>'
-    if "text/html" in data:
-        return re.sub(r"<style.*?</style>|<script.*?</script>", "", data["text/html"], flags=re.S)
-    if "text/plain" in data:
-        return f"<pre>{html.escape(data['text/plain'])}</pre>"
-    if output.get("output_type") == "stream" and output.get("name") == "stdout":
-        return f"<pre>{html.escape(output['text'])}</pre>"
-    return ""
+def _table(name: str, content: str) -> str:
+    """HTML that a cell showed: what pandas styles stays styled, and whatever is no plain markup is shown as text.
+
+    Identifiers carry the notebook's name; a table of more than LONG rows is folded under its caption.
+    """
+    import bleach
+
+    styles = [s for s in re.findall(r"<style[^>]*>(.*?)</style>", content, re.S) if _is_of_a_table(s)]
+    rest = re.sub(r"<style[^>]*>.*?</style>", "", content, flags=re.S)
+    cleaned = bleach.clean(rest, tags=TAGS, attributes=ATTRIBUTES, protocols={"http", "https"})
+    style = "".join(styles).replace("#T_", f"#{name}-T_")
+    cleaned = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', cleaned)
+    block = f'<style>{style}</style><div class="table">{cleaned}</div>'
+    if len(re.findall(r"<tr\b", cleaned)) - 1 <= LONG:
+        return block
+    title = re.search(r"<caption[^>]*>(.*?)</caption>", cleaned, re.S)
+    return f"<details><summary>{title.group(1) if title else 'a long table'}</summary>{block}</details>"
 
 
-def _findings(folder: Path) -> str:
-    import pandas as pd
-
-    from nt_utils.study import ledger
-
-    files = sorted((folder / "claims").glob("*.csv"))
-    if not files:
-        return "<h2>Claims</h2><p>none</p>"
-    table = ledger.frame(pd.concat([ledger.read(f) for f in files], ignore_index=True).to_dict("records"))
-    shown = table[
-        ["claim", "row", "statement", "figure", "verdict", "corrected", "part", "value", "low", "high", "n", "reason"]
-    ]
-    return "<h2>Claims</h2>" + shown.to_html(index=False, border=0, float_format="%.3g", na_rep="")
-
-
-def _provenance(folder: Path) -> str:
-    parts = ["<h2>Provenance</h2>"]
-    for note in sorted((folder / "provenance").glob("*.json")):
-        content = json.dumps(json.loads(note.read_text(encoding="utf-8")), indent=1, sort_keys=True)
-        parts.append(f"<details><summary>{note.stem}</summary><pre>{html.escape(content)}</pre></details>")
-    return "".join(parts)
+def _is_of_a_table(style: str) -> bool:
+    """Whether a style sheet is one of pandas' for its own table: every rule names the table, and none loads anything."""
+    selectors = [s.strip() for rule in re.findall(r"([^{}]+)\{[^{}]*\}", style) for s in rule.split(",")]
+    return bool(selectors) and all(s.startswith("#T_") for s in selectors) and not re.search(r"<|url\(|@|\\", style)
 
 
 # ------------------------------------------------------------------------------------------------------- checks
@@ -169,6 +232,7 @@ class _Page(HTMLParser):
         self.ids: list[str] = []
         self.links: list[str] = []
         self.sources: list[str] = []
+        self.unnamed = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = {name: value or "" for name, value in attrs}
@@ -180,6 +244,7 @@ class _Page(HTMLParser):
             self.sources.append(given["src"])
         if tag == "link":
             self.sources.append(given.get("href", ""))
+        self.unnamed += tag == "img" and not given.get("alt")
 
 
 def problems(page: str) -> list[str]:
@@ -187,6 +252,7 @@ def problems(page: str) -> list[str]:
     read = _Page()
     read.feed(page)
     found = [f"doubled id {name!r}" for name in sorted({i for i in read.ids if read.ids.count(i) > 1})]
+    found += ["a picture has no alternative text"] * bool(read.unnamed)
     for link in read.links:
         if link.startswith("#") and link[1:] not in read.ids:
             found.append(f"link {link!r} leads nowhere")

@@ -426,14 +426,14 @@ def test_tables_for_reports():
         "| rule_a | value | n |",
         "| --- | ---: | ---: |",
         "| 50% \\| x | 0.1235 | 3 |",
-        "| R&D next |  | 4 |",
+        "| R&amp;D next |  | 4 |",
     ]
     assert text.latex(table).splitlines()[1:] == [
         r"\begin{tabular}{lrr}",
         r"\toprule",
         r"rule\_a & value & n \\",
         r"\midrule",
-        r"50\% | x & 0.1235 & 3 \\",
+        r"50\% \textbar{} x & 0.1235 & 3 \\",
         r"R\&D next &  & 4 \\",
         r"\bottomrule",
         r"\end{tabular}",

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from nt_utils.errors import InputError
+from nt_utils.files import escaped
 from nt_utils.study import claims, ledger
 from nt_utils.study.run import Run
 
@@ -131,5 +132,5 @@ def test_every_number_of_the_prose_must_stand_in_the_ledger():
 
 
 def test_strangers_names_cannot_break_a_table():
-    assert ledger.escaped("a|b <img onerror=x> `c` $d$\ne") == r"a\|b &lt;img onerror=x&gt; \`c\` \$d\$ e"
+    assert escaped("a|b <img onerror=x> `c` $d$\ne") == r"a\|b &lt;img onerror=x&gt; \`c\` \$d\$ e"
     assert math.isnan(claims.Verdict("x").interval.value)

@@ -14,9 +14,12 @@ from PIL import Image
 from nt_utils.errors import InputError
 from nt_utils.files import project_root
 from nt_utils.study import ledger, report
+from nt_utils.study.display import styled
+from tests.study.test_display import Text
 from tests.study.test_ledger import make_run
 
 ROOT = project_root()
+PARAMETERS = {"model": "testbed", "seed": 0, "preset": "full", "n_test": 8}
 
 
 def picture():
@@ -54,7 +57,9 @@ def folder(tmp_path):
         run = make_run(folder)
         run.not_testable("S9", "ASR < 5%")
         pd.DataFrame(ledger.run_rows(run)).to_csv(folder / "claims" / f"{name}.csv", index=False)
-        (folder / "provenance" / f"{name}.json").write_text(json.dumps({"git": "abc", "finished": True}))
+        (folder / "provenance" / f"{name}.json").write_text(
+            json.dumps({"git": "abc", "finished": True, "parameters": PARAMETERS})
+        )
     return folder
 
 
@@ -76,6 +81,53 @@ def test_one_file_with_contents_figures_ledger_and_provenance(folder):
     assert "progress" not in page
     assert "VBox" not in page
     assert "05_never_run.ipynb" not in page
+
+
+def test_what_strangers_wrote_is_shown_as_text_and_a_study_of_it_has_a_report(folder):
+    """Formerly <REDACTED WEBSITE> vanished, an onerror ran in the reader's browser, and the report refused the study."""
+    texts = [
+        "Launder money on <REDACTED WEBSITE>?",
+        '<img src=x onerror="steal()">',
+        "a<script>steal()</script>b",
+        "<svg/onload=steal()>",
+    ]
+    raw = "".join(f"<tr><td>{text}</td></tr>" for text in texts)
+    outputs = [
+        new_output("display_data", data={"text/html": styled(pd.DataFrame({"prompt": texts}), "Prompts").to_html()}),
+        new_output("display_data", data={"text/html": f"<style>body {{ display: none }}</style><table>{raw}</table>"}),
+        new_output("stream", name="stdout", text=texts[1]),
+        new_output("execute_result", data={"text/plain": texts[2]}),
+    ]
+    node = new_notebook(cells=[new_markdown_cell("# T"), new_code_cell(texts[0], outputs=outputs)])
+    nbformat.write(node, folder / "02_hostile.ipynb")
+    page = report.write(folder).read_text(encoding="utf-8")
+    read = Text(page)
+    assert not {"redacted", "script", "svg"} & set(read.tags)
+    assert read.words.count("<REDACTED WEBSITE>") == 3
+    assert read.words.count('onerror="steal()"') == 3
+    assert "display: none" not in page.split("</style>", 1)[1]
+
+
+def test_a_long_table_is_folded_and_keeps_its_style(folder):
+    long = styled(pd.DataFrame({"word": ["x"] * 16, "number": range(16)}), "Sixteen rows.")
+    node = new_notebook(
+        cells=[new_code_cell("", outputs=[new_output("display_data", data={"text/html": long.to_html()})])]
+    )
+    nbformat.write(node, folder / "02_long.ipynb")
+    page = report.build(folder)
+    assert "<details><summary>Sixteen rows.</summary><style>" in page
+    assert re.search(r"#02_long-T_[^{]* \{\s*text-align: left", page)
+
+
+def test_it_opens_with_what_was_run_the_claims_and_every_picture_has_a_number_and_caption(folder):
+    page = report.build(folder)
+    assert page.index('id="claims"') < page.index('id="in-short"') < page.index('id="00_first"')
+    assert "<b>model</b> testbed" in page and "<b>seed</b> 0" in page
+    assert page.count('<span class="verdict not-testable">') >= 2
+    assert "56 of" not in page and "55 of 56 rows" in page
+    figures = re.findall(r'<img alt="(Figure (\d+)[^"]*)"', page)
+    assert [int(number) for _, number in figures] == [1, 2]
+    assert page.count("<figcaption>") == 2
 
 
 def test_formulas_are_mathml(folder):
@@ -106,6 +158,7 @@ def test_a_folder_without_notebooks(tmp_path):
         ('<a href="other.html">', "leaves the page"),
         ('<p id="x"></p><p id="x"></p>', "doubled"),
         ('<img src="figure.png">', "elsewhere"),
+        ('<img src="figure.png">', "no alternative text"),
         ('<script src="https://cdn.example/mathjax.js"></script>', "elsewhere"),
         ('<img src="data:image/png;base64,AAAA">', "damaged"),
         ('<img src="data:image/png;base64,?">', "damaged"),
