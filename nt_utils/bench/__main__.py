@@ -19,7 +19,7 @@ from nt_utils.bench.growth import growth
 from nt_utils.bench.setup import SHAPES, batch_of, forward, random_model, ratio, seconds, set_clock
 from nt_utils.errors import InputError
 from nt_utils.models import DecoderView
-from nt_utils.scoring.importance import _Readers, score_batch
+from nt_utils.scoring.importance import Weights, score_batch
 
 BARS = {
     "exact_over_forward.a": "<= 5",
@@ -47,10 +47,10 @@ def speed(repeats: int) -> dict:
     results: dict = {"exact_over_forward": {}, "linear_over_forward": {}, "milliseconds": {}}
     for name, shape in SHAPES.items():
         view, batch = DecoderView(random_model(shape)), batch_of(shape)
-        readers = _Readers(view)
+        weights = Weights(view)
 
-        def exact(view=view, batch=batch, readers=readers) -> None:
-            score_batch(view, batch, readers=readers)
+        def exact(view=view, batch=batch, weights=weights) -> None:
+            score_batch(view, batch, weights=weights)
 
         def linear(exact=exact) -> None:
             with rivals.linearised():

@@ -15,7 +15,7 @@ from nt_utils import hooks
 from nt_utils.errors import InputError
 from nt_utils.models import DecoderView, decoder, pad
 from nt_utils.neurons import NeuronSet
-from nt_utils.scoring.importance import _Readers, score_batch
+from nt_utils.scoring.importance import Weights, score_batch
 
 PROMPTS, TOKENS, BATCH, VOCABULARY = 200, 64, 8, 32000
 #: bf16 keeps 8 bits: scores from bf16 activations are only this near to those of the same weights in float32.
@@ -56,7 +56,7 @@ def _row(name: str, config, device: str) -> dict:
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
     view = DecoderView(model)
-    readers = _Readers(view)
+    weights = Weights(view)
     batches = [_batch(start).to(device) for start in range(0, PROMPTS, BATCH)]
 
     def forward() -> None:
@@ -66,7 +66,7 @@ def _row(name: str, config, device: str) -> dict:
 
     def exact() -> None:
         for batch in batches:
-            score_batch(view, batch, readers=readers)
+            score_batch(view, batch, weights=weights)
 
     times = {"forward": _seconds(forward, device), "exact": _seconds(exact, device)}
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")

@@ -8,7 +8,8 @@ import pandas as pd
 
 from nt_utils.bench.setup import Shape, batch_of, forward, random_model, resized, seconds
 from nt_utils.models import DecoderView
-from nt_utils.scoring.importance import ROWS, _Readers, score_batch
+from nt_utils.scoring.importance import Weights, score_batch
+from nt_utils.scoring.query_key import ROWS
 
 BASE = Shape(hidden=512, layers=2, heads=8, kv_heads=2, ffn=1376, batch=4, tokens=64)
 SWEEPS = {
@@ -57,8 +58,8 @@ def growth(repeats: int) -> pd.DataFrame:
 def _point(sweep: str, shape: Shape, repeats: int) -> dict:
     model, batch = random_model(shape), batch_of(shape)
     view = DecoderView(model)
-    readers = _Readers(view)
-    functions = {"forward": forward(model, batch), "exact": lambda: score_batch(view, batch, readers=readers)}
+    weights = Weights(view)
+    functions = {"forward": forward(model, batch), "exact": lambda: score_batch(view, batch, weights=weights)}
     times = {name: 1e3 * statistics.median(t) for name, t in seconds(functions, repeats).items()}
     return {
         "sweep": sweep,

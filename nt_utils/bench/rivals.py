@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from nt_utils import hooks
 from nt_utils.models import DecoderView, Encoded, decoder
 from nt_utils.neurons import NeuronSet
-from nt_utils.scoring import importance as scoring
+from nt_utils.scoring import importance
 
 CHUNK = 128
 
@@ -74,14 +75,14 @@ def zeroed_forwards(view: DecoderView, batch: Encoded, count: int = 6) -> list:
     return runs
 
 
-class _Linearised(scoring._Channels):
+class _Linearised(importance.QueryKey):
     """E = -A * (D - sum(A D)): the softmax's first-order change in place of the exact one."""
 
-    def _change(self, us, ii, rows, keys, spaces):
-        left0, left1 = (x[us, ii, rows, :, None] for x in self.left)
-        right0, right1 = (x[us, ii, None, None, keys] for x in self.right)
-        weights = self.weights[us, None, rows, :, keys]
-        new, change = scoring._workspace(spaces, (*left0.shape[:-1], keys.stop - keys.start), left0)
+    def _change(self, which, some, rows, keys, buffers):
+        left0, left1 = (x[which, some, rows, :, None] for x in self.left)
+        right0, right1 = (x[which, some, None, None, keys] for x in self.right)
+        weights = self.weights[which, None, rows, :, keys]
+        new, change = buffers.like(left0, (*left0.shape[:-1], keys.stop - keys.start))
         torch.mul(left0, right0, out=new)
         new.addcmul_(left1, right1).mul_(weights)
         return torch.addcmul(new, new.sum(-1, keepdim=True), weights, value=-1, out=change), new
@@ -90,9 +91,5 @@ class _Linearised(scoring._Channels):
 @contextmanager
 def linearised() -> Iterator[None]:
     """Inside, q and k scores come from the linearised softmax (plain attention only: no query/key norm, no capping)."""
-    exact = scoring._Channels
-    try:
-        scoring._Channels = _Linearised
+    with mock.patch.object(importance, "QueryKey", _Linearised):
         yield
-    finally:
-        scoring._Channels = exact

@@ -1,19 +1,22 @@
 """Exact importance against brute force: zero the neuron, run its block again, compare. Then everything around it."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Phi3Config
 
 from nt_utils import hooks
 from nt_utils.errors import InputError, ModelError
 from nt_utils.models import DecoderView, pad
 from nt_utils.neurons import NeuronScores
 from nt_utils.scoring import importance as scoring
-from nt_utils.scoring.importance import importance, score_batch
+from nt_utils.scoring.importance import importance, score_batch, standard_errors
+from nt_utils.scoring.query_key import Buffers, QueryKey, Rows
 from nt_utils.scoring.reference import importance_by_hand
-from tests.tiny import CONFIGS, FAMILIES, hooks_left, tiny_lm, tiny_model
+from tests.tiny import CONFIGS, FAMILIES, SHAPE, hooks_left, tiny_lm, tiny_model
 
 LENGTHS = (9, 14)
 
@@ -58,14 +61,14 @@ def test_last_positions_and_left_padding_equal_brute_force(name):
 def test_long_prompts_go_through_head_space(name, monkeypatch):
     """Both forms of the norm are used and both are right (the short prompts above use token space)."""
     used = set()
-    original = scoring._Channels._norm
+    original = QueryKey._norm
 
     def spy(self, keys):
         function = original(self, keys)
         used.add(function.__name__)
         return function
 
-    monkeypatch.setattr(scoring._Channels, "_norm", spy)
+    monkeypatch.setattr(QueryKey, "_norm", spy)
     errors = relative_errors(name, lengths=(60,))
     assert max(errors.values()) < 1e-4, errors
     assert used == {"in_token_space", "in_head_space"}
@@ -103,8 +106,8 @@ def test_the_forward_pass_is_the_models_own(name):
     batch = batch_of(prompts_of((6, 11)))
     with torch.no_grad():
         plain = lm.model(**batch.inputs, use_cache=False).logits
-    engine = scoring._Engine(scoring._Readers(lm.view), batch, scoring.KINDS, None, None)
-    with torch.no_grad(), engine.attached():
+    scorer = scoring._Scorer(scoring.Weights(lm.view), batch, scoring.KINDS, None, None, None)
+    with torch.no_grad(), scorer.attached():
         scored = lm.model(**batch.inputs, use_cache=False).logits
     real = batch.attention_mask.bool()
     assert torch.allclose(plain[real], scored[real], atol=2e-5)
@@ -121,14 +124,14 @@ def test_the_chunk_budget_changes_nothing(name, chunk):
 
 def test_kept_gram_matrices_change_nothing(monkeypatch):
     view, batch = DecoderView(tiny_model("llama")), batch_of(prompts_of((5, 12)))
-    monkeypatch.setattr(scoring._Readers, "SHARE", 0.0)
-    fresh = scoring._Readers(view)
-    without = score_batch(view, batch, readers=fresh)
+    monkeypatch.setattr(scoring.Weights, "SHARE", 0.0)
+    fresh = scoring.Weights(view)
+    without = score_batch(view, batch, weights=fresh)
     assert not fresh._grams
-    monkeypatch.setattr(scoring._Readers, "SHARE", 100.0)
-    keeping = scoring._Readers(view)
+    monkeypatch.setattr(scoring.Weights, "SHARE", 100.0)
+    keeping = scoring.Weights(view)
     for _ in range(2):
-        found = score_batch(view, batch, readers=keeping)
+        found = score_batch(view, batch, weights=keeping)
         assert all(torch.equal(found[site], without[site]) for site in found)
     assert set(keeping._grams) == {0, 1}
 
@@ -214,7 +217,7 @@ def test_scores_of_an_ablated_model_see_the_ablation(lm):
 
 
 def test_everything_is_put_back_after_an_error(lm, monkeypatch):
-    monkeypatch.setattr(scoring, "_value_scores", lambda *_: (_ for _ in ()).throw(RuntimeError("inside")))
+    monkeypatch.setattr(scoring, "value_scores", lambda *_: (_ for _ in ()).throw(RuntimeError("inside")))
     before = lm.model.config._attn_implementation
     with pytest.raises(RuntimeError, match="inside"):
         importance(lm, TEXTS, progress=False)
@@ -275,3 +278,87 @@ def test_an_attention_that_bypasses_the_interface_is_refused(monkeypatch):
     monkeypatch.setattr(attention, "forward", own_forward)
     with pytest.raises(ModelError, match="AttentionInterface"):
         score_batch(lm.view, batch_of(prompts_of((4,))))
+
+
+# ---------------------------------------------------------------------------------------------- sampled query rows
+
+
+def _sampled(tokens, edges, generator):
+    places = list(range(edges[0]))
+    for low, high in pairwise(edges):
+        places += (low + torch.randperm(high - low, generator=generator)[:2]).tolist()
+    return Rows(places, tokens, edges, [])
+
+
+def test_the_estimate_from_sampled_rows_is_unbiased_and_knows_its_error():
+    """Over 4000 samples: the mean is the sum over all rows, and the squared errors are the variance it states."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, edges = 60, list(range(4, 61, 7))
+    extent = torch.rand(3, tokens, generator=generator, dtype=torch.float64) + 0.1
+    values = extent * (0.5 + torch.rand(3, tokens, generator=generator)) + 0.3 * torch.rand(
+        3, tokens, generator=generator
+    )
+    rows = [_sampled(tokens, edges, generator) for _ in range(4000)]
+    totals, errors = zip(*(r.total(values[:, r.places], lambda: extent) for r in rows), strict=True)
+    totals, errors = torch.stack(totals), torch.stack(errors)
+    spread = totals.std(0)
+    assert torch.all((totals.mean(0) - values.sum(1)).abs() < 4 * spread / 4000**0.5)
+    assert torch.allclose(errors.square().mean(0).sqrt(), spread, rtol=0.15)
+    every = Rows.of(torch.ones(tokens, tokens).tril().bool(), 0, None, 8)
+    total, error = every.total(values, lambda: extent)
+    assert torch.equal(total, values.sum(-1)) and not error.any()
+
+
+def test_long_prompts_are_estimated_within_their_standard_errors():
+    model = tiny_model("qwen2")
+    view, batch = DecoderView(model), batch_of(prompts_of((320, 20)))
+    model.config.max_position_embeddings = 512
+    errors: dict = {}
+    exact = score_batch(view, batch, exact_tokens=None)
+    found = score_batch(view, batch, errors=errors)
+    for site, values in exact.items():
+        if site[1] in "qk":
+            assert torch.equal(found[site][1], values[1]) and not errors[site][1].any()
+            off = (found[site][0] - values[0]) / errors[site][0]
+            assert 0.4 < off.square().mean().sqrt() < 3 and (found[site][0] != values[0]).all()
+        else:
+            assert torch.equal(found[site], values)
+    again = score_batch(view, batch_of(prompts_of((320, 20))[:1]))
+    assert all(torch.allclose(again[s][0], found[s][0], rtol=1e-5) for s in found)  # whatever stands beside it
+    last = score_batch(view, batch, last=3)
+    wanted = score_batch(view, batch, last=3, exact_tokens=None)
+    assert all(torch.equal(last[s], wanted[s]) for s in last)
+
+
+def test_standard_errors_lie_beside_the_scores(tmp_path):
+    lm = tiny_lm("llama")
+    lm.model.config.max_position_embeddings = 512
+    texts = ["word " * 60, "Hi"]
+    scores = importance(lm, texts, path=tmp_path / "s.safetensors", progress=False)
+    errors = standard_errors(NeuronScores.load(tmp_path / "s.safetensors"))
+    assert errors.kinds == ("q", "k") and (errors.get(0, "q")[0] > 0).all() and not errors.get(0, "q")[1].any()
+    assert standard_errors(scores.subset([1])).n_prompts == 1
+    assert standard_errors(importance(lm, texts, exact_tokens=None, progress=False)) is None
+    assert standard_errors(importance(lm, texts, positions="last", progress=False)) is None
+
+
+def test_working_buffers_follow_the_device():
+    buffers = Buffers()
+    first = buffers.like(torch.ones(1), (2, 3))
+    elsewhere = buffers.like(torch.ones(1, device="meta"), (2, 3))
+    assert {b.device.type for b in first} == {"cpu"} and {b.device.type for b in elsewhere} == {"meta"}
+    assert buffers.like(torch.ones(1), (2, 2))[0].device.type == "cpu"
+    assert buffers.like(torch.ones(1).double(), (2, 2))[0].dtype == torch.float64
+
+
+def test_a_batch_whose_longest_prompt_changes_the_others_rotation_is_refused():
+    """longrope: the factors of every prompt in a batch follow the longest one."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32}
+    rope |= {"short_factor": [1.0, 1.0, 1.1, 1.2], "long_factor": [1.5, 3.0, 8.0, 20.0]}
+    config = Phi3Config(**SHAPE | {"max_position_embeddings": 256}, rope_parameters=rope)
+    config.original_max_position_embeddings = 32
+    view = DecoderView(AutoModelForCausalLM.from_config(config).eval())
+    short, long = prompts_of((10, 40))
+    score_batch(view, batch_of([short]))
+    with pytest.raises(InputError, match="longest has 40 tokens; with the model's longrope .* beyond 32"):
+        score_batch(view, batch_of([short, long]))
