@@ -43,7 +43,7 @@ def notebook(*sources, tagged=True):
 @pytest.fixture
 def project(tmp_path):
     """A project with one toy notebook, below a path with blanks and quotes."""
-    tmp_path = tmp_path / "it's a \"project\""
+    tmp_path = tmp_path / 'it\'s a "project"'
     (tmp_path / "notebooks" / "params").mkdir(parents=True)
     (tmp_path / "nt_utils").mkdir()
     (tmp_path / "notebooks" / "00_toy.ipynb").write_text(notebook(TOY, "print(rho, seed, study)"))
@@ -102,8 +102,25 @@ def test_a_parameter_file_in_another_encoding_is_named(project):
         batch.read("toy", project)
 
 
+def test_a_file_that_extends_another_has_its_lines_and_its_own_on_top(project):
+    folder = project / "notebooks" / "params"
+    (folder / "_base.yaml").write_text("rho: 0.25\nfacts: {gated: true}\n")
+    (folder / "toy.yaml").write_text("extends: _base\nfacts: {tokenizer: x}\n")
+    found = batch.read("toy", project)
+    assert (found.shared["rho"], found.facts) == (0.25, {"gated": True, "tokenizer": "x"})
+    (folder / "toy.yaml").write_text("extends: _base\nrho: 0.75\n")
+    assert batch.read("toy", project).shared["rho"] == 0.75
+    (folder / "_base.yaml").write_text("extends: toy\n")
+    for wrong, message in (("_base", "extends: got 'toy'"), ("none", "extends: got 'none'")):
+        (folder / "toy.yaml").write_text(f"extends: {wrong}\n")
+        with pytest.raises(InputError, match=message):
+            batch.read("toy", project)
+    with pytest.raises(InputError, match="known: toy"):
+        batch.read("_base", project)
+
+
 def test_every_study_of_the_project_is_valid():
-    for file in (ROOT / "notebooks" / "params").glob("*.yaml"):
+    for file in (ROOT / "notebooks" / "params").glob("[!_]*.yaml"):
         for name in batch.notebooks(ROOT):
             batch.study_parameters(file.stem, name, ROOT)
 
@@ -322,7 +339,14 @@ def test_a_changed_prompt_file_changes_the_settings_of_the_steps_that_read_it(pr
     model.mkdir()
     (model / "config.json").write_text("{}")
     prompts.write_text("goal\nHow?\n")
-    given = {"a": "prompts.csv:goal", "b": f"advbench@{prompts}", "c": str(model), "d": "testbed", "e": "hub:x/y:z", "f": 3}
+    given = {
+        "a": "prompts.csv:goal",
+        "b": f"advbench@{prompts}",
+        "c": str(model),
+        "d": "testbed",
+        "e": "hub:x/y:z",
+        "f": 3,
+    }
     before = batch.parameter_files.contents(given, project)
     assert sorted(before) == ["a", "b", "c"]
     prompts.write_text("goal\nWhy?\n")

@@ -1,7 +1,8 @@
 """Parameter files: what notebooks/params/<study>.yaml says, checked, and the jobs that follow from it.
 
-A file gives parameters for every notebook that takes them and has three keys of its own:
+A file gives parameters for every notebook that takes them and has four keys of its own:
 
+    extends:    another file, by name, whose lines hold where this one says nothing; one that starts with "_" is no study
     notebooks:  parameters for single notebooks
     sweep:      parameter -> list of values; every combination becomes a run of the notebooks that take one of them
     facts:      what is known of the model without the hub (is it gated, its configuration), for ``make plan``
@@ -92,17 +93,10 @@ class StudyFile:
 def read(study: str, root: Path) -> StudyFile:
     """The parameter file of a study. Raises InputError: no such file, not YAML, an unknown key or a refused value."""
     file = root / "notebooks" / "params" / f"{study}.yaml"
-    if not file.is_file():
-        known = sorted(p.stem for p in file.parent.glob("*.yaml"))
+    if not file.is_file() or study.startswith("_"):
+        known = sorted(p.stem for p in file.parent.glob("[!_]*.yaml"))
         raise InputError(f"study: {study!r} has no parameter file; known: {', '.join(known)} (notebooks/params/*.yaml)")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    except (yaml.YAMLError, OSError) as error:
-        raise InputError(f"{file}: not valid YAML ({first_line(error)})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: must hold lines of the form parameter: value")
+    content = _content(file)
     own, sweep, facts = (_mapping(file, key, content.pop(key, None)) for key in OWN_KEYS)
     table = {name: takes(root, name) for name in notebooks(root)}
     anywhere = sorted({name for names in table.values() for name in names})
@@ -118,6 +112,28 @@ def read(study: str, root: Path) -> StudyFile:
         if name not in FACTS:
             raise InputError(f"{file}: facts: {name}: unknown; allowed: {', '.join(FACTS)}")
     return StudyFile(study, content, own, sweep, facts, "model" in anywhere)
+
+
+def _content(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """What a file says, on top of what the file that it ``extends`` says; mappings are merged, one level deep."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    except (yaml.YAMLError, OSError) as error:
+        raise InputError(f"{file}: not valid YAML ({first_line(error)})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: must hold lines of the form parameter: value")
+    extended = content.pop("extends", None)
+    if extended is None:
+        return content
+    base = file.with_name(f"{extended}.yaml")
+    if not base.is_file() or base in (file, *above):
+        raise InputError(f"{file}: extends: got {extended!r}; allowed: the name of another file in {file.parent}")
+    for name, value in (below := _content(base, (file, *above))).items():
+        own = content.get(name)
+        content[name] = value | own if isinstance(value, dict) and isinstance(own, dict) else content.get(name, value)
+    return {name: content[name] for name in [*below, *(n for n in content if n not in below)]}
 
 
 def _mapping(file: Path, name: str, value) -> dict:
