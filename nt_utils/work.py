@@ -8,6 +8,7 @@ log, so that an executed notebook keeps nothing of it.
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -27,10 +28,13 @@ _parts: list[str] = []
 def count(**amounts: float) -> None:
     """Add to the counts. The kinds that ``make plan`` reads:
 
-    passed_rows, passed_tokens    through a plain forward pass; scored_rows, scored_tokens: scored exactly
-    read_tokens, written_tokens   of generation: prompts, and answers with the padding behind short ones
-    answers, decode_steps         rows answered; steps of a batch of them
-    trained_steps, trained_rows, trained_tokens    a backward pass into some weights (tuned_...: into all weights)
+    read_tokens                      through a plain forward pass, without gradients: prompts, likelihoods, statistics
+    written_tokens, decode_steps     of answers: tokens, and forward passes of one token a row
+    cached_answers                   answers that were there already and cost nothing
+    scored_rows, scored_tokens       scored exactly
+    gradient_tokens                  forward and backward with frozen weights: attribution, learning alpha
+    trained_steps, trained_rows, trained_tokens    a backward pass into some weights
+    tuned_steps, tuned_rows, tuned_tokens          into more than half of all weights
     """
     COUNTS.update({name: int(amount) for name, amount in amounts.items()})
 
@@ -43,6 +47,16 @@ def clock(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60:02d} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def measured() -> dict[str, int]:
+    """The counts so far, with the largest memory of this process and of its GPUs, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    found = dict(COUNTS) | {"peak_bytes": peak}
+    torch = sys.modules.get("torch")  # not loaded for this alone
+    if torch is not None and torch.cuda.is_available():
+        found["gpu_peak_bytes"] = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    return found
 
 
 @contextmanager

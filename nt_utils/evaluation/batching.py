@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nt_utils.errors import ModelError
-from nt_utils.work import track
+from nt_utils.work import count, track
 
 if TYPE_CHECKING:
     from nt_utils.models import LanguageModel
@@ -97,6 +97,10 @@ def forward(lm: LanguageModel, ids: Tensor, mask: Tensor, last: int, past: Any, 
     """The model's output; logits [rows, last, vocabulary] of the last positions."""
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    if ids.shape[1] == 1 and past is not None:
+        count(written_tokens=len(ids), decode_steps=1)
+    else:
+        count(read_tokens=ids.numel())
     out = lm.model(**inputs, past_key_values=past, use_cache=use_cache or past is not None, **_only_last(lm, last))
     out.logits = out.logits[:, -last:]
     return out

@@ -33,7 +33,7 @@ from nt_utils.interventions.precision import check_train_dtype, computing, train
 from nt_utils.interventions.trainable import AllBut, Everything, LoRA, Only, Training
 from nt_utils.interventions.trunk import FrozenTrunk
 from nt_utils.models import LanguageModel, is_sharded, pad
-from nt_utils.work import track
+from nt_utils.work import count, track
 
 if TYPE_CHECKING:
     import pandas
@@ -298,6 +298,7 @@ def tune(
     trained = training_copy(lm, train_dtype)
     with _seeded(seed), scope.start(trained) as training:
         run = _Run(lm, training, callback, snapshots, processes)
+        kind = "tuned" if training.size > total / 2 else "trained"
         optimiser = torch.optim.AdamW(training.parameters, lr=learning_rate, weight_decay=weight_decay)
         with _training_mode(trained, gradient_checkpointing):
             run.evaluate(0)
@@ -305,7 +306,10 @@ def tune(
             for step in _bar(steps, f"tuning, {scope.name}", progress and processes.index == 0):
                 for group in optimiser.param_groups:
                     group["lr"] = learning_rate * _rate(step, steps, warmup, schedule)
-                if not run.step(next(stream), optimiser, clip):
+                batch = next(stream)
+                tokens = len(batch) * max(len(example.ids) for example in batch)
+                count(**{f"{kind}_steps": 1, f"{kind}_rows": len(batch), f"{kind}_tokens": tokens})
+                if not run.step(batch, optimiser, clip):
                     break
                 if step + 1 in stops:
                     run.evaluate(step + 1)

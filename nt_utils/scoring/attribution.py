@@ -45,7 +45,7 @@ from nt_utils.data.records import Prompt
 from nt_utils.errors import InputError
 from nt_utils.models import Encoded, LanguageModel, decoder, pad
 from nt_utils.neurons import POOL, NeuronScores, ScoreWriter, Site, check_kinds
-from nt_utils.work import track
+from nt_utils.work import count, track
 
 if TYPE_CHECKING:
     from nt_utils.data.attacks import Attack
@@ -195,6 +195,8 @@ class Responses:
             inputs["logits_to_keep"] = torch.arange(first - start, last - start + 1, device=ids.device)
         else:
             first = start
+        kind = "gradient_tokens" if torch.is_grad_enabled() else "read_tokens"
+        count(**{kind: inputs["input_ids"].numel()})
         logits = lm.model(**inputs).logits.unflatten(0, (copies, self.size))
         on = logits.device
         rows, places = self.rows.to(on), (self.places - first).to(on)

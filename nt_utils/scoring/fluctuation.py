@@ -24,7 +24,7 @@ from nt_utils.errors import InputError
 from nt_utils.files import digest_of, read_header, sealed
 from nt_utils.models import DecoderView, Encoded, LanguageModel, decoder
 from nt_utils.neurons import POOL, NeuronSpace, Site
-from nt_utils.work import track
+from nt_utils.work import count, track
 
 FORMAT = "nt_utils.fluctuation.2"
 
@@ -213,6 +213,7 @@ def fluctuation(
     for start in track(steps, desc="fluctuation", unit="batch", disable=not progress):
         part = slice(start, start + batch_size)
         batch = lm.encode(prompts[part], None if responses is None else responses[part], side="right").to(lm.device)
+        count(read_tokens=batch.input_ids.numel())
         with torch.no_grad(), statistics.reading(lm.view, batch):
             decoder(lm.model)(**batch.inputs, use_cache=False)
     return statistics

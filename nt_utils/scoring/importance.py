@@ -33,6 +33,7 @@ from nt_utils.neurons import KINDS, NeuronScores, ScoreWriter, Site, check_kinds
 from nt_utils.scoring.attention import attention_through
 from nt_utils.scoring.fluctuation import Fluctuation
 from nt_utils.scoring.query_key import ROWS, Attention, Buffers, QueryKey, Rows, rms_ratio
+from nt_utils.work import count
 
 POSITIONS = ("all", "last")
 #: Floats in one working buffer: on a CPU a handful of them fit the caches, on a GPU they keep the device busy.
@@ -164,6 +165,7 @@ def score_batch(
     limit, why = context_of(view.config)
     if limit is not None and max(batch.lengths) > limit:
         raise InputError(f"prompts: the longest has {max(batch.lengths)} tokens; {why} {limit}")
+    count(scored_rows=len(batch.input_ids), scored_tokens=batch.input_ids.numel())
     scorer = _Scorer(weights or Weights(view), batch.to(view.device), tuple(kinds), last, chunk, exact_tokens)
     with torch.no_grad(), scorer.attached(), ExitStack() as stack:
         if statistics is not None:

@@ -20,7 +20,17 @@ TESTBEDS = {TESTBED: "default", f"{TESTBED}-large": "large"}
 EMBEDDED = "testbed"  # as a prompt source: the corpus that the testbed was made with
 QUICK_TOKENS = 36  # of an answer to an embedded prompt in a quick run; the longest in the corpus has 35
 #: Parameters that are prompt sources.
-SOURCES = ("harmful", "benign", "general", "harmful_test", "benign_test", "borderline", "second_language", "new_task", "other_harmful")
+SOURCES = (
+    "harmful",
+    "benign",
+    "general",
+    "harmful_test",
+    "benign_test",
+    "borderline",
+    "second_language",
+    "new_task",
+    "other_harmful",
+)
 
 #: How much to compute. "quick" shows that every step of every notebook works: the whole testbed study is meant to take
 #: under 90 seconds on 2 cores, of which imports are about a third. Its values are the least that does so and support no

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from nt_utils import work
 from nt_utils.errors import InputError
 from nt_utils.files import atomic, run_folder, study_name
 from nt_utils.study import claims, display, ledger
@@ -232,6 +233,7 @@ class Run:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "parameters": vars(self.parameters),
             "facts": self.facts,
+            "work": work.measured() if seconds is not None else {},
             "git": git_revision(),
             "code": code_fingerprint(),
             "versions": versions(),
