@@ -8,6 +8,7 @@ A source is written
     file.csv:column                 a local file: .csv, .tsv, .json, .jsonl, .parquet, .txt (one prompt a line, no column)
                                     (`data.tables` says how each is read)
     file.csv                        a local file whose columns are those of a set of the registry
+    python-prose                    running text: paragraphs of Python's own language reference
     hub:org/name:split:column       any hub data set; org/name/config names a configuration
 
 Nothing here loads a model; a source that cannot be used is refused in one line.
@@ -30,6 +31,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nt_utils.data.prose import passages
 from nt_utils.data.records import PROMPT_KINDS, Prompt, PromptSet
 from nt_utils.data.registry import REGISTRY, Columns, Entry, Place, entry
 from nt_utils.data.tables import SUFFIXES, SURROGATE, Row, read_rows
@@ -65,11 +67,29 @@ def load_prompts(
     return _cleaned(prompts, source, found, name).take(limit, seed)
 
 
+def is_at_hand(source: str) -> bool:
+    """Whether a source can be read without asking for more than its name: a file that is there, a set of the registry
+    that lies in NT_DATA or in a cache, or a hub that answers."""
+    known = REGISTRY.get(re.split("[:@]", source)[0])
+    if source == "python-prose" or "@" in source or not (known or source.startswith("hub:")):
+        path = Path(source.rpartition("@")[2]).expanduser()
+        return source == "python-prose" or path.is_file() or Path(str(path).rpartition(":")[0]).is_file()
+    if hub_reachable():
+        return True
+    if known is None:
+        return _snapshot(source.split(":")[1]) is not None
+    places = known.places
+    cached = any(_address_file(p).is_file() if p.is_file else _snapshot(p.id) is not None for p in places)
+    return cached or _read_folder(known) is not None
+
+
 # ------------------------------------------------------------------------------------------------------- reading
 
 
 def _read(source: str, limit: int | None, seed: int) -> tuple[Iterable[Row], Columns, Entry | None]:
     """Rows, column mapping and registry entry of a source."""
+    if source == "python-prose":
+        return [{"text": text, "topic": topic} for topic, text in passages()], {"text": "text", "topic": "topic"}, None
     if source.startswith("hub:"):
         return _read_hub_source(source, limit, seed)
     known, at, path = source.partition("@")
@@ -221,8 +241,7 @@ def _hub_failure(error: BaseException) -> str:
 
 def _read_address(place: Place) -> list[Row]:
     """The rows of a file at an address, fetched once into the cache."""
-    name = Path(urllib.parse.urlsplit(place.id).path).name
-    path = cache_folder() / "prompts" / f"{hashlib.sha256(place.id.encode()).hexdigest()[:16]}-{name}"
+    path = _address_file(place)
     if not path.is_file():
         if not hub_reachable(place.id):
             raise InputError(f"{place.id}: cannot be reached and is not cached")
@@ -232,6 +251,11 @@ def _read_address(place: Place) -> list[Row]:
         except OSError as error:
             raise InputError(f"{place.id}: cannot be fetched ({first_line(error)})") from error
     return read_rows(path)
+
+
+def _address_file(place: Place) -> Path:
+    name = Path(urllib.parse.urlsplit(place.id).path).name
+    return cache_folder() / "prompts" / f"{hashlib.sha256(place.id.encode()).hexdigest()[:16]}-{name}"
 
 
 def _snapshot(dataset: str) -> Path | None:

@@ -9,18 +9,16 @@ divergence to the untouched model where it answers benign requests.
 from __future__ import annotations
 
 import random
-import re
 import sys
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pydoc_data.topics import topics
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nt_utils.data.prose import passages
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError
 from nt_utils.evaluation.batching import BATCH_SIZE, tail_logits
@@ -47,26 +45,11 @@ def prose(n: int = 40, words: int = 120, seed: int = 0) -> PromptSet:
     Raises:
         InputError: there are fewer passages.
     """
-    found = [Prompt(text, kind="general", topic=name) for name, text in _passages(words)]
+    found = [Prompt(text, kind="general", topic=name) for name, text in passages(words)]
     if not 1 <= n <= len(found):
         raise InputError(f"n: got {n}; there are 1 to {len(found)} passages of {words} words")
     random.Random(seed).shuffle(found)
     return PromptSet(found[:n], f"python-{sys.version_info.major}.{sys.version_info.minor}-prose")
-
-
-def _passages(words: int) -> Iterator[tuple[str, str]]:
-    for name, text in sorted(topics.items()):
-        passage: list[str] = []
-        for block in re.split(r"\n\s*\n", text):
-            lines = block.strip("\n").splitlines()
-            plain = " ".join(lines).replace("- ", "-")
-            # Paragraphs alone: no grammar, code, heading, list or note.
-            if any(line[:1].isspace() for line in lines) or not re.match(r"[A-Z][^:=>|]{60,}\.$", plain):
-                continue
-            passage += plain.split()
-            if len(passage) >= words:
-                yield name, " ".join(passage)
-                passage = []
 
 
 def perplexity_ratio(

@@ -297,6 +297,15 @@ def test_the_folder_nt_data_is_never_guessed_at(tmp_path, monkeypatch, hub):
         load_prompts("advbench")
 
 
+def test_what_is_at_hand_needs_no_network(tmp_path, monkeypatch, hub):
+    file = write(tmp_path / "harmful_behaviors.csv", [ORIGINALS["advbench"][1]])
+    assert sources.is_at_hand(f"{file}:goal") and sources.is_at_hand(f"advbench@{file}")
+    assert not any(map(sources.is_at_hand, ("advbench", "multijail:zh", "hub:org/name:train:q", "no.csv:q")))
+    monkeypatch.setenv("NT_DATA", str(tmp_path))
+    assert sources.is_at_hand("advbench") and not sources.is_at_hand("alpaca")
+    assert sources.is_at_hand("python-prose") and len(load_prompts("python-prose")) > 100
+
+
 def test_whole_articles_are_cut_to_their_first_words(hub):
     place = REGISTRY["wikipedia"].places[0]
     text = "one  two\nthree " * 200

@@ -65,10 +65,18 @@ def test_a_notebook_gets_the_parameters_it_takes(project):
     assert batch.study_parameters("toy", "01_other", project) == {"model": "testbed", "rho": 0.5}
 
 
+def test_other_prompts_are_taken_where_a_files_sources_are_not_at_hand(project):
+    (project / "notebooks" / "00_toy.ipynb").write_text(notebook(TOY + 'harmful = "testbed"  # h\n'))
+    (project / "mine.txt").write_text("one\n")
+    for file, harmful in ((project / "mine.txt", f"{project}/mine.txt"), (project / "no.txt", "testbed")):
+        write_params(project, harmful=str(file), otherwise={"harmful": "testbed"})
+        assert batch.study_parameters("toy", "00_toy", project) == {"harmful": harmful}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"rhoo": 1}, "toy.yaml: rhoo: unknown parameter; did you mean rho\\? allowed: rho, notebooks, sweep, facts"),
+        ({"rhoo": 1}, "toy.yaml: rhoo: unknown parameter; did you mean rho\\? allowed: rho, notebooks, sweep, otherwise, facts"),
         ({"model": "testbed"}, "model: unknown parameter"),
         ({"seed": 1}, "seed: set by SEEDS"),
         ({"facts": {"gate": True}}, "facts: gate: unknown; allowed: gated"),

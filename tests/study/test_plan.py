@@ -30,6 +30,9 @@ PUBLISHED = {
     "vicuna-13b-v1.5": 13.0,
     "qwen2.5-7b-instruct": 7.62,
     "qwen2.5-14b-instruct": 14.8,
+    "qwen2.5-coder-0.5b-instruct": 0.63,  # as loaded: the file stores the output matrix apart
+    "qwen2.5-coder-1.5b-instruct": 1.78,
+    "smollm2-135m-instruct": 0.1345,
 }
 
 

@@ -1,10 +1,12 @@
 """Parameter files: what notebooks/params/<study>.yaml says, checked, and the jobs that follow from it.
 
-A file gives parameters for every notebook that takes them and has four keys of its own:
+A file gives parameters for every notebook that takes them and has these keys of its own:
 
     extends:    another file, by name, whose lines hold where this one says nothing; one that starts with "_" is no study
     notebooks:  parameters for single notebooks
     sweep:      parameter -> list of values; every combination becomes a run of the notebooks that take one of them
+    otherwise:  parameters that are taken instead where a prompt source of the file is not at hand: neither in NT_DATA nor
+                in a cache, and the hub does not answer
     facts:      what is known of the model without the hub (is it gated, its configuration), for ``make plan``
 """
 
@@ -25,13 +27,14 @@ from typing import Any
 import yaml
 
 import nt_utils
+from nt_utils.data.sources import is_at_hand
 from nt_utils.errors import InputError, first_line
 from nt_utils.files import atomic, study_name
 from nt_utils.study import parameters
 from nt_utils.study.parameters import TESTBED, TESTBEDS, notebook_parameters
 from nt_utils.study.provenance import code_fingerprint
 
-OWN_KEYS = ("notebooks", "sweep", "facts")
+OWN_KEYS = ("notebooks", "sweep", "otherwise", "facts")
 #: Parameters that the command line sets: a file that named them would be ignored.
 OF_THE_COMMAND = {"study": "STUDY=...", "seed": "SEEDS=...", "preset": "PRESET=...", "runs": "the workflow"}
 FACTS = ("gated", "tokenizer", "config")
@@ -97,11 +100,14 @@ def read(study: str, root: Path) -> StudyFile:
         known = sorted(p.stem for p in file.parent.glob("[!_]*.yaml"))
         raise InputError(f"study: {study!r} has no parameter file; known: {', '.join(known)} (notebooks/params/*.yaml)")
     content = _content(file)
-    own, sweep, facts = (_mapping(file, key, content.pop(key, None)) for key in OWN_KEYS)
+    own, sweep, otherwise, facts = (_mapping(file, key, content.pop(key, None)) for key in OWN_KEYS)
     table = {name: takes(root, name) for name in notebooks(root)}
     anywhere = sorted({name for names in table.values() for name in names})
-    for name, value in content.items():
+    for name, value in [*content.items(), *otherwise.items()]:
         _check(file, name, value, anywhere, OWN_KEYS)
+    named = {content[role] for role in parameters.SOURCES if content.get(role) not in (None, "", parameters.EMBEDDED)}
+    if otherwise and not all(map(is_at_hand, sorted(named))):
+        content |= otherwise
     for notebook, values in own.items():
         if notebook not in table:
             raise InputError(f"{file}: notebooks: {notebook!r} is no notebook; known: {', '.join(table)}")
