@@ -39,6 +39,7 @@ from nt_utils.errors import InputError, first_line
 from nt_utils.files import atomic, cache_folder
 
 HUB = ("datasets", "huggingface_hub", "huggingface_hub.utils._http")  # whose retries and cache notices are kept out
+PROSE = "python-prose"
 STREAMED = 1000  # rows taken from a set that is too large to download, where no limit is given
 
 
@@ -67,20 +68,31 @@ def load_prompts(
     return _cleaned(prompts, source, found, name).take(limit, seed)
 
 
+def local_file(source: str) -> Path | None:
+    """The file of this machine that a source is read from: one that is named, or one of NT_DATA; else None.
+
+    Raises InputError: NT_DATA is no folder, or holds several files of the set.
+    """
+    known = REGISTRY.get(source.partition(":")[0])
+    if known:
+        found = _read_folder(known)
+        return found[0] if found else None
+    for path in (source.partition("@")[2] or source, source.rpartition(":")[0]):
+        if path and Path(path).expanduser().is_file():
+            return Path(path).expanduser()
+    return None
+
+
 def is_at_hand(source: str) -> bool:
-    """Whether a source can be read without asking for more than its name: a file that is there, a set of the registry
-    that lies in NT_DATA or in a cache, or a hub that answers."""
-    known = REGISTRY.get(re.split("[:@]", source)[0])
-    if source == "python-prose" or "@" in source or not (known or source.startswith("hub:")):
-        path = Path(source.rpartition("@")[2]).expanduser()
-        return source == "python-prose" or path.is_file() or Path(str(path).rpartition(":")[0]).is_file()
-    if hub_reachable():
+    """Whether a source can be had: Python's prose, a file that is there, a cached set, or the hub answers."""
+    known = REGISTRY.get(source.partition(":")[0])
+    if source == PROSE or local_file(source) is not None:
         return True
-    if known is None:
-        return _snapshot(source.split(":")[1]) is not None
-    places = known.places
-    cached = any(_address_file(p).is_file() if p.is_file else _snapshot(p.id) is not None for p in places)
-    return cached or _read_folder(known) is not None
+    if not known and not source.startswith("hub:"):
+        return False
+    ids = [place.id for place in known.places if not place.is_file] if known else [source.split(":")[1]]
+    files = [place for place in known.places if place.is_file] if known else []
+    return hub_reachable() or any(_address_file(p).is_file() for p in files) or any(map(_snapshot, ids))
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -88,7 +100,7 @@ def is_at_hand(source: str) -> bool:
 
 def _read(source: str, limit: int | None, seed: int) -> tuple[Iterable[Row], Columns, Entry | None]:
     """Rows, column mapping and registry entry of a source."""
-    if source == "python-prose":
+    if source == PROSE:
         return [{"text": text, "topic": topic} for topic, text in passages()], {"text": "text", "topic": "topic"}, None
     if source.startswith("hub:"):
         return _read_hub_source(source, limit, seed)
@@ -150,7 +162,7 @@ def _as_original(found: Entry, rows: list[Row], path: Path) -> tuple[list[Row], 
     )
 
 
-def _read_folder(found: Entry) -> tuple[Iterable[Row], Columns] | None:
+def _read_folder(found: Entry) -> tuple[Path, Iterable[Row], Columns] | None:
     """A set of the registry from the folder NT_DATA: the one file that has a name and the columns of the set."""
     given = os.environ.get("NT_DATA")
     if not given:
@@ -158,22 +170,23 @@ def _read_folder(found: Entry) -> tuple[Iterable[Row], Columns] | None:
     folder = Path(given).expanduser()
     if not folder.is_dir():
         raise InputError(f"NT_DATA: there is no folder {folder}")
-    named = [p for p in sorted(folder.iterdir()) if any(fnmatch.fnmatch(p.name.lower(), f) for f in found.files)]
-    readable = {}
-    for path in named:
-        rows = read_rows(path)
-        with contextlib.suppress(InputError):  # another set's file whose name is alike
-            readable[path.name] = _as_original(found, rows, path)
+    readable = []
+    for path in sorted(folder.iterdir()):
+        if any(fnmatch.fnmatch(path.name.lower(), name) for name in found.files):
+            rows = read_rows(path)
+            with contextlib.suppress(InputError):  # another set's file whose name is alike
+                readable.append((path, *_as_original(found, rows, path)))
     if len(readable) > 1:
-        raise InputError(f"{found.name}: NT_DATA holds several files of it: {', '.join(readable)}; keep one")
-    return next(iter(readable.values()), None)
+        names = ", ".join(path.name for path, *_ in readable)
+        raise InputError(f"{found.name}: NT_DATA holds several files of it: {names}; keep one")
+    return readable[0] if readable else None
 
 
 def _read_entry(found: Entry, limit: int | None, seed: int) -> tuple[Iterable[Row], Columns]:
     """A set of the registry from NT_DATA, else from the first of its places that can be read."""
     local = _read_folder(found)
     if local:
-        return local
+        return local[1:]
     failures = []
     for place in found.places:
         try:

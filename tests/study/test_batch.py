@@ -76,7 +76,10 @@ def test_other_prompts_are_taken_where_a_files_sources_are_not_at_hand(project):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"rhoo": 1}, "toy.yaml: rhoo: unknown parameter; did you mean rho\\? allowed: rho, notebooks, sweep, otherwise, facts"),
+        (
+            {"rhoo": 1},
+            "toy.yaml: rhoo: unknown parameter; did you mean rho\\? allowed: rho, notebooks, sweep, otherwise, facts",
+        ),
         ({"model": "testbed"}, "model: unknown parameter"),
         ({"seed": 1}, "seed: set by SEEDS"),
         ({"facts": {"gate": True}}, "facts: gate: unknown; allowed: gated"),

@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 import nt_utils
-from nt_utils.data.sources import is_at_hand
+from nt_utils.data.sources import is_at_hand, local_file
 from nt_utils.errors import InputError, first_line
 from nt_utils.files import atomic, study_name
 from nt_utils.study import parameters
@@ -258,7 +258,7 @@ def contents(given: Mapping[str, Any], root: Path) -> dict[str, str]:
 
 
 def _named_file(value: str, root: Path) -> Path | None:
-    """The file or folder in "file", "file:column", "file:split:column" or "name@file"; None where there is none."""
+    """The file or folder in "file", "file:column", "file:split:column" or "name@file", or a set's in NT_DATA; else None."""
     text = value.rpartition("@")[2]
     pieces = text.split(":")
     for n in range(len(pieces), 0, -1):
@@ -266,7 +266,7 @@ def _named_file(value: str, root: Path) -> Path | None:
             path = root / Path(":".join(pieces[:n])).expanduser()
             if pieces[0] and path.exists() and path.resolve() != root.resolve():
                 return path
-    return None
+    return local_file(value)
 
 
 def note_settings(variant: Variant, preset: str, root: Path) -> None:
