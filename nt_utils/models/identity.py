@@ -86,15 +86,17 @@ def weights_changed(model: nn.Module, known: str | None = None, names: Collectio
     about = [(name, tensor) for name, tensor in _tensors(model) if names is None or name in names]
     for name, tensor in about:
         entry.stamps.pop(name, None)
-        if name in entry.before.get(known or "", {}):
-            entry.hashes[name], entry.stamps[name] = entry.before[known][name], _stamp(tensor)
+        if (kept := entry.before.get(known or "", {}).get(name)) is not None:
+            entry.hashes[name], entry.stamps[name] = kept, _stamp(tensor)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, value in sorted(model.state_dict(keep_vars=True).items()):
         if isinstance(value, Tensor):
             owner, _, leaf = name.rpartition(".")
-            yield name, tensor_of(model.get_submodule(owner), leaf) if value.is_meta else value
+            found = tensor_of(model.get_submodule(owner), leaf) if value.is_meta else value
+            if found is not None:
+                yield name, found
 
 
 def _stamp(tensor: Tensor) -> _Stamp | None:

@@ -38,11 +38,12 @@ class LanguageModel(Prompter):
         system_prompt: str | None = None,
         **more: Any,
     ):
-        if hasattr(model, "get_base_model"):
-            if model.active_peft_config.is_prompt_learning:
+        given: Any = model
+        if hasattr(given, "get_base_model"):
+            if given.active_peft_config.is_prompt_learning:
                 raise ModelError("model: a PeftModel that adds virtual tokens to every prompt is not supported")
-            model = model.get_base_model()  # its layers hold the adapters
-        self.model = model
+            given = given.get_base_model()  # its layers hold the adapters
+        self.model: PreTrainedModel = given
         super().__init__(tokenizer, name, system_prompt, **more)
 
     @cached_property

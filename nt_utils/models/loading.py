@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from nt_utils.errors import InputError, ModelError, first_line, gate_message
@@ -201,8 +202,12 @@ def load(
 
 
 def _weights(source: str, revision: str | None, options: Mapping[str, Any]):
+    """The model, if the checkpoint holds exactly its weights."""
+    loader: Any = AutoModelForCausalLM
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of what does not fit is an error below
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = loader.from_pretrained(
             source,
             revision=revision,
             trust_remote_code=False,
@@ -214,6 +219,8 @@ def _weights(source: str, revision: str | None, options: Mapping[str, Any]):
         damaged = _damaged_file(source)
         why = f"{damaged} is cut or damaged" if damaged else first_line(error)
         raise ModelError(f"model: {source} could not be loaded: {why}") from error
+    finally:
+        logging.set_verbosity(level)
     wrong = [
         f"{name} has {tuple(found)}, the config asks for {tuple(asked)}"
         for name, found, asked in info["mismatched_keys"]
@@ -268,7 +275,7 @@ def _with_adapter(model, folder: str, revision: str | None):
         config = PeftConfig.from_pretrained(folder, revision=revision)
         config.inference_mode = True
         peft_model = get_peft_model(model, config)
-        found = set_peft_model_state_dict(peft_model, load_peft_weights(folder, device="cpu", revision=revision))
+        found: Any = set_peft_model_state_dict(peft_model, load_peft_weights(folder, device="cpu", revision=revision))
         lost = [
             name
             for name in found.missing_keys

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import hashlib
+import json
+import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nt_utils.errors import InputError, ModelError
+from nt_utils.files import atomic, cache_folder
 
 #: Parameters of a model from which on "auto" times both precisions; smaller ones are float32 without a measurement.
 TIMED_FROM = 50_000_000
@@ -20,33 +25,30 @@ TIMED_FROM = 50_000_000
 def choose_dtype(dtype: str | torch.dtype, config, *, on_cpu: bool) -> tuple[torch.dtype | str, str]:
     """The precision that weights are loaded in, and why.
 
-    "auto" keeps the checkpoint's on an accelerator. On a CPU a checkpoint in half precision becomes float32, or, from
-    ``TIMED_FROM`` parameters on, whichever of float32 and bfloat16 runs a forward pass faster on this machine: what must
-    be the same everywhere names its dtype. A float32 checkpoint is never rounded.
+    "auto" keeps the checkpoint's on an accelerator. On a CPU it is float32, or, from ``TIMED_FROM`` parameters on, whichever
+    of float32 and bfloat16 runs a forward pass faster on this machine (measured once, then kept in the cache, so that the
+    notebooks of a study agree): what must be the same everywhere names its dtype.
 
     Raises:
         InputError: no such dtype.
         ModelError: the weights need more memory than the machine has (CPU only).
     """
     parameters = _parameters(config)
-    stored = getattr(config, "dtype", None)
     if dtype != "auto":
         chosen = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
         if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point or chosen.itemsize < 2:
             raise InputError(f"dtype: got {dtype!r}; allowed: auto, float32, bfloat16, float16")
         reason = "as asked"
     elif not on_cpu:
-        return stored or "auto", "the checkpoint's"
-    elif stored not in (torch.float16, torch.bfloat16):
-        chosen, reason = torch.float32, "the checkpoint's"
+        return getattr(config, "dtype", None) or "auto", "the checkpoint's"
     elif parameters < TIMED_FROM:
         chosen, reason = torch.float32, "small model"
     elif 4 * parameters > 0.8 * _memory()[0]:
         chosen, reason = torch.bfloat16, "float32 does not fit the memory"
     else:
-        seconds = {kind: _seconds(config, kind) for kind in (torch.float32, torch.bfloat16)}
-        chosen = min(seconds, key=lambda kind: seconds[kind])
-        reason = ", ".join(f"{str(kind)[6:]} {value:.3f} s" for kind, value in seconds.items()) + " for two layers"
+        seconds = _measured(config)
+        chosen = getattr(torch, min(seconds, key=lambda kind: seconds[kind]))
+        reason = ", ".join(f"{kind} {value:.3f} s" for kind, value in seconds.items()) + " for two layers"
     if on_cpu:
         needed, (total, free) = chosen.itemsize * parameters, _memory()
         if needed > free:
@@ -76,6 +78,26 @@ def _memory() -> tuple[int, int]:
     except (OSError, ValueError, StopIteration):  # no such limit here
         pass
     return total, free
+
+
+def _measured(config) -> dict[str, float]:
+    """Name of a precision -> seconds of a forward pass on this machine."""
+    shape = {
+        key: value
+        for key, value in config.to_dict().items()
+        if isinstance(value, int) and key.endswith(("_size", "heads"))
+    }
+    facts = f"{config.model_type} {sorted(shape.items())} {platform.machine()} {torch.__version__}"
+    path = cache_folder() / "precision" / f"{hashlib.sha256(facts.encode()).hexdigest()[:16]}.json"
+    try:
+        return {str(kind): float(value) for kind, value in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        found = {kind: _seconds(config, getattr(torch, kind)) for kind in ("float32", "bfloat16")}
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs the measurement, not the run
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as tmp:
+            tmp.write_text(json.dumps(found), encoding="utf-8")
+    return found
 
 
 def _seconds(config, dtype: torch.dtype) -> float:

@@ -104,10 +104,11 @@ def effective(module: nn.Module, name: str = "a projection") -> nn.Module:
     """
     if _is_linear(module):
         return module
-    if hasattr(module, "modules_to_save"):
-        active = () if module.disable_adapters else module.active_adapters
-        saved = [module.modules_to_save[key] for key in active if key in module.modules_to_save]
-        return effective(saved[0] if saved else module.original_module, name)
+    wrapper: Any = module
+    if hasattr(wrapper, "modules_to_save"):  # PEFT trains copies of whole modules too
+        active = () if wrapper.disable_adapters else wrapper.active_adapters
+        saved = [wrapper.modules_to_save[key] for key in active if key in wrapper.modules_to_save]
+        return effective(saved[0] if saved else wrapper.original_module, name)
     if not hasattr(module, "get_base_layer"):
         raise ModelError(
             f"model: {name} is {_kind(module)}, whose weight is not what it computes with; needed: a plain linear layer "
