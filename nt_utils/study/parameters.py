@@ -153,12 +153,7 @@ PARAMETERS: dict[str, Parameter] = {
         float, "share of the pool (FFN neurons and o_proj inputs) that is deactivated", low=1e-6, high=0.5
     ),
     "other_harmful": Parameter(str, "source of a second set of harmful prompts to evaluate on; '' to skip"),
-    "rules": Parameter(
-        list,
-        "rules of detection",
-        items=str,
-        choices=("as published", "as written", "contrast"),
-    ),
+    "rules": Parameter(list, "rules of detection", items=str, choices=("as published", "as written", "contrast")),
     "top_neurons": Parameter(int, "neurons that are looked at one by one", low=1, presets=(3, 10, 30)),
     "factorial_dose": Parameter(
         list,
@@ -233,11 +228,7 @@ PARAMETERS: dict[str, Parameter] = {
         presets=([3e-4], [1e-4, 3e-4], [1e-4, 3e-4]),
     ),
     "sweep_steps": Parameter(
-        list,
-        "steps at which the attacked model is evaluated",
-        items=int,
-        low=1,
-        presets=([2], [10, 30], [5, 15, 30]),
+        list, "steps at which the attacked model is evaluated", items=int, low=1, presets=([2], [10, 30], [5, 15, 30])
     ),
     "utility_floor": Parameter(float, "share of its utility that an attacked model must keep to count", low=0, high=1),
     "align_rates": Parameter(
@@ -393,11 +384,7 @@ PARAMETERS: dict[str, Parameter] = {
     "new_task": Parameter(str, "source of the task of later fine-tuning; 'testbed' = subtraction; '' to skip"),
     "n_task": Parameter(int, "rows of the new task", low=4),
     "task_steps": Parameter(
-        list,
-        "steps at which later fine-tuning is evaluated",
-        items=int,
-        low=1,
-        presets=([3], [10, 30], [10, 20, 40]),
+        list, "steps at which later fine-tuning is evaluated", items=int, low=1, presets=([3], [10, 30], [10, 20, 40])
     ),
     "task_rates": Parameter(
         list,

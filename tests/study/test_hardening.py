@@ -16,8 +16,8 @@ from nt_utils.evaluation.generation import generate
 from nt_utils.evaluation.suite import corpus_suite, evaluate, make_suite
 from nt_utils.files import project_root, study_name
 from nt_utils.interventions import Deactivate
-from nt_utils.interventions.export import fold, read_adapter, write_adapter
 from nt_utils.interventions.dial import assign, dial, preset
+from nt_utils.interventions.export import fold, read_adapter, write_adapter
 from nt_utils.interventions.learning import Recipe
 from nt_utils.interventions.modulation import Modulation
 from nt_utils.interventions.trainable import LoRA, Only

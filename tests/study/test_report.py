@@ -41,8 +41,7 @@ def folder(tmp_path):
                 data={"text/html": "<style>td {}</style><table id='t'><tr><td>1 &lt; 2</td></tr></table>"},
             ),
             new_output(
-                "display_data",
-                data={"application/vnd.jupyter.widget-view+json": {}, "text/plain": "VBox(children=())"},
+                "display_data", data={"application/vnd.jupyter.widget-view+json": {}, "text/plain": "VBox(children=())"}
             ),
             new_output("stream", name="stdout", text="a < b"),
             new_output("stream", name="stderr", text="progress"),
