@@ -140,6 +140,9 @@ PARAMETERS: dict[str, Parameter] = {
         str, "source of harmful prompts in a second language, '' to skip; 'testbed' goes with harmful='testbed'"
     ),
     "attacks": Parameter(str, "wrapper attacks for the harmful prompts, comma-separated; '' = none"),
+    "judge": Parameter(
+        str, "judge of answers to given prompts: 'phrases', a classifier or a model, or 'phrases+' and one of these"
+    ),
     "n_detect": Parameter(int, "prompts to find neurons with", low=4, presets=(16, 200, 200)),
     "n_test": Parameter(int, "prompts of each kind to evaluate on", low=4, presets=(8, 120, 200)),
     "n_dev": Parameter(int, "prompts of each kind to choose on (development split)", low=4, presets=(6, 32, 48)),

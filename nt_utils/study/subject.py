@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import uuid
+from collections.abc import Mapping
 from functools import cached_property
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from nt_utils.study.parameters import EMBEDDED, QUICK_TOKENS, SOURCES, TESTBEDS
 from nt_utils.study.provenance import code_fingerprint
 
 if TYPE_CHECKING:
+    from nt_utils.evaluation.judges import Judge
     from nt_utils.evaluation.suite import Suite
     from nt_utils.models import Prompter
     from nt_utils.study.run import Run
@@ -32,6 +34,7 @@ GENERAL_TOKENS = 128  # of running text, in notebooks without the parameter
 # ------------------------------------------------------------------------------------------------------- checks
 
 
+PHRASES = "phrases"  # the judge that reads an answer's own words
 #: What a notebook that has a parameter needs of its prompts: parameter -> (roles, use, least number).
 NEEDS = {
     "n_detect": (("harmful", "benign", "general", "second_language"), "detect", 4),
@@ -64,6 +67,7 @@ def check_inputs(run: Run) -> None:
             from nt_utils import models
 
             models.load_prompter(source, **text_options(parameters)).render(["x"])
+    check_judge(given)
     _check_numbers(Subject(run))
 
 
@@ -71,6 +75,26 @@ def text_options(parameters: SimpleNamespace) -> dict[str, str]:
     """How the model's prompts are rendered, as :func:`nt_utils.models.load` takes it."""
     names = ("system_prompt", "chat_template", "template_arguments", "date")
     return {name: value for name in names if (value := getattr(parameters, name, ""))}
+
+
+def check_judge(given: Mapping[str, Any]) -> None:
+    """A judge that there is, and that is not asked about answers which are known."""
+    name = given.get("judge", PHRASES)
+    if name == PHRASES:
+        return
+    if given.get("harmful") == EMBEDDED:
+        raise InputError(
+            f"judge: got {name!r}; allowed with harmful={EMBEDDED!r}: {PHRASES!r} (the right answers are known)"
+        )
+    from nt_utils import models
+    from nt_utils.evaluation.classifier import PRESETS
+
+    second = name.removeprefix(f"{PHRASES}+")
+    if second not in ("known", *PRESETS):
+        try:
+            models.check_source(second)
+        except InputError as error:
+            raise InputError(f"judge: {error}") from error
 
 
 def _check_numbers(subject: Subject) -> None:
@@ -309,6 +333,13 @@ class Subject:
         found = [self.rows(role, use, n) for role in ("harmful", "benign", "borderline") if role in self.splits]
         return found[0], PromptSet([p for part in found[1:] for p in part], "benign")
 
+    @cached_property
+    def judge(self) -> Judge:
+        """Who judges answers to given prompts: the parameter `judge`; answers to embedded prompts are known."""
+        from nt_utils.evaluation.model_judge import find_judge
+
+        return find_judge(getattr(self.parameters, "judge", PHRASES))
+
     def suite(self, split: str = "test") -> Suite:
         """What the model is evaluated on, n_test prompts of each kind; split "dev" is for choosing (learning rates, doses)."""
         from nt_utils.evaluation import suite as suites
@@ -329,13 +360,14 @@ class Subject:
             benign=found["benign"],
             borderline=found.get("borderline") or None,
             text=text,
+            judge=self.judge,
             attacks=_names(getattr(p, "attacks", "")),
             max_new_tokens=p.max_new_tokens or ANSWER_TOKENS,
             name=study_name(p.model, p.study),
         )
         if split == "test" and "second_language" in self.splits:
             second = self.rows("second_language", "test", n)
-            asked_there = suites.SuiteSet("direct-second", second, ("asr", "refusal", "degenerate"))
+            asked_there = suites.SuiteSet("direct-second", second, ("asr", "refusal", "degenerate"), self.judge)
             built = dataclasses.replace(built, sets=(*built.sets, asked_there))
         return built
 

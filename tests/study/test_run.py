@@ -14,7 +14,7 @@ from nt_utils.files import atomic, cached, project_root, study_name
 from nt_utils.study import ledger, parameters
 from nt_utils.study.parameters import TESTBEDS, from_notebook, notebook_parameters
 from nt_utils.study.run import Run
-from nt_utils.study.subject import Subject, check_inputs
+from nt_utils.study.subject import Subject, check_inputs, check_judge
 from tests.tiny import tiny_lm
 
 ROOT = project_root()
@@ -276,3 +276,16 @@ def test_every_testbed_comes_in_its_size(tmp_path, monkeypatch):
         assert set(asked) == {(1, size)}
         assert size in testbed.RECIPES
         asked.clear()
+
+
+def test_a_judge_that_is_none_and_one_of_known_answers_are_refused(tmp_path):
+    given = {"harmful": "a.csv:x", "benign": "a.csv:x"}
+    for values, message in (
+        (
+            {"harmful": "testbed", "benign": "testbed", "judge": "harmbench"},
+            "judge: got 'harmbench'; allowed with harmful",
+        ),
+        ({**given, "judge": "phrases+./no-such-folder"}, "judge: .*no-such-folder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_judge(values)
