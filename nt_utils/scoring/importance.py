@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from nt_utils import hooks
 from nt_utils.errors import InputError
@@ -33,7 +32,7 @@ from nt_utils.neurons import KINDS, NeuronScores, ScoreWriter, Site, check_kinds
 from nt_utils.scoring.attention import attention_through
 from nt_utils.scoring.fluctuation import Fluctuation
 from nt_utils.scoring.query_key import ROWS, Attention, Buffers, QueryKey, Rows, rms_ratio
-from nt_utils.work import count
+from nt_utils.work import count, track
 
 POSITIONS = ("all", "last")
 #: Floats in one working buffer: on a CPU a handful of them fit the caches, on a GPU they keep the device busy.
@@ -101,7 +100,7 @@ def importance(
         # Prompts of like length together, the longest first: less padding, and memory runs out at once or never.
         order = sorted(range(len(prompts)), key=lambda i: -counts[i])
         steps = range(0, len(prompts), batch_size)
-        for start in tqdm(steps, desc="scoring", unit="batch", disable=not progress, leave=False):
+        for start in track(steps, desc="scoring", unit="batch", disable=not progress):
             rows = order[start : start + batch_size]
             batch, errors = lm.encode([prompts[i] for i in rows], side="right"), {}
             scores = score_batch(

@@ -1,8 +1,10 @@
 """``make plan``: what a study will do, need and take, and what is missing, without loading any weights.
 
-Sizes come from the model's config alone (a local folder, the hub's cache, the hub, or the shapes in the parameter file's
-``facts``, in this order). Times come from measured rates where ``make bench`` left them in runs/; what is assumed is
-called so. GPU memory and hours are of one device, batch sizes as the notebooks choose them.
+Nothing here knows what a notebook computes: every run counts its work (nt_utils/work.py) into its provenance, and a plan
+takes the counts of the same study and preset where it ran before, else those published with the package (work.json, of
+the testbed, written by ``python -m nt_utils.study.plan --publish``), scaled to the study's own numbers of prompts and
+answer tokens. A model's shapes and the machine's rates turn them into seconds and bytes. Sizes come from the model's config
+alone (a local folder, the hub's cache, the hub, or the shapes in the parameter file's ``facts``, in this order).
 """
 
 from __future__ import annotations
@@ -13,31 +15,34 @@ import json
 import math
 import re
 import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from nt_utils.data.attacks import ATTACKS, FULL_LENGTH
 from nt_utils.errors import InputError, command, gate_message
-from nt_utils.files import project_root
+from nt_utils.files import atomic, project_root, study_name
 from nt_utils.study import batch, parameters
 from nt_utils.study.batch.access import cached_file, has_token, is_local
-from nt_utils.study.batch.step import clock, expected_seconds
+from nt_utils.study.batch.step import expected_seconds
 from nt_utils.study.parameters import EMBEDDED, SOURCES
+from nt_utils.work import clock
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-#: Assumed of one data-centre GPU where runs/bench_gpu.json is missing: half-precision operations a second that a forward
-#: pass reaches, bytes a second of reading weights while generating, and exact scoring over the plain forward pass.
-ASSUMED = {"operations": 2.5e14, "bandwidth": 1.2e12, "scoring": 3.0}
-#: Forward passes that a row takes: of full training (the backward pass has twice the forward's operations), and of a
-#: gradient with frozen weights (half of that backward pass). Training neurons alone is measured against full training
-#: (nt_utils/bench/tuning.py; 0.38 on a CPU, one row of 64 tokens, 200 million parameters), and taken from runs/bench.json if it is there.
-FULL_STEP, GRADIENT, NEURON_STEP = 3.0, 2.0, 0.38
-#: Shape (b) of the bench: tokens of a batch, weights (see nt_utils/bench/setup.py), for the CPU's measured rate.
-SHAPE_B = (4 * 64, 2 * (1024 * (2 * 1024 + 2 * 256) + 3 * 1024 * 2816))
+#: Counts of the testbed's runs: preset -> notebook -> {"work": counts, "parameters": those the counts follow}.
+PUBLISHED = Path(__file__).with_name("work.json")
+#: Rates assumed where ``make bench`` or ``make bench-gpu`` has measured none: operations a second of a forward pass, bytes a
+#: second of reading weights while generating, exact scoring over the plain forward pass.
+ASSUMED = {"gpu": (2.5e14, 1.2e12, 3.0), "cpu": (1e11, 1e10, 3.0)}
+#: Shape (b) of the bench: tokens of a batch, weights (see nt_utils/bench/setup.py); weights of bench-gpu's 7B shape.
+SHAPE_B, SHAPE_7B = (4 * 64, 2 * (1024 * (2 * 1024 + 2 * 256) + 3 * 1024 * 2816)), 6.6e9
+#: Forward passes that a token takes: the backward pass has twice the forward's operations, half of them for the weights.
+PASSES = {"read": 1.0, "gradient": 2.0, "trained": 2.0, "tuned": 3.0}
+#: Mean tokens of a rendered prompt: of the embedded ones in the testbed's own tokenizer, and of others (assumed).
+EMBEDDED_TOKENS, PROMPT_TOKENS = 24, 64
 #: Published numbers of rows, where a set is small enough to matter.
 ROWS = {
     "advbench": 520,
@@ -56,13 +61,6 @@ ROWS = {
     "gsm8k": 1319,
     "wikitext": 4358,
 }
-#: What a plan says of the models that the project trains itself.
-TESTBEDS = {
-    "testbed": "0.92 million parameters, training takes about 150 s on 2 cores",
-    "testbed-large": "2.63 million parameters, training takes about 10 min on one core (from ten steps)",
-}
-PROMPT_TOKENS = 64  # assumed length of a rendered prompt
-GENERATED_AT_ONCE = 32  # assumed rows of a generation batch
 
 
 # ------------------------------------------------------------------------------------------------------ the model
@@ -72,16 +70,12 @@ GENERATED_AT_ONCE = 32  # assumed rows of a generation batch
 class Model:
     """What a config says of a model.
 
-    count  parameters (about); cache: values of its key-value cache a token; layers; pool: FFN neurons and o_proj inputs
-    where  it was read
+    count  parameters (about); cache: values of its key-value cache a token; where: its config was read
     """
 
     name: str
     count: float
     cache: float
-    widest: int
-    layers: int
-    pool: int
     where: str
 
     def weights(self, dtype: str) -> float:
@@ -137,171 +131,126 @@ def sizes(name: str, config: Mapping[str, Any], where: str) -> Model:
     matrices = 2 if config.get("model_type") in ("gpt2", "gpt_neox") else 3
     layer = hidden * (2 * heads * head + 2 * keys * head) + matrices * hidden * inner
     tables = (1 if config.get("tie_word_embeddings") else 2) * vocabulary * hidden
-    pool = layers * (inner + heads * head)
-    return Model(name, layers * layer + tables, 2 * layers * keys * head, max(vocabulary, inner), layers, pool, where)
+    return Model(name, layers * layer + tables, 2 * layers * keys * head, where)
 
 
-# ------------------------------------------------------------------------------------------------------- the work
+# ------------------------------------------------------------------------------------------------- work and time
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds an operation and a byte read, exact scoring over the forward pass, and where they come from."""
+
+    operation: float
+    byte: float
+    scoring: float
+    source: str
+
+
+def rates(root: Path, device: str) -> Rates:
+    """Rates of "gpu" or "cpu": measured where the bench left them in runs/, else assumed."""
+    speed, bandwidth, scoring = ASSUMED[device]
+    read = f"generation assumed to read {bandwidth / 1e9:g} GB/s of weights"
+    file = root / "runs" / ("bench_gpu.json" if device == "gpu" else "bench.json")
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if device == "gpu" and found:
+        row = found[0]
+        forward, scoring = row["tokens_per_second"] * row["exact_over_forward"], row["exact_over_forward"]
+        source = f"scoring measured on {row['device']} ({row['date']}, runs/bench_gpu.json); {read}"
+        return Rates(1 / (2 * SHAPE_7B * forward), 1 / bandwidth, scoring, source)
+    if device == "cpu" and found and "milliseconds" in found:
+        times = sorted(found["milliseconds"]["b"]["forward"])
+        seconds = times[len(times) // 2] / 1e3 / (2 * SHAPE_B[0] * SHAPE_B[1])
+        source = f"measured on this CPU (runs/bench.json, {found['machine']['date']}); {read}"
+        return Rates(seconds, 1 / bandwidth, found["exact_over_forward"]["b"], source)
+    bench = "make bench-gpu" if device == "gpu" else "make bench"
+    source = f"assumed: {speed / 1e12:g} TFLOP/s, scoring {scoring:g} forward passes ({bench} measures); {read}"
+    return Rates(1 / speed, 1 / bandwidth, scoring, source)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a notebook does with the model.
+    """Counts of a notebook's work (see nt_utils/work.py), where they come from, and the parameters they follow."""
 
-    scored     prompts scored exactly; forwards: prompts that only pass through
-    answers    generated
-    trained    rows that neurons or adapters learn from; tuned: rows that all weights (or all but some) learn from
-    gradients  rows with a gradient while the weights are frozen: attribution, learning alpha
-    models     held at once
-    """
+    counts: Mapping[str, float]
+    source: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
-    scored: float = 0
-    forwards: float = 0
-    answers: float = 0
-    trained: float = 0
-    tuned: float = 0
-    gradients: float = 0
-    models: int = 1
+    def scaled(self, p: SimpleNamespace) -> Work:
+        """For a study of other numbers of prompts, longer prompts and longer answers."""
+        old = SimpleNamespace(**self.parameters)
 
-    @property
-    def full_tuning(self) -> bool:
-        """Whether optimiser state of all weights has to be held."""
-        return self.tuned > 0
+        def ratio(name: str) -> float:
+            return (getattr(p, name, None) or 1) / (getattr(old, name, None) or getattr(p, name, None) or 1)
 
+        answers = (getattr(p, "max_new_tokens", 0) or 40) / (getattr(old, "max_new_tokens", 0) or 40)
+        tokens = _prompt_tokens(p) / _prompt_tokens(old)
+        by = {
+            "scored": ratio("n_detect") * tokens,
+            "read": ratio("n_test") * tokens,
+            "written": ratio("n_test") * answers,
+            "decode": ratio("n_test") * answers,
+            "gradient": ratio("n_detect") * tokens,
+        }
+        return Work({k: n * by.get(k.split("_")[0], tokens) for k, n in self.counts.items()}, self.source)
 
-def _suite_size(p: SimpleNamespace) -> int:
-    attacks = len(_names(getattr(p, "attacks", "")))
-    others = sum(bool(getattr(p, name, "")) for name in ("borderline", "second_language"))
-    return p.n_test * (2 + attacks + others)
-
-
-def _names(text: str) -> list[str]:
-    return [name for name in (part.strip() for part in text.split(",")) if name]
+    def tokens(self, kind: str) -> float:
+        """Tokens of a kind of work."""
+        return self.counts.get(f"{kind}_tokens", 0)
 
 
-def _work_00(p: SimpleNamespace, model: Model) -> Work:
-    models = 1 + bool(p.base_model)
-    return Work(answers=models * _suite_size(p), models=models)
+def _prompt_tokens(p: SimpleNamespace) -> float:
+    return EMBEDDED_TOKENS if getattr(p, "harmful", EMBEDDED) == EMBEDDED else PROMPT_TOKENS
 
 
-def _work_01(p: SimpleNamespace, model: Model) -> Work:
-    sets = 3 + 2 + 3 * p.draws + len(p.dose) * (2 + p.dose_draws)
-    return Work(scored=6 * p.n_detect, answers=2 * p.n_test * sets + 4 * p.n_test)
+def work_of(notebook: str, folder: Path, preset: str, p: SimpleNamespace) -> Work | None:
+    """A notebook's work: counted in a run of this study where there is one, else published, scaled; None: unknown."""
+    for note in sorted(folder.parent.glob(f"seed-*/provenance/{notebook}.json")):
+        found = json.loads(note.read_text(encoding="utf-8"))
+        if found.get("work") and not found["work"].get("cached_answers"):
+            return Work(found["work"], "counted when this study last ran")
+    published = json.loads(PUBLISHED.read_text(encoding="utf-8")) if PUBLISHED.is_file() else {}
+    entry = published.get(preset, {}).get(notebook)
+    return Work(entry["work"], "counts of the testbed", entry["parameters"]).scaled(p) if entry else None
 
 
-def _work_02(p: SimpleNamespace, model: Model) -> Work:
-    """About: seven ways of tuning at every rate and step, of which the best are evaluated; later fine-tuning of three."""
-    full = "full" in p.baselines
-    ways = 5 + 2 * p.tune_draws + len(_names(p.baselines))
-    checks, rows = len(p.tune_steps), max(p.tune_steps) * p.tune_batch
-    tuned = len(p.full_rates) * rows if full else 0
-    trained = (ways - full) * len(p.rates) * rows + 3 * len(p.task_rates) * max(p.task_steps) * p.tune_batch
-    answers = 3 * (ways * len(p.rates) * checks * p.n_dev + ways * checks * p.n_test)
-    return Work(5 * p.n_detect, answers=answers, trained=trained, tuned=tuned, models=1 + bool(p.base_model))
+def publish(folder: Path, preset: str) -> Path:
+    """Take the counts of a finished run of the testbed into the package. Raises InputError when none counted its work."""
+    found = {}
+    for note in sorted((folder / "provenance").glob("*.json")):
+        content = json.loads(note.read_text(encoding="utf-8"))
+        work = content.get("work")
+        if work and work.get("cached_answers"):
+            raise InputError(
+                f"{note}: {work['cached_answers']} answers came from the cache; run it with an empty NT_CACHE"
+            )
+        if work:
+            names = ("harmful", "n_detect", "n_test", "max_new_tokens")
+            kept = {k: v for k, v in content["parameters"].items() if k in names}
+            found[note.stem] = {"work": work, "parameters": kept}
+    if not found:
+        raise InputError(f"{folder}: no finished run that counted its work")
+    known = json.loads(PUBLISHED.read_text(encoding="utf-8")) if PUBLISHED.is_file() else {}
+    with atomic(PUBLISHED) as tmp:
+        tmp.write_text(json.dumps(known | {preset: found}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return PUBLISHED
 
 
-def _work_03(p: SimpleNamespace, model: Model) -> Work:
-    """About: three groups and their random draws pruned, and each group grown on the development split."""
-    answers = 2 * p.n_test * (4 + 3 * p.unit_draws) + 2 * p.n_dev * 3 * len(p.growth)
-    return Work(scored=8 * p.n_calibrate, answers=answers)
+def seconds_of(work: Work, model: Model, dtype: str, rate: Rates) -> float:
+    """Expected seconds: passes by operations, answers by operations or by reading the weights once a step, whichever is more."""
+    token = 2 * model.count * rate.operation
+    passes = sum(n * work.tokens(kind) for kind, n in PASSES.items()) + rate.scoring * work.tokens("scored")
+    reading = work.counts.get("decode_steps", 0) * model.weights(dtype) * rate.byte
+    return passes * token + max(reading, work.tokens("written") * token)
 
 
-def _work_04(p: SimpleNamespace, model: Model) -> Work:
-    """Six arms fine-tuned on each set at each rate; four ways of aligning and their draws; three models' statistics."""
-    sets, base = 1 + bool(p.harmful_share), bool(p.base_model)
-    arms, test, dev = 6, 2 * p.n_test, 2 * p.n_dev
-    runs = sets * len(p.sweep_rates)
-    answers = test * (1 + sets + arms * runs * len(p.sweep_steps))
-    attacked = runs * max(p.sweep_steps) * p.tune_batch
-    aligned = base * len(p.align_rates) * p.align_steps * 2 * p.tune_batch
-    answers += base * ((3 + p.align_draws) * (len(p.align_rates) * dev + test) + test)
-    return Work(
-        forwards=(2 + base) * 2 * p.n_detect + (1 + base) * 7 * p.n_test,  # statistics; directions and the probe
-        answers=answers,
-        trained=attacked + (2 + p.align_draws) * aligned,  # the adapter; units
-        tuned=(arms - 1) * attacked + aligned,
-        models=1 + base,
-    )
-
-
-def _learning(p: SimpleNamespace, learnt: float) -> tuple[float, float]:
-    """Gradient rows and passed prompts of learning alpha so many times: in each iteration of each attack class three rows
-    of support and of query, harmful and benign; validation rows every fifth iteration."""
-    rows = learnt * p.iterations * _classes() * 12
-    return rows, learnt * (p.iterations // 5 + 1) * _development(p)
-
-
-def _classes() -> int:
-    """Attack classes that alpha is learnt from on own prompts, requests without attack among them."""
-    return len({ATTACKS[name].attack_class for name in FULL_LENGTH if ATTACKS[name].seen}) + 1
-
-
-def _development(p: SimpleNamespace) -> int:
-    """Validation prompts: every fifth detection prompt, in every class, and as many benign ones."""
-    return (_classes() + 1) * (p.n_detect // 5)
-
-
-def _places(model: Model) -> int:
-    """Layers at which the refusal direction is tried: the first 80%."""
-    return max(1, int(0.8 * model.layers))
-
-
-def _work_05(p: SimpleNamespace, model: Model) -> Work:
-    """Eleven arms and the ablations on the whole suite or its three main sets, the dial's grid, choices on validation rows."""
-    names = [ATTACKS[name] for name in _names(p.attacks) if name in ATTACKS]
-    unseen, over = [a for a in names if not a.seen], bool(p.borderline)
-    three = p.n_test * (len(unseen) + 1 + over)
-    adapted = min(p.unseen_classes, len({a.attack_class for a in unseen}))
-    tried = len(p.layer_factors) + _places(model) * len(p.steering_strengths)
-    answers = (7 + p.learnt_draws) * _suite_size(p) + tried * _development(p)
-    answers += three * (len(p.dial_shares) ** 2 * len(p.dial_strengths) + 4)
-    answers += 3 * p.n_test * (adapted * (2 + over) + over)
-    rows, passed = _learning(p, 8.59 + p.learnt_draws)  # second-order MAML counts 1.59 (make bench)
-    wrappers = sum(ATTACKS[name].seen for name in FULL_LENGTH)
-    rows += p.n_attribution * p.attribution_steps * (wrappers + 2)
-    return Work(forwards=passed + 2 * p.n_detect, answers=answers + p.n_detect, gradients=rows)
-
-
-def _work_06(p: SimpleNamespace, model: Model) -> Work:
-    """Definitions scored, zeroed, amplified, trained and frozen beside random sets; defences learnt, judged and attacked."""
-    base, task = bool(p.base_model), bool(p.new_task)
-    zeroed, further, two = len(p.compared), len(p.compared_further), 2 * p.n_compare
-    whole, over = p.n_compare * (4 + bool(p.borderline)), p.n_compare * bool(p.borderline)
-    answers = 2 * len(p.utility_shares) * p.n_dev + (zeroed + _places(model)) * 2 * p.n_dev + p.n_detect * base
-    answers += (zeroed * (3 + p.control_draws) + 2) * two + (zeroed + 2) * over
-    answers += (further * (1 + p.tune_draws) + 1) * (whole - p.n_compare)
-    answers += len(p.dose) * (zeroed + p.control_draws) * p.n_compare
-    effort = further * (1 + p.tune_draws) * 16
-    trained, tuned = base * effort * p.effort_steps, task * (effort + 16) * p.attack_steps
-    answers += (base + task) * (further * (1 + p.tune_draws) + 1) * two
-    wanted, dev = list(p.defended), _development(p)
-    neurons = sum(name in ("SN-Tune", "RSN-Tune", "RU budget", "LoRA") for name in wanted) * len(p.defence_rates)
-    full = ("full tuning" in wanted) * len(p.defence_full_rates)
-    trained += neurons * max(p.defence_steps) * 12
-    tuned += full * max(p.defence_steps) * 12
-    answers += dev * (neurons + full) * len(p.defence_steps)
-    answers += dev * ("refusal direction" in wanted) * _places(model) * len(p.strengths)
-    attacks = task * len(p.defence_attacks) * len(p.defence_attack_rates) * (1 + len(wanted))
-    answers += (1 + len(wanted)) * whole + attacks * len(p.defence_attack_steps) * two
-    tuned += attacks * max(p.defence_attack_steps) * 16
-    rows, passed = _learning(p, sum(name.startswith("NeuronTune") for name in wanted))
-    rows += 4 * p.n_detect + 24 * 2 * _classes()  # saliency of two kinds; attribution by patching
-    passed += (
-        4 * p.n_detect + p.exact_prompts * model.pool
-    )  # fluctuations, activation change; every neuron zeroed alone
-    return Work(5 * p.n_detect, passed, answers, trained, tuned, rows, 1 + base)
-
-
-#: Notebook -> its work, from its parameters and the model's sizes. A notebook that is not here gets no estimate.
-WORK = {
-    "00_model_under_study": _work_00,
-    "01_safety_neurons": _work_01,
-    "02_sn_tune": _work_02,
-    "03_ssah_units": _work_03,
-    "04_ssah_alignment": _work_04,
-    "05_neurontune": _work_05,
-    "06_comparison": _work_06,
-}
+def memory_of(work: Work, model: Model, p: SimpleNamespace, dtype: str) -> float:
+    """Expected peak bytes: the models held, what training adds (masters, gradients and two moments in float32: 16 bytes a
+    trained parameter), the cache and logits of a batch of answers, and one GiB for the rest."""
+    rows, new = 32, getattr(p, "max_new_tokens", 0) or 256
+    models = 1 + bool(getattr(p, "base_model", ""))
+    answering = rows * (_prompt_tokens(p) + new) * model.cache * BYTES.get(dtype, 2)
+    return models * model.weights(dtype) + (16 * model.count if work.tokens("tuned") else 0) + answering + GIB
 
 
 def defaults(root: Path, notebook: str) -> dict[str, Any]:
@@ -312,72 +261,10 @@ def defaults(root: Path, notebook: str) -> dict[str, Any]:
     return {n.targets[0].id: ast.literal_eval(n.value) for n in nodes if isinstance(n.targets[0], ast.Name)}
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Seconds and where they come from: of scoring and training a token a parameter, of generating a step a byte."""
-
-    operation: float
-    byte: float
-    scoring: float
-    source: str
-    neurons: float = NEURON_STEP  # a training step of neurons alone over a full one
-
-
-def rates(root: Path, on_gpu: bool) -> Rates:
-    """Measured rates where the bench left them, else assumed ones."""
-    gpu, cpu = root / "runs" / "bench_gpu.json", root / "runs" / "bench.json"
-    found = json.loads(cpu.read_text(encoding="utf-8")) if cpu.is_file() else {}
-    neurons = found.get("sn_step_over_full_step", NEURON_STEP)
-    if on_gpu:
-        read = f"generation assumed to read {ASSUMED['bandwidth'] / 1e12:g} TB/s of weights"
-        if gpu.is_file():
-            row = json.loads(gpu.read_text(encoding="utf-8"))[0]
-            weights = 6.6e9  # of its Llama-2-7B shape, without the vocabulary
-            forward = row["tokens_per_second"] * row["exact_over_forward"]
-            measured = f"scoring measured on {row['device']} ({row['date']}, runs/bench_gpu.json)"
-            return Rates(
-                1 / (2 * weights * forward),
-                1 / ASSUMED["bandwidth"],
-                row["exact_over_forward"],
-                f"{measured}; {read}",
-                neurons,
-            )
-        assumed = (
-            f"assumed: {ASSUMED['operations'] / 1e12:g} TFLOP/s, scoring {ASSUMED['scoring']:g} times the forward pass"
-        )
-        bandwidth = 1 / ASSUMED["bandwidth"]
-        return Rates(1 / ASSUMED["operations"], bandwidth, ASSUMED["scoring"], f"{assumed}; {read}", neurons)
-    if "milliseconds" in found:
-        times = sorted(found["milliseconds"]["b"]["forward"])
-        tokens, weights = SHAPE_B
-        seconds = times[len(times) // 2] / 1e3 / (2 * weights * tokens)
-        source = (
-            f"measured on this CPU (runs/bench.json, {found['machine']['date']}); generation assumed to read 10 GB/s"
-        )
-        return Rates(seconds, 1e-10, found["exact_over_forward"]["b"], source, neurons)
-    return Rates(1 / 1e11, 1e-10, ASSUMED["scoring"], "assumed: 100 GFLOP/s and 10 GB/s of a CPU (make bench measures)")
-
-
-def seconds_of(work: Work, model: Model, new_tokens: int, dtype: str, rate: Rates) -> float:
-    """Expected seconds: scoring and training by operations, generation by reading the weights once a step and batch."""
-    token = 2 * model.count * rate.operation
-    scoring = (work.forwards + work.scored * rate.scoring) * PROMPT_TOKENS * token
-    passes = FULL_STEP * (work.tuned + rate.neurons * work.trained) + GRADIENT * work.gradients
-    training = passes * 2 * PROMPT_TOKENS * token
-    reading = work.answers / GENERATED_AT_ONCE * new_tokens * model.weights(dtype) * rate.byte
-    return scoring + training + reading + work.answers * (PROMPT_TOKENS + new_tokens) * token
-
-
-def memory_of(work: Work, model: Model, new_tokens: int, dtype: str, batch_size: int) -> float:
-    """Expected peak bytes: the weights of all models held, plus the larger of generation's cache and scoring's buffers.
-
-    Full fine-tuning adds masters, gradients and two moments in float32: 16 bytes a parameter.
-    """
-    width = BYTES.get(dtype, 2)
-    generating = GENERATED_AT_ONCE * ((PROMPT_TOKENS + new_tokens) * model.cache * width + 4 * model.widest)
-    scoring = 4 * batch_size * 4 * PROMPT_TOKENS * model.widest * 4
-    tuning = 16 * model.count if work.full_tuning else 0
-    return work.models * model.weights(dtype) + max(generating, scoring) + tuning + GIB
+def filled(notebook: str, run, preset: str, root: Path) -> SimpleNamespace:
+    """A notebook's parameters as it will see them: its defaults, the file's, the preset's."""
+    values = defaults(root, notebook) | batch.settings(run, notebook, run.seeds[0], preset, root)
+    return parameters.check_parameters({k: v for k, v in values.items() if k in parameters.PARAMETERS})
 
 
 # ------------------------------------------------------------------------------------------------------- the plan
@@ -400,107 +287,76 @@ def make_plan(study: str, seeds: Sequence[int], preset: str, root: Path) -> Plan
     file, plan = batch.read(study, root), Plan()
     runs = batch.variants(study, seeds, preset, root)
     steps = [(run, seed, name) for run in runs for seed in run.seeds for name in run.notebooks]
+    folders = [f"  runs/{run.folder}/seed-{{{','.join(map(str, run.seeds))}}}" for run in runs]
     plan.lines += [
         f"study {study}, preset {preset}: {len(steps)} steps in {sum(len(r.seeds) for r in runs)} run folders"
     ]
-    plan.lines += [f"  runs/{run.folder}/seed-{{{','.join(map(str, run.seeds))}}}" for run in runs]
-    if file.is_testbed:
-        plan.lines.append(f"model {file.model}: {TESTBEDS[file.model]}, trained once a seed and cached; CPU")
-        _testbed_times(plan, runs, steps, root)
+    plan.lines += folders
+    if file.is_small:
+        _small_lines(plan, file, steps, root)
     else:
-        _model_lines(plan, file, runs[0], steps, seeds, preset, root)
+        _model_lines(plan, file, runs[0], len(steps) / len(runs[0].notebooks), preset, root)
     _data_lines(plan, runs[0], preset, root)
     return plan
 
 
-def _testbed_times(plan: Plan, runs: Sequence, steps: Sequence, root: Path) -> None:
-    plan.lines.append("steps")
+def _small_lines(plan: Plan, file, steps: Sequence, root: Path) -> None:
+    trains = sum(file.trains(seed) for seed in {seed for _, seed, _ in steps})
+    plan.lines += [
+        f"model {file.model}: {f'to be trained for {trains} seeds' if trains else 'nothing to train'}; CPU",
+        "steps",
+    ]
     for run, seed, name in steps:
         output = root / "runs" / run.folder / f"seed-{seed}" / f"{name}.ipynb"
         known = expected_seconds(name, output)
-        state = "there" if output.is_file() else "to do"
-        plan.lines.append(
-            f"  {run.folder} seed {seed} {name}: {state}; {f'{clock(known)} when it last ran' if known else 'never ran here'}"
-        )
+        took = f"{clock(known)} when it last ran" if known else "never ran here"
+        plan.lines.append(f"  {run.folder} seed {seed} {name}: {'there' if output.is_file() else 'to do'}; {took}")
 
 
-def _model_lines(plan: Plan, file, run, steps: Sequence, seeds: Sequence[int], preset: str, root: Path) -> None:
-    name, facts = file.shared["model"], file.facts
-    base = file.shared.get("base_model", "")
-    model = model_of(name, facts)
+def _model_lines(plan: Plan, file, run, times: float, preset: str, root: Path) -> None:
+    name, base, facts = file.shared["model"], file.shared.get("base_model", ""), file.facts
+    config, where = config_of(name, facts)
     _access(plan, name, bool(facts.get("gated")))
     if base and base != "auto":
         _access(plan, base, bool(facts.get("gated")) or base.startswith("meta-llama/"))
-    if model is None:
-        plan.lines.append(f"model {name}: no size: {config_of(name, facts)[1]}")
+    if not config:
+        plan.lines.append(f"model {name}: no size: {where}")
         plan.missing.append(f"the config of {name}: steps and data can be told, memory and time cannot")
         return
-    dtype = file.shared.get("dtype", "auto")
-    stored = model.weights(dtype)
-    plan.lines += [
-        f"model {name}: about {model.count / 1e9:.2f} billion parameters, {dtype}, {stored / GIB:.1f} GiB of weights",
-        f"  its config was read from {model.where}",
-    ]
-    _disk(plan, [n for n in (name, base) if n and n != "auto"], stored)
+    model, dtype = sizes(name, config, where), file.shared.get("dtype", "auto")
+    plan.lines.append(
+        f"model {name}: about {model.count / 1e9:.2f} billion parameters, {dtype}, {model.weights(dtype) / GIB:.1f} GiB of "
+        f"weights (config: {model.where})"
+    )
+    _disk(plan, [n for n in (name, base) if n and n != "auto"], model.weights(dtype))
     device = _device()
-    rate = rates(root, on_gpu=True)
-    plan.lines += [f"steps (one GPU; {rate.source})", *_assumptions(rate)]
+    rate = rates(root, "gpu" if device else "cpu")
+    plan.lines.append(f"steps ({device[0] if device else 'the CPU of this machine'}; {rate.source})")
     peak = total = 0.0
+    unknown = []
     for notebook in run.notebooks:
-        bytes_, seconds, text = _step(notebook, run, model, dtype, rate, preset, root)
-        peak, total = max(peak, bytes_), total + seconds
-        plan.lines.append(f"  {notebook}: {text}")
-    times = len(steps) / len(run.notebooks)
-    unknown = sum(name not in WORK for name in run.notebooks)
-    beyond = f", beside {unknown} notebooks without an estimate" if unknown else ""
-    least = f"  largest {peak / GIB:.0f} GiB of GPU memory; about {clock(total)} a run, {clock(total * times)} in all{beyond}"
-    plan.lines.append(least)
+        p = filled(notebook, run, preset, root)
+        work = work_of(notebook, root / "runs" / run.folder / "seed-0", preset, p)
+        if work is None:
+            unknown.append(notebook)
+            plan.lines.append(f"  {notebook}: its work has not been counted for this preset")
+            continue
+        seconds, memory = seconds_of(work, model, dtype, rate), memory_of(work, model, p, dtype)
+        peak, total = max(peak, memory), total + seconds
+        kinds = {"scored": "scored", "read": "read", "written": "written", "gradient": "for gradients"}
+        kinds |= {"trained": "for neurons or adapters", "tuned": "for all weights"}
+        parts = [f"{work.tokens(k):.3g} tokens {words}" for k, words in kinds.items() if work.tokens(k)]
+        plan.lines.append(f"  {notebook}: {', '.join(parts)}: {memory / GIB:.0f} GiB, {clock(seconds)} ({work.source})")
+    beyond = f", beside {len(unknown)} notebooks without counts" if unknown else ""
+    plan.lines.append(
+        f"  largest {peak / GIB:.0f} GiB; about {clock(total)} a run, {clock(total * times)} in all{beyond}; loading, judging "
+        "and drawing not counted"
+    )
     if not device:
-        plan.missing.append("a GPU: PyTorch would run this on the CPU, in memory of the same size and far slower")
+        plan.missing.append("a GPU: the times above are this CPU's; they need this much of the machine's memory")
     elif device[1] < peak:
-        plan.missing.append(
-            f"GPU memory: {device[0]} has {device[1] / GIB:.0f} GiB (device_map: auto spreads over several GPUs)"
-        )
-
-
-def _step(
-    notebook: str, run, model: Model, dtype: str, rate: Rates, preset: str, root: Path
-) -> tuple[float, float, str]:
-    p = filled(notebook, run, preset, root)
-    if notebook not in WORK:
-        return 0.0, 0.0, "no estimate for this notebook"
-    work = WORK[notebook](p, model)
-    new_tokens = getattr(p, "max_new_tokens", 0) or 256
-    bytes_ = memory_of(work, model, new_tokens, dtype, getattr(p, "batch_size", 8))
-    seconds = seconds_of(work, model, new_tokens, dtype, rate)
-    parts = [
-        f"{work.scored:.0f} prompts scored" if work.scored else "",
-        f"{work.forwards:.0f} prompts passed" if work.forwards else "",
-        f"{work.answers:.0f} answers of up to {new_tokens} tokens" if work.answers else "",
-        f"{work.gradients:.0f} gradients" if work.gradients else "",
-        f"{work.trained:.0f} rows for neurons or adapters" if work.trained else "",
-        f"{work.tuned:.0f} rows for all weights" if work.tuned else "",
-        f"{work.models} models at once" if work.models > 1 else "",
-    ]
-    return bytes_, seconds, f"{', '.join(filter(None, parts))}: {bytes_ / GIB:.0f} GiB, {clock(seconds)}"
-
-
-def _assumptions(rate: Rates) -> list[str]:
-    """What every number of seconds and bytes below rests on."""
-    return [
-        f"  assumed: prompts of {PROMPT_TOKENS} tokens and rows of {2 * PROMPT_TOKENS}; every answer as long as it may be, "
-        f"{GENERATED_AT_ONCE} at a time",
-        f"  assumed: a row of full training takes {FULL_STEP:g} forward passes of it, of neurons or adapters "
-        f"{FULL_STEP * rate.neurons:.2g} (make bench on a CPU), a gradient with frozen weights {GRADIENT:g}",
-        "  assumed: 16 bytes a parameter where all weights are trained; loading, judging and drawing take no time",
-    ]
-
-
-def filled(notebook: str, run, preset: str, root: Path) -> SimpleNamespace:
-    """A notebook's parameters as it will see them: its defaults, the file's, the preset's."""
-    values = defaults(root, notebook) | batch.settings(run, notebook, run.seeds[0], preset, root)
-    known = {k: v for k, v in values.items() if k in parameters.PARAMETERS}
-    return parameters.check_parameters(known)
+        has = f"{device[0]} has {device[1] / GIB:.0f} GiB"
+        plan.missing.append(f"GPU memory: {has} (device_map: auto spreads over several GPUs)")
 
 
 def _data_lines(plan: Plan, run, preset: str, root: Path) -> None:
@@ -594,8 +450,6 @@ def _has_weights(model: str) -> bool:
 
 def _device() -> tuple[str, float] | None:
     """Name and bytes of this machine's first GPU, by its driver's own tool: PyTorch is not loaded for it."""
-    import subprocess
-
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
@@ -635,11 +489,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--studies", default="testbed")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--preset", default="default")
+    parser.add_argument("--publish", action="store_true", help="take the counts of the runs into the package")
     options = parser.parse_args(arguments)
     parameters.PARAMETERS["preset"].check("preset", options.preset)
     seeds = batch.parse_seeds(options.seeds)
     for study in options.studies.replace(",", " ").split():
-        print(make_plan(study, seeds, options.preset, project_root()))
+        if options.publish:
+            folder = study_name(study, study, options.preset)
+            print(publish(project_root() / "runs" / folder / f"seed-{seeds[0]}", options.preset))
+        else:
+            print(make_plan(study, seeds, options.preset, project_root()))
     return 0
 
 
