@@ -70,7 +70,7 @@ def measures(suite: Suite, *roles: str) -> dict[str, Measure]:
     return found
 
 
-def with_prose(suite: Suite, seed: int, split: str = "test", n: int = 16) -> Suite:
+def with_prose(suite: Suite, seed: int, split: str = "test", n: int = 8) -> Suite:
     """The suite with n passages of the prose that Python carries as its set "text", for perplexity on real text.
 
     The development split has other passages than the test split. A suite of embedded prompts keeps the embedded text.
