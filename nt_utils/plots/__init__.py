@@ -110,16 +110,15 @@ def is_current(table: Path, width: str = "text", folder: Path | None = None) -> 
 
 
 def redraw(folder: Path, width: str = "text") -> list[Path]:
-    """Draw every figure of a folder that is not current; returns the tables drawn.
+    """Draw every figure of a folder and of those below it that is not current; returns the tables drawn.
 
-    Another width than "text" goes into a folder of its name below.
+    Another width than "text" goes into a folder of its name beside the table.
     """
-    folder = Path(folder)
-    target = folder if width == "text" else folder / width
-    tables = [t for t in sorted(folder.glob("*.csv")) if figure_name(t) in FIGURES]
-    drawn = [table for table in tables if not is_current(table, width, target)]
+    tables = [t for t in sorted(Path(folder).rglob("*.csv")) if figure_name(t) in FIGURES]
+    targets = {table: table.parent if width == "text" else table.parent / width for table in tables}
+    drawn = [table for table, target in targets.items() if not is_current(table, width, target)]
     for table in drawn:
-        draw(table, width, target)
+        draw(table, width, targets[table])
     return drawn
 
 

@@ -13,7 +13,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from PIL import Image
 
 from nt_utils.errors import InputError
-from nt_utils.study import publish, reproduce
+from nt_utils.files import project_root
+from nt_utils.study import ledger, publish, reproduce
 from tests.study.test_ledger import make_run
 
 NAME = "02_sn_tune"
@@ -108,6 +109,20 @@ def test_too_large_a_notebook_is_refused(root, monkeypatch):
     monkeypatch.setattr(publish, "MOST_BYTES", 1000)
     with pytest.raises(InputError, match="at most 0.001 MB"):
         publish.publish({"testbed": [root / "runs" / "testbed-full" / "seed-0"]}, root)
+
+
+@pytest.mark.parametrize("table", sorted((project_root() / "figures").glob("measured.csv")), ids=lambda p: p.name)
+def test_the_projects_pages_say_what_its_ledger_says(table):
+    """README's table, the page of claims and every number in README's findings follow from what the runs handed in."""
+    root = project_root()
+    found = ledger.frame(ledger.read(table).to_dict("records"))
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert publish.front(found) in readme
+    assert (root / "docs" / "claims.md").read_text(encoding="utf-8").strip() == publish.claims_page(found).strip()
+    assert ledger.unsupported(publish.prose(readme), found) == []
+    assert found.groupby("model").size().max() <= ledger.MOST_ROWS
+    gallery = root / "figures" / "README.md"
+    assert [t for t in publish.links(gallery.read_text(encoding="utf-8")) if not (gallery.parent / t).exists()] == []
 
 
 # ---------------------------------------------------------------------------------------------------- reproducing
