@@ -9,7 +9,7 @@ import torch
 from nt_utils import hooks
 from nt_utils.bench.setup import SHAPES, byte_tokenizer, random_model, ratio, resized, seconds
 from nt_utils.data.records import Prompt, PromptSet
-from nt_utils.evaluation.metrics import bootstrap_mean
+from nt_utils.evaluation.metrics import mean
 from nt_utils.interventions import dial, export
 from nt_utils.interventions.learning import Learner, Recipe
 from nt_utils.interventions.modulation import Modulation
@@ -58,7 +58,7 @@ def _generation(lm: LanguageModel, repeats: int) -> dict:
         with export.folded(lm, alpha):  # once, before serving: only generation is timed
             inside = seconds({"folded": plain}, 1)["folded"][0]
         folded.append(inside / seconds({"plain": plain}, 1)["plain"][0])
-    interval = bootstrap_mean(folded)
+    interval = mean(folded)
     return {
         "hooked_generation_over_plain": ratio(times, "hooked", "plain"),
         "folded_generation_over_plain": statistics.median(folded),

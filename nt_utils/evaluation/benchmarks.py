@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from nt_utils.data.records import PromptSet
 from nt_utils.data.sources import quiet
 from nt_utils.errors import InputError
-from nt_utils.evaluation.metrics import _normal_quantile, wilson
+from nt_utils.evaluation.metrics import wilson
 
 if TYPE_CHECKING:
     import pandas
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("task", "metric", "value", "low", "high", "n", "fewshot", "intervention", "model")
 _HARNESS = ("lm_eval", "lm-eval", "evaluate")
+NORMAL = 1.96  # half of a 95% interval in standard errors
 RATES = ("acc", "acc_norm", "exact_match")  # means of 0 and 1: Wilson; other means take the harness's standard error
 
 
@@ -140,7 +141,7 @@ def _interval(metric: str, value: float, error: Any, n: int) -> tuple[float, flo
     if metric in RATES and n and abs(value * n - round(value * n)) < 1e-6:
         return (*wilson(round(value * n), n)[:3], n)
     if isinstance(error, (int, float)) and not math.isnan(error):
-        half = _normal_quantile(0.95) * error
+        half = NORMAL * error
         return value, value - half, value + half, n
     return value, math.nan, math.nan, n
 

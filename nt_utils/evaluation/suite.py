@@ -279,7 +279,7 @@ class Evaluation:
 
     rows        one row a prompt: set, number, the prompt's fields, response, hit_limit, verdict, correct, ...
     table       one row a set (or set/group) and metric: rate with its 95% interval, n judged, count of hits, unjudged.
-                Perplexity and refusal_margin are means in the rate column, with bootstrap intervals over the prompts
+                MEANS stand in the rate column as means. Intervals are over topics where prompts have some
     agreement   Cohen's kappa of every pair of judges on compliance or not, by set; empty where one judge ran
     """
 
@@ -334,7 +334,6 @@ def evaluate(
     batch_size: int | None = None,
     cache: bool | str | Path = True,
     progress: bool = True,
-    seed: int = 0,
     early_end: bool = True,
 ) -> Evaluation:
     """Evaluate a model under an intervention on every set of a suite.
@@ -348,7 +347,6 @@ def evaluate(
     improbable    perplexity under the base model above which a response is degenerate; None switches it off; "auto" is
                   IMPROBABLE, or a quarter of the vocabulary where that is less (uniform noise lies at its size)
     cache         keep generations under NT_CACHE (or in the folder given) and reuse them
-    seed          of the bootstrap intervals
     early_end     a response whose first two sentences are a refusal whatever follows (`judges.decided`) is cut there and
                   marked in the column `cut`, in sets that the phrase judge alone judges and that do not ask for partial
                   refusals or `hit_limit`: a cut refusal may have become a partial one
@@ -398,7 +396,7 @@ def evaluate(
     rows.insert(0, "model", lm.label)
     return Evaluation(
         rows=rows,
-        table=pandas.concat([_table(f, s, seed) for f, s in zip(frames, suite.sets, strict=True)], ignore_index=True),
+        table=pandas.concat([_table(f, s) for f, s in zip(frames, suite.sets, strict=True)], ignore_index=True),
         agreement=_agreement(rows),
         model=lm.label,
         intervention=name,
@@ -563,46 +561,46 @@ def _values(rows: pandas.DataFrame, metric: str) -> pandas.Series:
     return METRICS[metric](rows)
 
 
-def _table(frame: pandas.DataFrame, member: SuiteSet, seed: int) -> pandas.DataFrame:
+def _table(frame: pandas.DataFrame, member: SuiteSet) -> pandas.DataFrame:
     import pandas
 
-    lines = _lines(frame, member.name, member.metrics, seed)
+    lines = _lines(frame, member.name, member.metrics)
     for group in member.groups:
         for value, part in frame.groupby(group, sort=False):
             if value:
-                lines += _lines(part, f"{member.name}/{value}", member.metrics, seed)
+                lines += _lines(part, f"{member.name}/{value}", member.metrics)
     return pandas.DataFrame(lines, columns=list(TABLE))
 
 
-def _lines(frame: pandas.DataFrame, name: str, wanted: Iterable[str], seed: int) -> list[tuple]:
+def _lines(frame: pandas.DataFrame, name: str, wanted: Iterable[str]) -> list[tuple]:
     lines = []
     others = [c.removeprefix("verdict_") for c in _verdict_columns(frame)[1:]]
     both = [f"{metric} ({judge})" for judge in others for metric in wanted if metric in BOTH]
+    topics = clusters_of(frame)
     for metric in (*wanted, *both):
         values = _values(frame, metric)
-        judged = values.dropna()
         count: float = math.nan
         if metric == "perplexity":
-            interval = _perplexity(frame, seed)
+            interval = perplexity(frame["log_perplexity"] * frame["tokens"], frame["tokens"])
         elif metric in MEANS:
-            interval = metrics.bootstrap_mean(judged.to_numpy(), seed=seed)
+            interval = metrics.mean(values, topics)
         else:
-            count = int(judged.sum())
-            interval = metrics.wilson(count, len(judged))
+            count, interval = int(values.sum()), metrics.rate(values, topics)
         lines.append((name, metric, *interval, count, int(values.isna().sum())))
     return lines
 
 
-def _perplexity(frame: pandas.DataFrame, seed: int) -> metrics.Interval:
-    """Perplexity over all tokens of the texts, with a bootstrap over texts; n is the number of texts."""
-    import numpy as np
+def clusters_of(rows: pandas.DataFrame) -> Any:
+    """Cluster of each row, 0, 1, ...: its topic, or itself where it has none."""
+    import pandas
 
-    tokens = frame["tokens"].to_numpy(float)
-    nll = np.where(tokens > 0, frame["log_perplexity"] * tokens, 0.0)
-    draws = np.random.default_rng(seed).integers(0, len(nll), (2000, len(nll)))
-    samples = np.exp(nll[draws].sum(1) / np.maximum(tokens[draws].sum(1), 1))
-    low, high = np.quantile(samples, [0.025, 0.975])
-    return metrics.Interval(float(np.exp(nll.sum() / max(tokens.sum(), 1))), float(low), float(high), len(nll))
+    return pandas.factorize(rows["topic"].where(rows["topic"] != "", rows["number"].astype(str)))[0]
+
+
+def perplexity(nll: Any, tokens: Any) -> metrics.Interval:
+    """Perplexity over all tokens of some texts, with an interval over the texts; n is the number of texts."""
+    found = metrics.ratio(nll, tokens)
+    return metrics.Interval(math.exp(found.value), math.exp(found.low), math.exp(found.high), found.n)
 
 
 def _agreement(rows: pandas.DataFrame) -> pandas.DataFrame:
@@ -634,8 +632,8 @@ def _complied(verdicts: pandas.Series) -> list[bool | None]:
 def compare(before: Evaluation, after: Evaluation, *, seed: int = 0, draws: int = 10_000) -> pandas.DataFrame:
     """Paired differences after - before for every set and rate that both hold, over the same prompts.
 
-    Columns: set, metric, before, after, difference, low, high, n, p, p_holm, comparisons. Intervals are bootstraps over
-    prompts and are not corrected; `p_holm` is Holm's correction over all comparisons of the table.
+    Columns: set, metric, before, after, difference, low, high, n, p, p_holm, comparisons. Intervals are over topics and
+    are not corrected; `p_holm` is Holm's correction of the sign-flip tests over all comparisons of the table.
     """
     import pandas
 
@@ -644,14 +642,13 @@ def compare(before: Evaluation, after: Evaluation, *, seed: int = 0, draws: int 
         shared = ((after.table["set"] == name) & (after.table["metric"] == metric)).any()
         if "/" in name or metric == "perplexity" or not shared:
             continue
-        first, second = before.values(name, metric), after.values(name, metric)
-        texts = [list(e.rows.loc[e.rows["set"] == name, "text"]) for e in (before, after)]
-        if texts[0] != texts[1]:
+        rows = [e.rows[e.rows["set"] == name] for e in (before, after)]
+        if list(rows[0]["text"]) != list(rows[1]["text"]):
             raise InputError(f"set {name!r} holds different prompts in the two evaluations: they cannot be paired")
-        pair = (first.to_numpy(), second.to_numpy())
-        change = metrics.paired_difference(*pair, seed=seed, draws=draws)
-        p = metrics.sign_flip_p_value(*pair, seed=seed, draws=draws)
-        lines.append((name, metric, first.mean(), second.mean(), *change, p))
+        first, second = (_values(part, metric).to_numpy(float) for part in rows)
+        change = metrics.clustered_difference(first, second, clusters_of(rows[0]))
+        p = metrics.sign_flip_p_value(first, second, seed=seed, draws=draws)
+        lines.append((name, metric, pandas.Series(first).mean(), pandas.Series(second).mean(), *change, p))
     columns = ["set", "metric", "before", "after", "difference", "low", "high", "n", "p"]
     table = pandas.DataFrame(lines, columns=columns)
     table["p_holm"] = metrics.holm(list(table["p"]))

@@ -8,6 +8,7 @@ divergence to the untouched model where it answers benign requests.
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 import weakref
@@ -23,7 +24,7 @@ from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError
 from nt_utils.evaluation.batching import BATCH_SIZE, tail_logits
 from nt_utils.evaluation.generation import generate, prompt_ids
-from nt_utils.evaluation.metrics import Interval
+from nt_utils.evaluation.metrics import Interval, ratio
 
 if TYPE_CHECKING:
     from nt_utils.evaluation.suite import Evaluation
@@ -52,19 +53,14 @@ def prose(n: int = 40, words: int = 120, seed: int = 0) -> PromptSet:
     return PromptSet(found[:n], f"python-{sys.version_info.major}.{sys.version_info.minor}-prose")
 
 
-def perplexity_ratio(
-    before: Evaluation, after: Evaluation, set_name: str, *, seed: int = 0, draws: int = 4000
-) -> Interval:
-    """Perplexity after over perplexity before on the same texts, with a bootstrap interval over the texts."""
+def perplexity_ratio(before: Evaluation, after: Evaluation, set_name: str) -> Interval:
+    """Perplexity after over perplexity before on the same texts, with an interval over the texts."""
     rows = [found.rows[found.rows["set"] == set_name] for found in (before, after)]
     if rows[0].empty or list(rows[0]["text"]) != list(rows[1]["text"]):
         raise InputError(f"set {set_name!r} is missing, or holds different texts in the two evaluations")
     nll = [(part["log_perplexity"] * part["tokens"]).to_numpy(float) for part in rows]
-    tokens = rows[0]["tokens"].to_numpy(float)
-    picks = np.random.default_rng(seed).integers(0, len(tokens), (draws, len(tokens)))
-    ratios = np.exp((nll[1] - nll[0])[picks].sum(1) / tokens[picks].sum(1))
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return Interval(float(np.exp((nll[1] - nll[0]).sum() / tokens.sum())), float(low), float(high), len(tokens))
+    found = ratio(nll[1] - nll[0], rows[0]["tokens"].to_numpy(float))
+    return Interval(math.exp(found.value), math.exp(found.low), math.exp(found.high), found.n)
 
 
 # ------------------------------------------------------------------------------------------------- KL to the untouched

@@ -376,7 +376,7 @@ def test_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
     for arguments, message in [
         ([f"{tmp_path}/no.csv", "o.csv"], "there is no such file"),
         ([f"{tmp_path}/a.csv", "o.csv"], "has no column 'completion'; it has id, text"),
-        ([f"{tmp_path}/a.csv", f"{tmp_path}/no/o.csv", "--column", "text"], "cannot be written"),
+        ([f"{tmp_path}/a.csv", f"{tmp_path}/a.csv/o.csv", "--column", "text"], "cannot be written"),
     ]:
         assert judges.main(arguments) == 1
         error = capsys.readouterr().err

@@ -2,122 +2,182 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
+from scipy.special import expit
 
 from nt_utils.errors import InputError
 from nt_utils.evaluation import metrics
 
 
-@pytest.mark.parametrize(
-    ("count", "n", "low", "high"),
-    # The figures that statsmodels' proportion_confint(method="wilson") gives.
-    [(0, 10, 0.0, 0.2775328), (5, 10, 0.2365931, 0.7634069), (10, 10, 0.7224672, 1.0), (90, 100, 0.8256343, 0.9447708)],
-)
-def test_wilson(count, n, low, high):
-    interval = metrics.wilson(count, n)
-    assert interval.value == count / n and interval.n == n
-    assert interval.low == pytest.approx(low, abs=1e-6) and interval.high == pytest.approx(high, abs=1e-6)
+@pytest.mark.parametrize(("count", "n"), [(0, 10), (5, 10), (10, 10), (90, 100), (1, 450)])
+def test_wilson_equals_scipys(count, n):
+    wanted = stats.binomtest(count, n).proportion_ci(method="wilson")
+    assert metrics.wilson(count, n) == pytest.approx((count / n, wanted.low, wanted.high, n))
+    assert metrics.rate([1] * count + [0] * (n - count)) == metrics.wilson(count, n)
 
 
 def test_wilson_without_observations_and_with_bad_counts():
-    assert all(math.isnan(x) for x in metrics.wilson(0, 0)[:3])
+    assert all(math.isnan(x) for x in metrics.wilson(0, 0)[:3]) and metrics.rate([math.nan]).n == 0
     with pytest.raises(InputError, match="count must lie between 0 and n = 3, got 4"):
         metrics.wilson(4, 3)
     with pytest.raises(InputError, match="level must lie between 0 and 1"):
         metrics.wilson(1, 3, level=95)
 
 
-def test_paired_difference_uses_the_pairing():
+def test_never_seen_counts_clusters_and_not_prompts():
+    """A kind of event that hits whole topics was looked for 26 times, not 208 times."""
+    topics = np.repeat(np.arange(26), 8)
+    zeros = np.zeros(208)
+    assert metrics.rate(zeros, topics).high == pytest.approx(metrics.wilson(0, 26).high)
+    assert metrics.clustered_difference(zeros, zeros, topics) == pytest.approx((0, -3 / 26, 3 / 26, 208))
+    assert metrics.clustered_difference(zeros, zeros).high == pytest.approx(3 / 208)
+    assert metrics.clustered_difference(zeros, zeros + 1, topics) == pytest.approx((1, 1 - 3 / 26, 1, 208))
+    draws = np.tile(np.arange(8)[:, None] / 8, (1, 208))
+    wide = metrics.clustered_difference(draws, zeros + 1, topics)
+    assert wide.low < wide.value - 3 / 26, "draws that differ add to it"
+
+
+def test_t_interval_and_mean_equal_scipys():
+    values = np.array([1.0, 2.0, 4.0, math.nan])
+    wanted = stats.ttest_1samp(values[:3], 0).confidence_interval()
+    assert metrics.t_interval(values) == pytest.approx((7 / 3, wanted.low, wanted.high, 3))
+    assert metrics.mean(np.repeat(values, 5), np.repeat(range(4), 5)) == pytest.approx((7 / 3, *wanted, 15))
+    alone = metrics.t_interval([3.0])
+    assert alone.value == 3.0 and math.isnan(alone.low) and alone.n == 1 and metrics.t_interval([]).n == 0
+
+
+def test_a_single_control_is_the_paired_t_interval():
     rng = np.random.default_rng(0)
-    hard = rng.random(200) < 0.5
-    before, after = hard.astype(float), (hard | (rng.random(200) < 0.1)).astype(float)
-    change = metrics.paired_difference(before, after, seed=1)
-    assert change.value == pytest.approx((after - before).mean()) and change.n == 200
-    assert 0 < change.low < change.value < change.high
-    shuffled = metrics.paired_difference(before, rng.permutation(after), seed=1)
-    assert (shuffled.high - shuffled.low) > 1.5 * (change.high - change.low)
-    assert metrics.paired_difference(before, after, seed=1) == change
-
-
-def test_paired_difference_leaves_out_what_was_not_judged():
-    change = metrics.paired_difference([0.0, math.nan, 1.0], [1.0, 1.0, math.nan])
-    assert (change.value, change.high, change.n) == (1.0, 1.0, 1)
-    assert metrics.paired_difference([math.nan], [1.0]).n == 0
+    before, after = rng.normal(size=(2, 40))
+    wanted = stats.ttest_rel(after, before).confidence_interval()
+    assert metrics.clustered_difference(before, after) == pytest.approx((np.mean(after - before), *wanted, 40))
+    holes = after.copy()
+    holes[3] = math.nan
+    assert metrics.clustered_difference(before, holes).n == 39
+    assert metrics.clustered_difference([math.nan], [1.0]).n == 0
     with pytest.raises(InputError, match="got 1 and 2"):
-        metrics.paired_difference([1.0], [1.0, 0.0])
+        metrics.clustered_difference([1.0], [1.0, 0.0])
 
 
-def test_paired_bootstrap_covers():
-    rng = np.random.default_rng(3)
-    hits = 0
-    for trial in range(200):
-        change = metrics.bootstrap_mean(rng.normal(0.3, 1.0, 60), seed=trial, draws=400)
-        hits += change.low <= 0.3 <= change.high
-    assert 0.88 <= hits / 200 <= 0.99
+def test_ratio_of_equal_lengths_is_the_mean():
+    values = np.array([2.0, 3.0, 7.0, 4.0])
+    found, wanted = metrics.ratio(values * 10, np.full(4, 10.0)), metrics.mean(values)
+    assert found == pytest.approx(wanted)
+    assert metrics.ratio([], []).n == 0
 
 
-def test_t_interval_over_seeds():
-    interval = metrics.t_interval([1.0, 2.0, 3.0])
-    assert interval.value == 2.0 and interval.n == 3
-    assert interval.high - interval.value == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
-    assert math.isnan(metrics.t_interval([1.0]).low) and metrics.t_interval([1.0, math.nan]).n == 1
+# --------------------------------------------------------------------------------------------------------- coverage
 
 
-def test_holm():
-    assert metrics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    adjusted = metrics.holm([0.02, math.nan, 0.9])
-    assert adjusted[0] == pytest.approx(0.04) and math.isnan(adjusted[1]) and adjusted[2] == pytest.approx(0.9)
+TOPICS = np.repeat(np.arange(26), 8)
+#: Mean rate where topics' logits spread by 1.5 around -2; between draws' logits by 1 around 0.
+TOPIC_RATE = stats.norm.expect(lambda x: expit(-2 + 1.5 * x))
+WIDE = math.sqrt(2)
+CHANGE = stats.norm.expect(lambda x: expit(WIDE * x)) - stats.norm.expect(lambda x: expit(WIDE * x - 1))
+EXCESS = stats.norm.expect(lambda x: expit(1 + x)) - stats.norm.expect(lambda x: expit(WIDE * x - 1))
 
 
-def test_sign_flip_p_value_agrees_with_the_exact_test():
-    before, after = [0.0] * 8, [1.0] * 7 + [-1.0]
-    exact = (2 * 9) / 2**8  # sums of at least 6 in size: 8 or 6 of either sign
-    assert metrics.sign_flip_p_value(before, after, draws=40_000) == pytest.approx(exact, abs=0.005)
+def prompts_alone(rng):
+    return metrics.rate(rng.random(60) < 0.12), 0.12
+
+
+def prompts_in_topics(rng):
+    chance = expit(-2 + 1.5 * rng.normal(size=26))[TOPICS]
+    return metrics.rate(rng.random(208) < chance, TOPICS), TOPIC_RATE
+
+
+def rare_topic_event(rng):
+    event = (rng.random(26) < 0.03)[TOPICS]
+    return metrics.clustered_difference(np.zeros(208), event, TOPICS), 0.03
+
+
+def rate_of_rare_topics(rng):
+    return metrics.rate((rng.random(26) < 0.05)[TOPICS], TOPICS), 0.05
+
+
+def change_in_topics(rng):
+    topic = rng.normal(size=26)[TOPICS]
+    before, after = (rng.random(208) < expit(shift + topic + rng.normal(size=26)[TOPICS]) for shift in (-1, 0))
+    return metrics.clustered_difference(before, after, TOPICS), CHANGE
+
+
+def eight_draws(rng, draws=8):
+    """Random controls whose logits spread by 1 between draws, on prompts in topics; the chosen set raises the rate."""
+    topic = rng.normal(size=26)[TOPICS]
+    controls = rng.random((draws, 208)) < expit(-1 + rng.normal(size=(draws, 1)) + topic)
+    after = rng.random(208) < expit(1 + topic)
+    return metrics.clustered_difference(controls, after, TOPICS), EXCESS
+
+
+def three_draws(rng):
+    return eight_draws(rng, 3)
+
+
+def three_trainings(rng):
+    return metrics.t_interval(rng.normal(0.4, 0.1, 3)), 0.4
+
+
+def nats_of_prompts(rng):
+    return metrics.mean(rng.gamma(2.0, 0.5, 40)), 1.0
+
+
+def perplexity_of_texts(rng):
+    tokens = rng.integers(60, 200, 16)
+    return metrics.ratio(tokens * rng.normal(2.0, 0.4, 16), tokens), 2.0
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        prompts_alone,
+        prompts_in_topics,
+        rate_of_rare_topics,
+        rare_topic_event,
+        change_in_topics,
+        eight_draws,
+        three_draws,
+        three_trainings,
+        nats_of_prompts,
+        perplexity_of_texts,
+    ],
+    ids=lambda kind: kind.__name__,
+)
+def test_coverage_is_at_least_90_percent_where_95_is_said(kind, record_property):
+    """Every interval in use, simulated: 500 studies of each kind. The table is the properties of the JUnit report."""
+    rng = np.random.default_rng(11)
+    found = [kind(rng) for _ in range(500)]
+    covered = np.mean([interval.low <= truth <= interval.high for interval, truth in found])
+    record_property("coverage", round(float(covered), 3))
+    record_property("mean width", round(float(np.mean([i.high - i.low for i, _ in found])), 3))
+    assert covered >= 0.9
+    assert np.mean([i.high - i.low for i, _ in found]) < 1.2, "an interval that says nothing covers always"
+
+
+# ------------------------------------------------------------------------------------------------- tests, agreement
+
+
+def test_sign_flip_equals_enumeration():
+    rng = np.random.default_rng(2)
+    before, after = rng.normal(size=(2, 9))
+    change = after - before
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 9)).reshape(9, -1).T
+    exact = (np.abs(signs @ change) >= abs(change.sum()) - 1e-12).mean()
+    assert metrics.sign_flip_p_value(before, after, draws=10_000) == pytest.approx(exact, abs=0.005)
     assert metrics.sign_flip_p_value([0, 1, 0], [0, 1, 0]) == 1.0
+    assert math.isnan(metrics.sign_flip_p_value([math.nan], [1]))
 
 
-def test_cohen_kappa():
-    first = ["yes"] * 25 + ["no"] * 25
-    second = ["yes"] * 20 + ["no"] * 5 + ["yes"] * 10 + ["no"] * 15
-    kappa = metrics.cohen_kappa(first, second)  # the textbook example: 0.4
-    assert kappa.value == pytest.approx(0.4) and kappa.low < 0.4 < kappa.high and kappa.n == 50
-    assert metrics.cohen_kappa(first, first).value == 1.0
-    assert metrics.cohen_kappa([*first, None], [*second, "yes"]).n == 50
+def test_holm_by_hand_in_the_order_given():
+    found = metrics.holm([0.04, math.nan, 0.01, 0.03])
+    assert found[:1] + found[2:] == pytest.approx([0.06, 0.03, 0.06]) and math.isnan(found[1])
+    assert metrics.holm([]) == []
+
+
+def test_cohen_kappa_by_hand():
+    first = ["a"] * 25 + ["b"] * 25 + [None]
+    second = ["a"] * 20 + ["b"] * 5 + ["a"] * 10 + ["b"] * 15 + ["a"]
+    kappa = metrics.cohen_kappa(first, second)
+    assert kappa.value == pytest.approx(0.4) and kappa.n == 50 and kappa.low < 0.4 < kappa.high
     assert math.isnan(metrics.cohen_kappa(["a", "a"], ["a", "a"]).value)
-
-
-def test_confusion_keeps_what_was_not_judged():
-    table = metrics.confusion(["a", "b", math.nan], ["a", "a", "b"])
-    assert table.loc["b", "a"] == 1 and table.loc["not judged", "b"] == 1 and table.to_numpy().sum() == 3
-
-
-def test_a_difference_without_spread_keeps_an_interval():
-    same = metrics.paired_difference([0] * 30, [0] * 30)
-    assert same == (0.0, -0.1, 0.1, 30)
-    assert metrics.paired_difference([0] * 30, [1] * 30) == (1.0, 0.9, 1.0, 30)
-    spread = metrics.paired_difference([0, 1] * 15, [1, 1] * 15)
-    assert spread.low < spread.value < spread.high
-
-
-def test_clustered_difference_counts_topics_and_draws_not_prompts():
-    rng = np.random.default_rng(0)
-    clusters = np.repeat(np.arange(20), 10)
-    after = (rng.random(20) < 0.5)[clusters].astype(float)  # every topic is all or nothing
-    plain = metrics.clustered_difference(np.zeros(200), after, np.arange(200))
-    topics = metrics.clustered_difference(np.zeros(200), after, clusters)
-    assert plain.value == topics.value == after.mean()
-    assert topics.high - topics.low > 2 * (plain.high - plain.low)
-    assert (
-        abs(
-            (plain.high - plain.low)
-            / (metrics.wilson(int(after.sum()), 200).high - metrics.wilson(int(after.sum()), 200).low)
-            - 1
-        )
-        < 0.1
-    )
-    draws = np.zeros((5, 200))
-    draws[4] = 1.0
-    uncertain = metrics.clustered_difference(draws, np.full(200, 0.5), np.arange(200))
-    assert uncertain.value == pytest.approx(0.3)
-    assert uncertain.high - uncertain.low > 0.5, "one of five draws decides: the interval must say so"
-    assert metrics.clustered_difference([0, 0, 1], [1, float("nan"), 1], [0, 1, 2]).n == 2
-    assert metrics.clustered_difference([0] * 30, [0] * 30, range(30)) == (0.0, -0.1, 0.1, 30)
+    with pytest.raises(InputError, match="got 1 and 2"):
+        metrics.cohen_kappa(["a"], ["a", "b"])
