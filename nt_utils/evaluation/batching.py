@@ -140,7 +140,6 @@ def tail_logits(
         for batch in plan:
             last = 1 + max(len(tails[numbers[j]]) for j in batch)
             ids, mask = left_padded(lm, [rows[j] for j in batch], prefix)
-            count(passed_rows=len(batch), passed_tokens=ids.numel())
             logits = forward(lm, ids, mask, last, prefix.cache(len(batch)), False).logits
             for row, j in enumerate(batch):
                 n = len(tails[numbers[j]])

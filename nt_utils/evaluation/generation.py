@@ -195,7 +195,6 @@ def _greedy(
     """One batch: token ids in, responses out. Finished rows are dropped from the cache as soon as it pays."""
     stops = torch.tensor(lm.stop_ids, dtype=torch.long, device=lm.device)
     ids, mask = batching.left_padded(lm, rows, prefix)
-    count(answers=len(rows), read_tokens=ids.numel())
     past = prefix.cache(len(rows))
     written: list[list[int]] = [[] for _ in rows]
     totals = [0.0] * len(rows)
@@ -218,7 +217,6 @@ def _greedy(
                 end[i] = "stop"
             elif early_end and step % early_end.every == 0 and early_end.decided(_text(lm, written[i])):
                 end[i] = "cut"
-        count(decode_steps=1, written_tokens=len(alive))
         keep = [row for row, i in enumerate(alive) if not end[i]]
         if not keep:
             break
