@@ -16,7 +16,7 @@ from nt_utils import plots
 from nt_utils.bench import memory, modulation, rivals, tuning
 from nt_utils.bench.errors import error_table
 from nt_utils.bench.growth import growth
-from nt_utils.bench.setup import SHAPES, batch_of, forward, random_model, ratio, seconds, set_clock
+from nt_utils.bench.setup import SHAPES, batch_of, forward, random_model, ratio, resized, seconds, set_clock
 from nt_utils.errors import InputError
 from nt_utils.models import DecoderView
 from nt_utils.scoring.importance import Weights, score_batch
@@ -26,6 +26,10 @@ BARS = {
     "exact_over_forward.b": "<= 5",
     "linear_over_forward.a": "<= 3",
     "linear_over_forward.b": "<= 3",
+    "long_over_forward": "<= 6",
+    "bfloat16_over_float32.forward": "none",
+    "bfloat16_over_float32.generation": "none",
+    "bfloat16_over_float32.scoring": "none",
     "peer_over_exact": ">= 15",
     "brute_over_exact": ">= 1500",
     "scoring_memory_over_forward.32": "<= 1.5",
@@ -63,6 +67,42 @@ def speed(repeats: int) -> dict:
         if name == "b":
             results |= _rivals(view, batch, exact)
     return results
+
+
+def long_prompt(repeats: int, tokens: int = 512) -> dict:
+    """Scores of one long prompt, its q and k from sampled query rows, over the plain forward pass."""
+    shape = resized(SHAPES["a"], layers=2, batch=1, tokens=tokens)
+    view, batch = DecoderView(random_model(shape)), batch_of(shape)
+    weights = Weights(view)
+    functions = {"forward": forward(view.model, batch), "scores": lambda: score_batch(view, batch, weights=weights)}
+    return {"long_over_forward": ratio(seconds(functions, repeats), "scores", "forward")}
+
+
+def precision(repeats: int, shape=SHAPES["a"], new_tokens: int = 8) -> dict:
+    """Times in bfloat16 over those in float32: the forward pass, greedy generation, exact scores."""
+    functions: dict = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        view, batch = DecoderView(random_model(shape).to(dtype)), batch_of(shape)
+        weights = Weights(view)
+
+        def generation(model=view.model, batch=batch) -> None:
+            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+            model.generate(
+                **inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0
+            )
+
+        def scoring(view=view, batch=batch, weights=weights) -> None:
+            score_batch(view, batch, weights=weights)
+
+        parts = {"forward": forward(view.model, batch), "generation": generation, "scoring": scoring}
+        functions |= {f"{part} {dtype}": function for part, function in parts.items()}
+    times = seconds(functions, repeats)
+    return {
+        "bfloat16_over_float32": {
+            part: ratio(times, f"{part} torch.bfloat16", f"{part} torch.float32")
+            for part in ("forward", "generation", "scoring")
+        }
+    }
 
 
 def _rivals(view: DecoderView, batch, exact) -> dict:
@@ -138,7 +178,9 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--testbed", help="folder of a trained testbed, for the agreement of the linearised scores")
     parser.add_argument(
-        "--only", choices=("speed", "memory", "growth", "agreement", "errors", "tuning", "modulation"), help="one part"
+        "--only",
+        choices=("speed", "precision", "memory", "growth", "agreement", "errors", "tuning", "modulation"),
+        help="one part",
     )
     return parser.parse_args(arguments)
 
@@ -160,7 +202,9 @@ def main(arguments: list[str]) -> int:
         "date": datetime.date.today().isoformat(),
     }
     if options.only in (None, "speed"):
-        results |= speed(options.repeats)
+        results |= speed(options.repeats) | long_prompt(max(3, options.repeats // 5))
+    if options.only in (None, "precision"):
+        results |= precision(options.repeats)
     if options.only in (None, "agreement"):
         results["linear_spearman"] = linear_agreement(options.testbed)
     if options.only in (None, "memory"):

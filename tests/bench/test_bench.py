@@ -8,10 +8,10 @@ from transformers import LlamaConfig
 
 from nt_utils import hooks
 from nt_utils.bench import rivals, tuning
-from nt_utils.bench.__main__ import table
+from nt_utils.bench.__main__ import long_prompt, precision, table
 from nt_utils.bench.errors import error_table
 from nt_utils.bench.growth import BASE, operations
-from nt_utils.bench.setup import RandomPrompts, resized, seconds
+from nt_utils.bench.setup import SHAPES, RandomPrompts, resized, seconds
 from nt_utils.models import DecoderView, pad
 from nt_utils.scoring.importance import importance, score_batch
 from tests.tiny import hooks_left, tiny_model
@@ -145,3 +145,10 @@ def test_the_published_way_of_masking_trains_the_same_neurons():
 def test_the_error_table_compares_with_the_definition():
     (row,) = error_table(("qwen2",), tokens=6).to_dict("records")
     assert all(0 < row[kind] < 1e-4 for kind in ("q", "k", "v", "o", "ffn"))
+
+
+def test_rows_of_precision_and_of_long_prompts_are_ratios():
+    small = resized(SHAPES["a"], layers=1, hidden=64, heads=4, ffn=64, batch=1, tokens=8)
+    found = precision(1, small, new_tokens=2)["bfloat16_over_float32"]
+    assert set(found) == {"forward", "generation", "scoring"} and min(found.values()) > 0
+    assert long_prompt(1, tokens=16)["long_over_forward"] > 1
