@@ -185,6 +185,11 @@ class _NotANumber(Exception):
     """Row args[0] of a batch has logits that are not numbers."""
 
 
+def stop_token_ids(lm: LanguageModel) -> list[int]:
+    """Every id that ends an answer: end of text and end of turn."""
+    return list(lm.stop_ids)
+
+
 def _greedy(
     lm: LanguageModel,
     rows: Sequence[Sequence[int]],
@@ -193,7 +198,7 @@ def _greedy(
     early_end: EarlyEnd | None = None,
 ) -> list[Response]:
     """One batch: token ids in, responses out. Finished rows are dropped from the cache as soon as it pays."""
-    stops = torch.tensor(lm.stop_ids, dtype=torch.long, device=lm.device)
+    stops = torch.tensor(stop_token_ids(lm), dtype=torch.long, device=lm.device)
     ids, mask = batching.left_padded(lm, rows, prefix)
     past = prefix.cache(len(rows))
     written: list[list[int]] = [[] for _ in rows]
@@ -254,7 +259,7 @@ def _cache_path(
     settings = {
         "identity": identity,
         "prompts": [(text, p.prefill) for text, p in zip(lm.render([p.text for p in prompts]), prompts, strict=True)],
-        "decoding": {"method": "greedy", "max_new_tokens": max_new_tokens, "stops": list(lm.stop_ids)},
+        "decoding": {"method": "greedy", "max_new_tokens": max_new_tokens, "stops": stop_token_ids(lm)},
         "batch": [batch_size, batching.BATCH_TOKENS, batching.PADDING, batching.SAVED],
         "end": [early_end.key, early_end.every] if early_end else None,
         "form": 2,
