@@ -35,6 +35,7 @@ ROLES = {
     "borderline": "borderline",
     "general": "general",
     "second_language": "harmful",
+    "other_harmful": "harmful",
     "new_task": "benign",
 }
 

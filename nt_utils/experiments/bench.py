@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from nt_utils.data import corpus, splits
-from nt_utils.data.sources import load_prompts
+from nt_utils.data import corpus
+from nt_utils.data.records import PromptSet
 from nt_utils.evaluation import metrics
 from nt_utils.evaluation.metrics import Interval
 from nt_utils.evaluation.suite import METRICS, Evaluation, Suite, SuiteSet, evaluate
@@ -82,12 +82,11 @@ def with_prose(suite: Suite, seed: int, split: str = "test", n: int = 8) -> Suit
     return dataclasses.replace(suite, sets=(*(s for s in suite.sets if s.name != "text"), text))
 
 
-def with_harmful(suite: Suite, source: str, n: int, seed: int) -> Suite:
-    """The suite with a set "second": up to n test prompts of another source of harmful prompts ("" for none)."""
-    if not source:
+def with_harmful(suite: Suite, prompts: PromptSet | tuple) -> Suite:
+    """The suite with a second set of harmful prompts, "second"; as it is without prompts."""
+    if not len(prompts):
         return suite
-    prompts = splits.rows(load_prompts(source, kind="harmful"), "test", n, seed)
-    second = SuiteSet("second", prompts, ("asr", "refusal", "degenerate"))
+    second = SuiteSet("second", PromptSet(prompts), ("asr", "refusal", "degenerate"))
     return dataclasses.replace(suite, sets=(*suite.sets, second))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
@@ -22,13 +23,15 @@ from nt_utils.errors import InputError
 from nt_utils.evaluation import metrics
 from nt_utils.evaluation.suite import Suite
 from nt_utils.experiments.bench import Action, Bench, Measure
+from nt_utils.experiments.defences import Defence, then
 from nt_utils.experiments.definitions import DIFFERENCES, Definitions, answered
 from nt_utils.experiments.finetuning import Scope
-from nt_utils.interventions import modulation
+from nt_utils.interventions import Deactivate, modulation
 from nt_utils.interventions.delta import Delta
 from nt_utils.interventions.tuning import AllBut, Everything, Only, tune
 from nt_utils.models import LanguageModel
-from nt_utils.neurons import NeuronSet
+from nt_utils.neurons import POOL, NeuronSet
+from nt_utils.scoring.importance import importance
 from nt_utils.selection import Ranking
 
 # ------------------------------------------------------------------------------------------------ agreement
@@ -158,6 +161,53 @@ def agreement_interval(halves: Halves, share: float, prompts: int, minus: str) -
     return metrics.Interval(*_middle(values), prompts)
 
 
+def across_data(first: Halves, second: Halves, share: float) -> dict[str, metrics.Interval]:
+    """Definition -> Jaccard of its sets from two harmful data sets, with the middle 95% over halves of their prompts."""
+    found = {}
+    for name in first[0][0]:
+        if name in second[0][0]:
+            pairs = [
+                (a[name], b[name])
+                for one, two in zip(first, second, strict=True)
+                for a, b in zip(one, two, strict=True)
+            ]
+            values = [a.top_share(share).jaccard(b.top_share(share)) for a, b in pairs]
+            found[name] = metrics.Interval(*_middle(values), len(values))
+    return found
+
+
+def looking_again(
+    lm: LanguageModel,
+    bench: Bench,
+    defences: Sequence[Defence],
+    harmful: PromptSet,
+    benign: PromptSet,
+    share: float,
+    asr: Measure,
+    seed: int,
+) -> dict[str, metrics.Interval]:
+    """Defence -> ASR after an attacker detects contrast neurons anew in the defended model and zeroes them, minus the
+    undefended model's ASR after the same.
+
+    The attacker has the weights: the same prompts, the same share of the pool. Defences that only freeze are left out.
+    """
+
+    def found_anew(action: Action) -> NeuronSet:
+        with action.active(lm) if action is not None else nullcontext():
+            scores = [
+                importance(lm, prompts.texts, kinds=POOL, positions="last", progress=False)
+                for prompts in (harmful, benign)
+            ]
+        return selection.contrast(*scores).top_share(share)
+
+    undefended = Deactivate(found_anew(None))
+    return {
+        d.name: bench.excess(then(d.action, Deactivate(found_anew(d.action))), [undefended], asr, seed)
+        for d in defences
+        if d.action is not None
+    }
+
+
 def choose_shares(
     definitions: Definitions, candidates: Sequence[float], dev: Bench, measure: Measure, share: float
 ) -> pd.DataFrame:
@@ -167,10 +217,7 @@ def choose_shares(
     """
     rows, best = [], {}
     for name in DIFFERENCES:
-        found = {
-            c: dev(definitions.ranking(name, share=c).top_share(share)).rate(measure.set, measure.metric)
-            for c in candidates
-        }
+        found = {c: dev.rate(measure, definitions.ranking(name, share=c).top_share(share)) for c in candidates}
         best[name] = max(candidates, key=lambda c: found[c].value)
         rows += [(name, c, *rate, c == best[name]) for c, rate in found.items()]
     definitions.utility_shares = best
@@ -245,22 +292,11 @@ def effect_table(
     for name, neurons in chosen.sets.items():
         rows += bench.rates(act(neurons), measures, **labels, definition=name, set="chosen")
         for control, draws in chosen.controls[name].items():
-            for m in measures:
-                found = [bench(act(d)).rate(m.set, m.metric) for d in draws]
-                values = [r.value for r in found]
-                low, high = (min(values), max(values)) if len(values) > 1 else (found[0].low, found[0].high)
-                rows.append(
-                    {
-                        **labels,
-                        "definition": name,
-                        "set": control,
-                        "metric": m.label,
-                        "value": float(np.mean(values)),
-                        "low": low,
-                        "high": high,
-                        "n": found[0].n,
-                    }
-                )
+            labels_here = {**labels, "definition": name, "set": control}
+            if len(draws) > 1:
+                rows += bench.mean_rates([act(d) for d in draws], measures, **labels_here)
+            else:
+                rows += bench.rates(act(draws[0]), measures, **labels_here)
     for name, action in (others or {}).items():
         rows += bench.rates(action, measures, **labels, definition=name, set="no neurons")
     return pd.DataFrame(rows)

@@ -104,7 +104,6 @@ def build(
     frozen: Mapping[str, NeuronSet],
     setting: Setting,
     max_new_tokens: int,
-    directions: torch.Tensor | None = None,
 ) -> list[Defence]:
     """The model without defence first, then every defence.
 
@@ -112,7 +111,6 @@ def build(
         found: what all of them learn from; its validation part is what they are chosen on.
         sets: name -> the neurons that are trained alone ("SN-Tune", "RSN-Tune", "RU budget").
         frozen: name -> the units that this defence keeps from a fine-tuner, see :func:`frozen_units`.
-        directions: refusal directions, where they are known; what they took is then no part of the defence's seconds.
     """
     measures = [
         Measure("seen", "asr", "seen"),
@@ -132,12 +130,12 @@ def build(
         ranked = neurontune.rankings(lm, found, method="patching")
         return _made(f"NeuronTune, {name}", lambda: neurontune.learn_preset(lm, found, ranked, name, recipe).modulation)
 
-    def steered(cost):
-        return neurontune.steered(lm, found, "add", setting.strengths, cost, directions)
-
     def direction() -> Defence:
         cost = neurontune.cost(dev, {"direct": measures[1], "seen": measures[0], "useful": measures[2]})
-        return _made("refusal direction", lambda: steered(cost))
+        return _made(
+            "refusal direction",
+            lambda: min(neurontune.added_directions(lm, found, setting.strengths, cost), key=cost),
+        )
 
     def adapter() -> Defence:
         least = min(_owned(lm, chosen, setting.sides) for chosen in sets.values())
@@ -263,8 +261,7 @@ def defence_table(
     for defence in defences:
         rows += bench.rates(defence.action, defence=defence.name, rate=0.0, step=0)
         for attack in attacks:
-            small = Bench(bench.lm, bench.suite.only(*dict.fromkeys((asr.set, useful.set))), [asr, useful])
-            worst, where = worst_case(small, defence, attack, asr, useful)
+            worst, where = worst_case(bench.part(asr, useful), defence, attack, asr, useful)
             labels = {"defence": defence.name, **where}
             after = [dataclasses.replace(m, label=f"{m.label} after {attack.name}") for m in (asr, useful)]
             rows += rates(worst, after, **labels)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from nt_utils.errors import first_line
 from nt_utils.evaluation.generation import generate
 from nt_utils.evaluation.judges import phrase_verdict
-from nt_utils.interventions.dial import dial
+from nt_utils.interventions import Intervention
+from nt_utils.interventions.dial import PRESETS, dial
 from nt_utils.interventions.modulation import Modulation
 
 if TYPE_CHECKING:
@@ -18,15 +21,13 @@ if TYPE_CHECKING:
 
 
 def has_front_end() -> bool:
-    """Whether somebody can move a slider: a Jupyter kernel that papermill does not drive."""
+    """Whether somebody can move a slider: a Jupyter kernel whose client answers questions, as a browser does and a batch does
+    not."""
     try:
         from IPython import get_ipython
     except ImportError:
         return False
-    shell = get_ipython()
-    if shell is None or not hasattr(shell, "kernel"):
-        return False
-    return not any(str(cell).startswith("# Parameters\n") for cell in shell.user_ns.get("In", []))
+    return bool(getattr(getattr(get_ipython(), "kernel", None), "_allow_stdin", False))
 
 
 class Dial:
@@ -34,11 +35,21 @@ class Dial:
 
     Args:
         ranked, learnt: rankings and the learnt alpha that :func:`nt_utils.interventions.dial.dial` takes;
-        table: the sweep, for the rates of its settings.
+        table: the sweep, for the rates of its settings; rival: an intervention whose answer stands beside (the refusal
+        direction), or None; tokens: of an answer.
     """
 
-    def __init__(self, lm: LanguageModel, ranked: Rankings, learnt: Modulation, table: pd.DataFrame, tokens: int = 60):
+    def __init__(
+        self,
+        lm: LanguageModel,
+        ranked: Rankings,
+        learnt: Modulation,
+        table: pd.DataFrame,
+        rival: Intervention | None = None,
+        tokens: int = 60,
+    ):
         self.lm, self.ranked, self.learnt, self.table, self.tokens = lm, ranked, learnt, table, tokens
+        self.rival = rival
 
     def values(self, column: str) -> list:
         """The settings of n_safety, n_utility or strength that the sweep holds."""
@@ -61,6 +72,26 @@ class Dial:
     def safest(self) -> dict[str, Any]:
         """The setting that the panel begins with: most safety neurons, fewest utility neurons, full strength."""
         return {c: self.values(c)[end] for c, end in (("n_safety", -1), ("n_utility", 0), ("strength", -1))}
+
+    @property
+    def presets(self) -> dict[str, dict[str, Any]]:
+        """Named settings of the sweep: nothing turned, and the two of the method with the nearest numbers of neurons."""
+        size = self.ranked.safety.values.numel()
+
+        def nearest(column: str, share: float) -> Any:
+            return min(self.values(column), key=lambda n: abs(n - share * size))
+
+        found = {"untouched": {"n_safety": 0, "n_utility": 0, "strength": self.values("strength")[-1]}}
+        for name, preset in PRESETS.items():
+            both = {"n_safety": nearest("n_safety", preset.safety_share)}
+            both["n_utility"] = nearest("n_utility", preset.utility_share)
+            found[name] = {**both, "strength": self.values("strength")[-1]}
+        return found
+
+    def rival_answer(self, prompt: str) -> str:
+        """The answer under the rival intervention."""
+        options = {"max_new_tokens": self.tokens, "progress": False, "intervention": self.rival}
+        return generate(self.lm, [prompt], **options)[0].text
 
     def answers(self, prompt: str, n_safety: int, n_utility: int, strength: float) -> tuple[str, str]:
         """Answers of the untouched and of the modulated model."""
@@ -89,9 +120,32 @@ class Dial:
         return prompts[turned.index(True) if any(turned) else changed.index(True) if any(changed) else 0]
 
 
-def panel(lm: LanguageModel, ranked: Rankings, learnt: Modulation, table: pd.DataFrame, prompts: Sequence[str]) -> Any:
+#: Colour of a verdict's badge.
+BADGES = {"refusal": "#0072B2", "partial": "#56B4E9", "compliance": "#D55E00"}
+
+
+def badge(title: str, answer: str) -> str:
+    """A column's heading with the phrase judge's verdict on its answer, as HTML."""
+    verdict = str(phrase_verdict(answer)) if answer.strip() else "no answer"
+    colour = BADGES.get(verdict, "#7F7F7F")
+    style = f"background:{colour};color:white;border-radius:4px;padding:1px 6px"
+    return f"<b>{html.escape(title)}</b> <span style='{style}'>{html.escape(verdict)}</span>"
+
+
+def panel(
+    lm: LanguageModel,
+    ranked: Rankings,
+    learnt: Modulation,
+    table: pd.DataFrame,
+    prompts: Sequence[str],
+    rival: Intervention | None = None,
+) -> Any:
     """The widgets, with the most telling of the prompts; None, with one line that says why, where ipywidgets or a front
-    end is missing."""
+    end is missing.
+
+    A request, the sliders, buttons for the presets, and the answers of the untouched model, of the modulated one and
+    under the rival side by side, each with its verdict. Sliders act when they are let go.
+    """
     try:
         import ipywidgets as widgets
     except ImportError:
@@ -100,39 +154,62 @@ def panel(lm: LanguageModel, ranked: Rankings, learnt: Modulation, table: pd.Dat
     if not has_front_end():
         print("no front end: the figures above show the dial's settings")
         return None
-    model, wide = Dial(lm, ranked, learnt, table), {"width": "48em"}
+    model, label = Dial(lm, ranked, learnt, table, rival), {"style": {"description_width": "8em"}}
     names = {"n_safety": "safety neurons", "n_utility": "utility neurons", "strength": "strength"}
     sliders = {
         name: widgets.SelectionSlider(
             options=model.values(name),
             value=model.safest[name],
-            description=label,
-            style={"description_width": "8em"},
+            description=words,
+            continuous_update=False,
             layout={"width": "30em"},
+            **label,
         )
-        for name, label in names.items()
+        for name, words in names.items()
     }
-    text = widgets.Text(
-        value=model.telling(prompts),
-        description="prompt",
-        continuous_update=False,
-        style={"description_width": "8em"},
-        layout=wide,
-    )
-    field = {"disabled": True, "rows": 4, "layout": {"width": "24em"}}
-    rates, plain, modulated = (
-        widgets.Label(layout={"width": "60em"}),
-        widgets.Textarea(**field),
-        widgets.Textarea(**field),
-    )
+    telling = model.telling(prompts)
+    text = widgets.Text(value=telling, description="prompt", continuous_update=False, layout={"width": "48em"}, **label)
+    columns = ["untouched", "modulated", *([rival.name] if rival is not None else [])]
+    field = {"disabled": True, "rows": 5, "layout": {"width": "22em"}}
+    heads, answers = [widgets.HTML() for _ in columns], [widgets.Textarea(**field) for _ in columns]
+    rates, plain_rates = (widgets.Label(layout={"width": "66em"}) for _ in range(2))
+    status, paused = widgets.Label(), []
 
     def show(_=None) -> None:
+        if paused:
+            return
+        status.value = "computing ..."
         setting = {name: slider.value for name, slider in sliders.items()}
-        rates.value = model.rates(**setting)
-        plain.value, modulated.value = model.answers(text.value, **setting) if text.value.strip() else ("", "")
+        rates.value = "this setting: " + model.rates(**setting)
+        plain_rates.value = "untouched: " + model.rates(0, 0, 0.0)
+        try:
+            found = ["" for _ in columns]
+            if text.value.strip():
+                found = list(model.answers(text.value, **setting))
+                found += [model.rival_answer(text.value)] if rival is not None else []
+            for head, area, name, answer in zip(heads, answers, columns, found, strict=True):
+                head.value, area.value = badge(name, answer), answer
+            status.value = ""
+        except Exception as error:  # whatever went wrong belongs on the panel, not in a log that nobody sees
+            status.value = f"{type(error).__name__}: {first_line(error)}"
 
+    def turn(setting: dict[str, Any], prompt: str | None = None) -> None:
+        paused.append(True)
+        for name, value in setting.items():
+            sliders[name].value = value
+        text.value = text.value if prompt is None else prompt
+        paused.clear()
+        show()
+
+    buttons = []
+    for name, setting in {**model.presets, "reset": model.safest}.items():
+        button = widgets.Button(description=name)
+        button.on_click(lambda _, name=name, setting=setting: turn(setting, telling if name == "reset" else None))
+        buttons.append(button)
     for control in (*sliders.values(), text):
         control.observe(show, names="value")
     show()
-    labels = [widgets.VBox([widgets.Label(n), w]) for n, w in (("untouched", plain), ("modulated", modulated))]
-    return widgets.VBox([*sliders.values(), text, rates, widgets.HBox(labels)])
+    side = [widgets.VBox([head, area]) for head, area in zip(heads, answers, strict=True)]
+    return widgets.VBox(
+        [text, *sliders.values(), widgets.HBox(buttons), rates, plain_rates, widgets.HBox(side), status]
+    )

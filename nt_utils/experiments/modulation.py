@@ -7,9 +7,9 @@ preset: these three are what other experiments need. [NT] is Pan et al. (arXiv 2
 from __future__ import annotations
 
 import dataclasses
-import math
+import itertools
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,8 +24,8 @@ from nt_utils.data import corpus, splits
 from nt_utils.data.attacks import ATTACKS, FULL_LENGTH, Attack, attacks
 from nt_utils.data.records import PromptSet
 from nt_utils.evaluation import metrics
-from nt_utils.evaluation.suite import Evaluation, Suite, SuiteSet
-from nt_utils.experiments.bench import Bench, Measure
+from nt_utils.evaluation.suite import Suite, SuiteSet
+from nt_utils.experiments.bench import Bench, Finding, Measure, clusters_of, ratio, total
 from nt_utils.interventions import Intervention, dial, export, learning, steering
 from nt_utils.interventions.dial import Preset, assign, whole_layers
 from nt_utils.interventions.learning import Learnt, Recipe
@@ -254,20 +254,6 @@ def rankings_table(ranked: Rankings) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["layer", "kind", "neuron", "safety", "utility"])
 
 
-def largest_layer(scores: NeuronScores, count: int, draws: int, seed: int) -> metrics.Interval:
-    """Largest share of the top ``count`` neurons that one layer holds, with the middle 95% over halves of the cases."""
-
-    def share(some: NeuronScores) -> float:
-        chosen = selection.attributed(some).top(count)
-        return max(chosen.per_layer()) / len(chosen)
-
-    rng = np.random.default_rng(seed)
-    halves = [sorted(rng.permutation(scores.n_prompts)[: scores.n_prompts // 2].tolist()) for _ in range(draws)]
-    value = share(scores)
-    low, high = np.quantile([share(scores.subset(rows)) for rows in halves], [0.025, 0.975])
-    return metrics.Interval(value, min(low, value), max(high, value), scores.n_prompts)
-
-
 # ------------------------------------------------------------------------------------------------------- learning
 
 
@@ -361,14 +347,29 @@ def steered(
     return best
 
 
+def added_directions(
+    lm: LanguageModel, found: Material, strengths: Sequence[float], measure: Callable[[Intervention], float]
+) -> list[steering.Steering]:
+    """The refusal direction added at each strength: the direction as its paper chooses it, on the prompts apart.
+
+    Where no candidate meets the paper's bounds, the place with the smallest ``measure`` at the first strength.
+    """
+    harmless = found.plain_benign.filter(kind="benign", attack="") or found.plain_benign
+    validation = found.dev[0]["direct"].texts[:32], found.dev[1].texts[:32]
+    refusals = sorted({p.refusal for p in found.plain if p.refusal}) or ["I"]
+    chosen = steering.refusal_direction(lm, found.plain.texts, harmless.texts, validation, refusals=refusals).add
+    if chosen is None:
+        chosen = steered(lm, found, "add", strengths[:1], measure)
+    return [dataclasses.replace(chosen, strength=float(s)) for s in strengths]
+
+
 def cost(bench: Bench, measures: Mapping[str, Measure]) -> Callable[[Intervention], float]:
     """intervention -> direct and seen-attack ASR and over-refusal minus usefulness, a number to be small: for choices on
     development prompts."""
     signs = {"direct": 1, "seen": 1, "over": 1, "useful": -1}
 
     def value(action: Intervention) -> float:
-        found = bench(action)
-        return sum(s * found.rate(measures[r].set, measures[r].metric).value for r, s in signs.items() if r in measures)
+        return sum(s * bench.rate(measures[r], action).value for r, s in signs.items() if r in measures)
 
     return value
 
@@ -486,36 +487,8 @@ def arms_table(bench: Bench, arms: Mapping[str, Intervention | Sequence[Interven
         if not isinstance(arm, (list, tuple)):
             rows += bench.rates(arm, arm=name, group=group)
             continue
-        for m in bench.measures:
-            found = [bench(draw).rate(m.set, m.metric) for draw in arm]
-            values = [r.value for r in found]
-            rows.append(
-                {
-                    "arm": f"{name}, mean of {len(arm)}",
-                    "group": group,
-                    "metric": m.label,
-                    "value": float(np.mean(values)),
-                    "low": min(values),
-                    "high": max(values),
-                    "n": found[0].n,
-                }
-            )
+        rows += bench.mean_rates(arm, arm=f"{name}, mean of {len(arm)}", group=group)
     return pd.DataFrame(rows)
-
-
-def together(intervals: Sequence[metrics.Interval]) -> metrics.Interval:
-    """Sum of differences on different prompt sets: the distances to the limits are added in quadrature (Zou and Donner 2008)."""
-    value = sum(i.value for i in intervals)
-    low = value - math.sqrt(sum((i.value - i.low) ** 2 for i in intervals))
-    high = value + math.sqrt(sum((i.high - i.value) ** 2 for i in intervals))
-    return metrics.Interval(value, low, high, min(i.n for i in intervals))
-
-
-def halved(bench: Bench, action: Intervention, measure: Measure, seed: int = 0) -> metrics.Interval:
-    """Rate under the action minus half of the rate without it, resampled over topics: below 0 = more than halved."""
-    before, after = (bench(a).values(measure.set, measure.metric).to_numpy(float) for a in (None, action))
-    topics = pd.factorize(_topics(bench(action), measure))[0]
-    return metrics.clustered_difference([before / 2], after, topics, seed=seed)
 
 
 # ----------------------------------------------------------------------------------------------- dial and frontier
@@ -539,7 +512,7 @@ def dial_table(
     def measure(action: Modulation | None) -> dict[str, float]:
         row: dict[str, float] = {}
         for m in bench.measures:
-            value, low, high, n = bench(action).rate(m.set, m.metric)
+            value, low, high, n = bench.rate(m, action)
             row |= {m.label: value, f"{m.label} low": low, f"{m.label} high": high, f"{m.label} n": n}
         return row
 
@@ -614,20 +587,130 @@ def adapted_difference(
     """
     classes = list(adapted[first])
     pairs = [(adapted[first][name][1], adapted[second][name][1]) for name in classes]
-    asr = together([bench.excess(a, [b], m, seed) for (a, b), m in zip(pairs, class_measures(classes), strict=True)])
+    asr = total(*[bench.excess(a, [b], m, seed) for (a, b), m in zip(pairs, class_measures(classes), strict=True)])
     asr = metrics.Interval(*(v / len(classes) for v in asr[:3]), asr.n)
-    change = [
-        bench(a).values(over.set, over.metric).to_numpy(float) - bench(b).values(over.set, over.metric).to_numpy(float)
-        for a, b in pairs
-    ]
+    change = [bench.mean_values([a], over) - bench.mean_values([b], over) for a, b in pairs]
     mean = np.mean(change, axis=0)
-    topics = pd.factorize(_topics(bench(pairs[0][0]), over))[0]
-    return together([asr, metrics.clustered_difference([np.zeros_like(mean)], mean, topics, seed=seed)])
+    topics = clusters_of(bench.on(over.set), over.set)
+    return total(asr, metrics.clustered_difference([np.zeros_like(mean)], mean, topics, seed=seed))
 
 
-def _topics(found: Evaluation, measure: Measure) -> pd.Series:
-    rows = found.rows[found.rows["set"] == measure.set]
-    return rows["topic"].where(rows["topic"] != "", rows["number"].astype(str))
+# --------------------------------------------------------------------------------------------------------- claims
+
+
+def findings(
+    bench: Bench,
+    tuned: Modulation,
+    measures: Mapping[str, Measure],
+    roles: dict[str, Measure],
+    rivals: Mapping[str, tuple[str, str, Sequence[Intervention]]],
+    seed: int,
+) -> Iterator[Finding]:
+    """What is said of N1 to N4 and N6: the modulated model against the untouched one and against other neurons.
+
+    Args:
+        measures: :func:`roles` of the suite; roles: measures of ``experiments.bench`` for utility;
+        rivals: name -> (claim, part, its interventions) whose unseen-attack ASR plus over-refusal is compared.
+    """
+    attack, needless, _ = key_roles(measures)
+    both = [measures[attack], measures[needless]]
+    for claim, part, others in rivals.values():
+        yield Finding(claim, "", part, total(*(bench.excess(tuned, others, m, seed) for m in both)))
+    after, before = (bench.against([a], None, measures[attack], seed) for a in (tuned, None))
+    yield Finding("N2", "", "asr", ratio(after, before) or "attacks may never succeed on the untouched model")
+    for part, role in (("over-refusal", "over"), ("benign", "refusal")):
+        found: metrics.Interval | str = "the study has no borderline prompts"
+        if role in measures:
+            found = bench.change(tuned, measures[role], seed)
+        yield Finding("N3", "", part, found)
+    yield from bench.utility_findings("N4", [tuned], roles, seed)
+
+
+def spread_findings(ranked: Rankings, sizes: Mapping[str, int], draws: int, seed: int) -> Iterator[Finding]:
+    """What is said of N8: how the top safety and utility neurons spread over the layers, with halves of the cases."""
+    for row, scores in (("safety", ranked.safety_scores), ("utility", ranked.utility_scores)):
+        yield Finding("N8", row, "largest layer", _over_halves(scores, sizes[row], draws, seed, _largest_layer))
+        yield Finding("N8", row, "thirds", _over_halves(scores, sizes[row], draws, seed, _smallest_third))
+
+
+def _largest_layer(layers: Sequence[int]) -> float:
+    return max(layers) * len(layers) / sum(layers)
+
+
+def _smallest_third(layers: Sequence[int]) -> float:
+    return min(int(part.sum()) for part in np.array_split(np.asarray(layers), 3)) / sum(layers)
+
+
+def _over_halves(
+    scores: NeuronScores, count: int, draws: int, seed: int, of: Callable[[Sequence[int]], float]
+) -> metrics.Interval:
+    """A number of the top neurons' counts by layer, with the middle 95% over random halves of the cases."""
+
+    def number(some: NeuronScores) -> float:
+        return of(selection.attributed(some).top(count).per_layer())
+
+    rng = np.random.default_rng(seed)
+    halves = [sorted(rng.permutation(scores.n_prompts)[: scores.n_prompts // 2].tolist()) for _ in range(draws)]
+    value = number(scores)
+    low, high = np.quantile([number(scores.subset(rows)) for rows in halves], [0.025, 0.975])
+    return metrics.Interval(value, min(low, value), max(high, value), scores.n_prompts)
+
+
+def dial_slope(bench: Bench, settings: Mapping[tuple, Modulation | None], axis: int, measure: Measure, seed: int):
+    """Slope of a rate over the number of safety (axis 0) or utility neurons (axis 1), from none to the most = 1.
+
+    Least squares over the levels, each the mean over the other settings; resampled over topics.
+
+    Args:
+        settings: (safety neurons, utility neurons, strength) -> the modulation; None where nothing is turned.
+    """
+    levels = sorted({key[axis] for key in settings})
+    found = np.stack([bench.mean_values([a for k, a in settings.items() if k[axis] == n], measure) for n in levels])
+    x = np.array(levels) / max(max(levels), 1) - np.mean(levels) / max(max(levels), 1)
+    slope = (x[:, None] * found).sum(0) / max(float((x**2).sum()), 1e-12)
+    return metrics.clustered_difference(
+        [np.zeros_like(slope)], slope, clusters_of(bench.on(measure.set), measure.set), seed=seed
+    )
+
+
+def dial_settings(
+    ranked: Rankings, learnt: Modulation, shares: Sequence[float], strengths: Sequence[float]
+) -> dict[tuple[int, int, float], Modulation | None]:
+    """(safety neurons, utility neurons, strength) -> the dial's modulation; None where nothing is turned."""
+    size = ranked.safety.values.numel()
+    counts, found = sorted({round(share * size) for share in shares}), {}
+    for n_safety, n_utility, strength in itertools.product(counts, counts, sorted(strengths)):
+        turned = bool(n_safety + n_utility and strength)
+        both = (ranked.safety, ranked.utility)
+        found[n_safety, n_utility, strength] = (
+            dial.dial(*both, n_safety, n_utility, strength, learnt=learnt) if turned else None
+        )
+    return found
+
+
+def dial_findings(
+    bench: Bench,
+    settings: Mapping[tuple, Modulation | None],
+    rivals: Sequence[Intervention | None],
+    cost: Callable[[Intervention], float],
+    seed: int,
+) -> Iterator[Finding]:
+    """What is said of N7. ``bench.measures``: ASR, over-refusal, utility; ``cost`` chooses one setting on development prompts.
+
+    "undominated": over each rival the setting has its largest advantage in one of the three rates; the rival that leaves it
+    least counts.
+    """
+    asr, over, useful = bench.measures[:3]
+    yield Finding("N7", "", "safety slope", dial_slope(bench, settings, 0, asr, seed))
+    yield Finding("N7", "", "utility slope", dial_slope(bench, settings, 1, over, seed))
+    best = min((a for a in settings.values() if a is not None), key=cost)
+    least = []
+    for rival in rivals:
+        ahead = [bench.excess(best, [rival], useful, seed)]
+        for m in (asr, over):  # less is better: the rival's rate minus the setting's
+            ahead.append(bench.excess(rival, [best], m, seed))
+        least.append(max(ahead, key=lambda i: i.value))
+    yield Finding("N7", "", "undominated", min(least, key=lambda i: i.value))
 
 
 # --------------------------------------------------------------------------------------------------------- export

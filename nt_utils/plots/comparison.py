@@ -11,6 +11,7 @@ import pandas as pd
 from nt_utils.plots.style import (
     COLOURS,
     GREY,
+    NAMED,
     counts,
     figure,
     interval,
@@ -18,6 +19,7 @@ from nt_utils.plots.style import (
     ordered,
     panels,
     percent,
+    place_labels,
     rate_rows,
 )
 
@@ -236,27 +238,63 @@ def per_neuron(table: pd.DataFrame) -> Figure:
     return drawn
 
 
+#: Families of defences, in the order of every figure: what a name starts with -> its paper's colour.
+FAMILIES = {
+    "SN-Tune": COLOURS[0],
+    "RSN-Tune": COLOURS[0],
+    "RU budget": COLOURS[2],
+    "freeze": COLOURS[2],
+    "NeuronTune": COLOURS[1],
+    "LoRA": GREY,
+    "full": GREY,
+    "refusal direction": NAMED["refusal direction"],
+    "system prompt": NAMED["system prompt"],
+}
+
+
+def _family(name: str) -> int:
+    """Position of a defence's family; "none" comes first."""
+    return next((i for i, start in enumerate(FAMILIES) if name.startswith(start)), -1)
+
+
+def _family_colour(name: str) -> str:
+    return "#000000" if _family(name) < 0 else list(FAMILIES.values())[_family(name)]
+
+
 @figure
 def defences(table: pd.DataFrame) -> Figure:
-    """Notebook 06: every defence under every measure. Columns defence, metric, value, low, high, n."""
-    metrics, names = ordered(table["metric"]), ordered(table["defence"])
-    columns = min(5, len(metrics))
-    lines = -(-len(metrics) // columns)
-    drawn, axes = panels(lines, columns, height=(0.19 * len(names) + 0.75) * lines, sharey=True)
-    for ax, metric in zip(axes.flat, metrics, strict=False):
-        rows = table[table["metric"] == metric]
-        base = rows[rows["defence"] == names[0]]
-        ax.axvline(float(base["value"].iloc[0]), color="black", lw=0.9, ls=":")
-        interval(ax, [names.index(d) for d in rows["defence"]], rows, COLOURS[0], horizontal=True, ms=3.5)
-        ax.set_title(textwrap.fill(f"{metric} ({counts(rows)})".replace(" = ", "="), 20), fontsize=7)
-        ax.set_yticks(range(len(names)), names, fontsize=7)
-        ax.set_ylim(len(names) - 0.4, -0.6)
-        if metric != "perplexity":
-            ax.set_xlim(-0.07, 1.07)
-            ax.set_xticks([0, 0.5, 1], ["0", "50", "100%"], fontsize=7)
-    for ax in list(axes.flat)[len(metrics) :]:
-        ax.set_visible(False)
-    note(drawn, "95% intervals; dotted: the model without defence", table)
+    """Notebook 06: every defence as a difference from the model without one, before (top) and after fine-tuning (below).
+
+    Columns defence, metric, value, low, high, n; the first defence is none. A metric "<label> after <attack>" stands below.
+    Defences stand by paper, each paper in its colour.
+    """
+    metrics = ordered(table["metric"])
+    none = ordered(table["defence"])[0]
+    names = sorted((n for n in ordered(table["defence"]) if n != none), key=_family)
+    rows_of = [[m for m in metrics if " after " not in m], [m for m in metrics if " after " in m]]
+    rows_of = [row for row in rows_of if row]
+    drawn, axes = panels(
+        len(rows_of), max(map(len, rows_of)), height=(0.17 * len(names) + 0.9) * len(rows_of), sharey=True
+    )
+    for line, shown in zip(axes, rows_of, strict=True):
+        for ax in line[len(shown) :]:
+            ax.set_visible(False)
+        for ax, metric in zip(line, shown, strict=False):
+            rows = table[table["metric"] == metric].set_index("defence")
+            base = float(rows.loc[none, "value"])
+            for i, name in enumerate(names):
+                if name in rows.index:
+                    moved = rows.loc[[name], ["value", "low", "high"]] - base
+                    interval(ax, [i], moved, _family_colour(name), horizontal=True, ms=3.5)
+            ax.axvline(0, color="black", lw=0.9)
+            unit = f"none {base:.3g}" if metric == "perplexity" else f"none {100 * base:.0f}%"
+            ax.set_title(f"{textwrap.fill(metric, 17)}\n({unit},\n{counts(rows)})".replace(" = ", "="), fontsize=7)
+            ax.set_yticks(range(len(names)), names, fontsize=7)
+            ax.set_ylim(len(names) - 0.4, -0.6)
+            ax.tick_params(axis="x", labelsize=7)
+            if metric != "perplexity":
+                ax.xaxis.set_major_formatter(lambda v, _: f"{100 * v:+.0f}" if v else "0")
+    note(drawn, "difference from no defence, in points; bars: the rate's own 95% interval; one colour a paper", table)
     return drawn
 
 
@@ -264,39 +302,33 @@ def defences(table: pd.DataFrame) -> Figure:
 def frontier(table: pd.DataFrame) -> Figure:
     """Notebook 06: safety against its price for every defence, both with intervals; the lower left is best.
 
-    Columns panel, defence, x_label, y_label, x, x_low, x_high, value, low, high, n, useful. Pale: the defended model has
-    lost its usefulness, so that its safety is worth nothing.
+    Columns panel, defence, x_label, y_label, x, x_low, x_high, value, low, high, n, useful. Dotted lines: no defence. Pale:
+    the defended model has lost its usefulness, so that its safety is worth nothing.
     """
-    kinds, names = ordered(table["panel"]), ordered(table["defence"])
-    drawn, axes = panels(1, len(kinds), height=4.0)
+    kinds = ordered(table["panel"])
+    drawn, axes = panels(1, len(kinds), height=4.4)
     for ax, kind in zip(axes[0], kinds, strict=True):
         rows = table[table["panel"] == kind]
         for row in rows.to_dict("records"):
-            i = names.index(row["defence"])
             error = {
                 k: [[max(row[v] - row[lo], 0)], [max(row[hi] - row[v], 0)]]
                 for k, v, lo, hi in (("xerr", "x", "x_low", "x_high"), ("yerr", "value", "low", "high"))
             }
-            style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-            if i >= len(MARKERS):
-                style["mfc"] = "white"
-            ax.errorbar(
-                row["x"],
-                row["value"],
-                **error,
-                **style,
-                ms=6,
-                lw=0.8,
-                ls="",
-                alpha=0.9 if row["useful"] else 0.25,
-                label=row["defence"],
-            )
+            colour, pale = _family_colour(row["defence"]), 1.0 if row["useful"] else 0.3
+            if _family(row["defence"]) < 0:
+                ax.axvline(row["x"], color="black", lw=0.9, ls=":")
+                ax.axhline(row["value"], color="black", lw=0.9, ls=":")
+            ax.errorbar(row["x"], row["value"], **error, color=colour, lw=0.7, alpha=0.3 * pale, ls="")
+            ax.plot(row["x"], row["value"], "o", color=colour, ms=5.5, alpha=pale)
         percent(ax.xaxis)
         percent(ax.yaxis)
+        ax.set_xlim(left=min(0.0, *ax.get_xlim()))
         ax.set_xlabel(rows["x_label"].iloc[0])
         ax.set_ylabel(textwrap.fill(rows["y_label"].iloc[0], 34))
         ax.set_title(counts(rows))
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=3)
-    note(drawn, "95% intervals; pale: the model has lost its usefulness", table)
+    note(drawn, "95% intervals; dotted: no defence; pale: the model has lost its usefulness; one colour a paper", table)
+    for ax, kind in zip(axes[0], kinds, strict=True):
+        rows = table[table["panel"] == kind]
+        places = {place: ",\n".join(part["defence"]) for place, part in rows.groupby(["x", "value"], sort=False)}
+        place_labels(ax, rows[["x", "value"]].to_numpy(float), np.array(list(places)), list(places.values()), size=6.5)
     return drawn

@@ -132,33 +132,39 @@ def modulation_dial(table: pd.DataFrame) -> Figure:
 
 @figure
 def modulation_frontier(table: pd.DataFrame) -> Figure:
-    """Notebook 05: every setting of the dial, attack success against over-refusal; dominated ones hollow.
+    """Notebook 05: every setting of the dial, attack success against over-refusal, the larger the more useful.
 
     Columns as in ``modulation_dial``, ``dominated``: another setting is as good in ASR, over-refusal and utility and
-    better in one.
+    better in one (hollow).
     """
-    asr, refusals = [c.removesuffix(" n") for c in table.columns if c.endswith(" n")][:2]
-    drawn, axes = panels(height=3.4)
+    asr, refusals, useful = [c.removesuffix(" n") for c in table.columns if c.endswith(" n")][:3]
+    drawn, axes = panels(height=3.9)
     ax = axes[0, 0]
     strengths = sorted(s for s in table["strength"].unique() if s)
+    sizes = 8 + 90 * (table[useful] / max(float(table[useful].max()), 1e-9)) ** 2
+    for i, row in table.iterrows():
+        turned = row["strength"] > 0
+        colour = COLOURS[strengths.index(row["strength"])] if turned else "#000000"
+        error = {
+            key: [[max(row[name] - row[f"{name} low"], 0)], [max(row[f"{name} high"] - row[name], 0)]]
+            for key, name in (("xerr", refusals), ("yerr", asr))
+        }
+        ax.errorbar(row[refusals], row[asr], **error, color=colour, lw=0.6, alpha=0.25, ls="")
+        face = "white" if turned and row["dominated"] else colour
+        ax.scatter(row[refusals], row[asr], s=sizes[i], facecolor=face, edgecolor=colour, zorder=3)
     for i, strength in enumerate(strengths):
-        rows = table[table["strength"] == strength]
-        for hollow, part in rows.groupby("dominated"):
-            face = "none" if hollow else COLOURS[i]
-            label = f"strength {strength:g}{', dominated' if hollow else ''}"
-            ax.scatter(part[refusals], part[asr], s=34, facecolor=face, edgecolor=COLOURS[i], label=label)
-    base = table.iloc[0]
-    ax.scatter(base[refusals], base[asr], marker="*", s=110, color="#000000", label="untouched model", zorder=3)
-    ax.margins(x=0.12, y=0.1)
+        ax.scatter([], [], s=40, color=COLOURS[i], label=f"strength {strength:g}")
+    ax.scatter([], [], s=40, color="#000000", label="untouched model")
+    ax.set_xlim(left=0)
     ax.set_ylim(bottom=0)
     percent(ax.xaxis)
     percent(ax.yaxis)
+    base = table.iloc[0]
     ax.set_xlabel(f"{refusals} (n = {int(base[f'{refusals} n'])})")
     ax.set_ylabel(f"{asr} (n = {int(base[f'{asr} n'])})")
-    ax.set_title("safety + utility neurons of the settings that no other dominates")
+    ax.set_title("labels: safety + utility neurons of the settings that no other dominates")
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    widths = [100 * (table[f"{rate} high"] - table[f"{rate} low"]).max() for rate in (refusals, asr)]
-    note(drawn, "95% Wilson intervals: at most {:.0f} points wide across, {:.0f} upwards".format(*widths), table)
+    note(drawn, f"crosses: 95% intervals; area: {useful}; hollow: dominated by another setting", table)
     best = table[~table["dominated"] & (table["strength"] > 0)]
     labels = {  # settings at one place share a label
         place: ", ".join(dict.fromkeys(map(_label, rows.itertuples())))
@@ -170,24 +176,30 @@ def modulation_frontier(table: pd.DataFrame) -> Figure:
 
 @figure
 def modulation_adaptation(table: pd.DataFrame) -> Figure:
-    """Notebook 05: unseen attack classes before and after an inner step on a few of their prompts.
+    """Notebook 05: what an inner step on a few prompts of an unseen attack class changes, each class and the mean.
 
     Columns: method, attack, stage (before, after), metric, value, low, high, n.
     """
     metrics, methods, names = (ordered(table[c]) for c in ("metric", "method", "attack"))
-    drawn, axes = panels(1, len(metrics), height=0.3 * len(names) * len(methods) / 2 + 1.4, sharey=True)
-    step = 0.8 / (2 * len(methods))
+    drawn, axes = panels(1, len(metrics), height=0.32 * (len(names) + 1) + 1.5, sharey=True)
     for ax, metric in zip(axes[0], metrics, strict=True):
+        rows = table[table["metric"] == metric].pivot_table(
+            index=["method", "attack"], columns="stage", values="value", sort=False
+        )
+        change = rows["after"] - rows["before"]
         for i, method in enumerate(methods):
-            for j, stage in enumerate(("before", "after")):
-                rows = table[(table["metric"] == metric) & (table["method"] == method) & (table["stage"] == stage)]
-                y = np.array([names.index(a) for a in rows["attack"]]) + step * (2 * i + j - len(methods) + 0.5)
-                face = "white" if stage == "before" else COLOURS[i]
-                interval(
-                    ax, y, rows, COLOURS[i], horizontal=True, ms=4, capsize=1.5, mfc=face, label=f"{method}, {stage}"
-                )
-        rate_rows(ax, names, f"{metric}\n({counts(table[table['metric'] == metric])})")
+            own = change[method].reindex(names)
+            y = np.arange(len(names)) + 0.22 * (i - (len(methods) - 1) / 2)
+            ax.plot(own, y, "o", color=COLOURS[i], ms=4, mfc="white", label=method)
+            middle, spread = float(own.mean()), float(own.std(ddof=1)) if len(own) > 1 else 0.0
+            error = spread / np.sqrt(max(len(own), 1))
+            at = len(names) + 0.22 * (i - (len(methods) - 1) / 2)
+            ax.errorbar(middle, at, xerr=error, fmt="o", color=COLOURS[i], ms=5.5, capsize=2.5, elinewidth=1.1)
+        ax.axvline(0, color="black", lw=0.9)
+        rate_rows(ax, [*names, "mean of the classes"], f"{metric}\n({counts(table[table['metric'] == metric])})", False)
+        ax.xaxis.set_major_formatter(lambda v, _: f"{100 * v:+.3g}" if v else "0")
+        ax.set_xlabel("change by the inner step, points")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=len(methods))
-    note(drawn, "95% Wilson intervals", table)
+    note(drawn, "open: one unseen attack class; filled: mean over the classes with its standard error", table)
     return drawn

@@ -251,7 +251,7 @@ def dial_state(page) -> dict[str, str]:
         if (!panel) return {};
         return {settings: [...panel.querySelectorAll('.widget-readout')].map(x => x.innerText).join(' '),
             rates: [...panel.querySelectorAll('.widget-label')].map(x => x.innerText).find(x => /%|no rates/.test(x)) || '',
-            answers: [...panel.querySelectorAll('textarea')].map(x => x.value).join(' | ')} }"""
+            answers: [...panel.querySelectorAll('textarea')].slice(0, 2).map(x => x.value).join(' | ')} }"""
     )
 
 

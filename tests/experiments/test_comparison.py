@@ -1,5 +1,7 @@
 """The tables of notebook 06: counted by hand on a toy space, and run for real on tiny models."""
 
+import contextlib
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,12 +9,13 @@ import torch
 
 from nt_utils.data.attacks import ATTACKS as WRAPPERS
 from nt_utils.data.attacks import FULL_LENGTH, attacks
-from nt_utils.data.records import PromptSet
+from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.definitions import REGISTRY, Definition, Material
 from nt_utils.errors import InputError
 from nt_utils.evaluation.suite import Suite, SuiteSet
 from nt_utils.experiments import comparison, definitions
 from nt_utils.experiments.bench import Bench, Measure
+from nt_utils.experiments.defences import Defence
 from nt_utils.experiments.definitions import Definitions, answered
 from nt_utils.interventions import steering
 from nt_utils.interventions.tuning import Only
@@ -232,3 +235,48 @@ def test_single_effects_by_exact_patching_and_by_gradient_agree():
     assert comparison.spearman(exact, estimate) > 0.8
     neurons = exact.top(1)
     assert isinstance(neurons, NeuronSet)
+
+
+def test_two_data_sets_are_compared_half_by_half():
+    def halves(*orders):
+        return [tuple({"d": Ranking(SPACE, POOL, torch.tensor(o).double())} for o in orders)]
+
+    size = SPACE.size(POOL)
+    up, down = list(range(size)), list(range(size, 0, -1))
+    found = comparison.across_data(halves(up, up), halves(up, down), 0.1)
+    assert found["d"].value == pytest.approx(0.5) and found["d"].n == 2
+
+
+def test_an_attacker_who_looks_again_detects_in_the_defended_model(monkeypatch, lm):
+    """The scores are taken while the defence acts, and the found neurons are zeroed on top of it."""
+    seen = []
+
+    class Defended:
+        key, name = "defended", "defended"
+
+        @contextlib.contextmanager
+        def active(self, _):
+            seen.append("in")
+            yield
+            seen.append("out")
+
+    def fake(lm, texts, **_):
+        seen.append("score")
+        return texts
+
+    chosen = {2: NeuronSet.from_flat(lm.view.space, [0], POOL), 5: NeuronSet.from_flat(lm.view.space, [1], POOL)}
+
+    def contrast(*_):
+        found = chosen[2 if "in" not in seen else 5]
+        return type("R", (), {"top_share": lambda self, share: found})()
+
+    monkeypatch.setattr(comparison, "importance", fake)
+    monkeypatch.setattr(comparison.selection, "contrast", contrast)
+    compared = []
+    bench = type("B", (), {"excess": lambda self, a, b, m, seed: compared.append((a, b))})()
+    prompts = PromptSet([Prompt(text="x")], "p")
+    made = [Defence("none"), Defence("tuned", Defended())]
+    assert list(comparison.looking_again(lm, bench, made, prompts, prompts, 0.1, None, 0)) == ["tuned"]
+    assert seen == ["score", "score", "in", "score", "score", "out"]
+    (action, (undefended,)) = compared[0]
+    assert action.first.key == "defended" and action.second.neurons == chosen[5] and undefended.neurons == chosen[2]

@@ -73,16 +73,6 @@ def test_frozen_units_grow_from_the_critical_ones_and_hold_their_inputs(bench):
     assert added <= set(with_inputs(made.set("CU"), lm.view.head_dim))
 
 
-def test_a_known_direction_is_not_computed_again(bench, monkeypatch):
-    found = modulation.given_material(bench.lm, *[(HARMFUL, BENIGN)] * 3, max_new_tokens=2)
-    setting = defences.Setting([0.01], [0.001], [1], 1, [0.5], wanted=["refusal direction"])
-    directions = modulation.refusal_directions(bench.lm, found)
-    made = [defences.build(bench.lm, found, {}, {}, setting, 2)]
-    monkeypatch.setattr(modulation, "refusal_directions", None)
-    made.append(defences.build(bench.lm, found, {}, {}, setting, 2, directions))
-    assert made[0][1].action.key == made[1][1].action.key
-
-
 class FakeBench:
     """ASR and utility by the name of what acts."""
 

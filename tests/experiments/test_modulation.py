@@ -13,6 +13,8 @@ from nt_utils.evaluation import metrics
 from nt_utils.evaluation.suite import Suite, SuiteSet
 from nt_utils.experiments import dial_panel
 from nt_utils.experiments import modulation as study
+from nt_utils.experiments.bench import Bench, ratio
+from nt_utils.interventions import steering
 from nt_utils.interventions.learning import Recipe
 from nt_utils.interventions.modulation import Modulation
 from nt_utils.neurons import POOL
@@ -132,8 +134,10 @@ def test_attribution_with_and_without_attacks_differs(lm, found):
     table = study.rankings_table(aware)
     assert len(table) == lm.view.space.size(POOL)
     assert table["safety"].to_numpy() == pytest.approx(aware.safety.values.numpy())
-    value, low, high, n = study.largest_layer(aware.safety_scores, 10, 4, 0)
-    assert 0.5 <= value <= 1 and low <= value <= high and n == 2
+    spread = {(f.row, f.part): f.found for f in study.spread_findings(aware, {"safety": 10, "utility": 4}, 4, 0)}
+    layers = aware.safety.top(10).per_layer()
+    assert spread["safety", "largest layer"].value == pytest.approx(max(layers) * len(layers) / 10)
+    assert len(spread) == 4 and all(found.low <= found.value <= found.high for found in spread.values())
 
 
 def test_learning_adapting_and_their_tables(lm, found, ranked, suite):
@@ -176,23 +180,33 @@ def test_baselines_are_chosen_by_the_cost(lm, found, ranked, suite):
     assert mean["low"] <= mean["value"] <= mean["high"]
 
 
-def test_sums_of_differences():
-    a, b = metrics.Interval(0.1, -0.2, 0.4, 50), metrics.Interval(-0.3, -0.7, 0.1, 40)
-    assert study.together([a, b]) == pytest.approx((-0.2, -0.7, 0.3, 40))
-    assert study.together([a]) == pytest.approx(a)
+class Fixed(Bench):
+    """Actions are numbers x: every prompt of ASR is answered with that chance, in order."""
+
+    def __init__(self):
+        self.measures = [study.Measure("s", "asr", m) for m in ("asr", "over", "useful")]
+
+    def on(self, name, action=None):
+        values = pd.Series(np.arange(20) < round(20 * (0.8 if action is None else action))).astype(float)
+        rows = pd.DataFrame({"set": "s", "topic": "", "number": range(20)})
+        return type("Found", (), {"rows": rows, "values": lambda self, *_: values})()
 
 
-def test_halved_compares_with_half_of_the_rate():
-    class Two:
-        def __call__(self, action):
-            values = pd.Series([1.0] * 8 if action is None else [1.0] * 4 + [0.0] * 4)
-            rows = pd.DataFrame({"set": "s", "topic": list("abcdefgh"), "number": range(8)})
-            found = type("E", (), {"rows": rows})()
-            found.values = lambda *_: values
-            return found
+def test_the_dials_slope_is_least_squares_over_its_levels():
+    settings = {(n, m, 1.0): 0.8 - 0.05 * n for n in (0, 4, 8) for m in (0, 5)}
+    bench = Fixed()
+    found = study.dial_slope(bench, settings, 0, bench.measures[0], 0)
+    assert found.value == pytest.approx(np.polyfit([0, 0.5, 1], [0.8, 0.6, 0.4], 1)[0])
+    assert study.dial_slope(bench, settings, 1, bench.measures[0], 0).value == pytest.approx(0)
 
-    value, low, high, n = study.halved(Two(), object(), study.Measure("s", "asr", ""))
-    assert value == 0.0 and low < 0 < high and n == 8
+
+def test_ratios_have_the_interval_of_their_parts():
+    after, before = metrics.Interval(0.2, 0.1, 0.3, 50), metrics.Interval(0.8, 0.7, 0.9, 50)
+    found = ratio(after, before)
+    assert found.value == pytest.approx(0.25) and 0.1 / 0.9 < found.low < 0.25 < found.high < 0.3 / 0.7
+    assert ratio(after, metrics.Interval(0.1, 0.0, 0.2, 50)) is None
+    sure = metrics.Interval(0.8, 0.8, 0.8, 50)
+    assert ratio(after, sure)[:3] == pytest.approx((0.25, 0.125, 0.375))
 
 
 def test_the_dial_turns_and_shows_rates(lm, ranked, suite, capsys):
@@ -239,13 +253,22 @@ def test_the_panel_follows_its_sliders(lm, ranked, suite, monkeypatch):
     learnt = Modulation(*study.preset_sets(ranked, "safety-first"), torch.full((14,), 1.5))
     table = study.dial_table(ranked, learnt, bench, [0.0, 0.05], [1.0])
     monkeypatch.setattr(dial_panel, "has_front_end", lambda: True)
-    box = dial_panel.panel(lm, ranked, learnt, table, ["rob"])
-    safety, utility, _, text, rates, answers = box.children
-    assert isinstance(box, widgets.VBox) and rates.value.startswith("unseen-attack ASR")
+    rival = steering.Steering(torch.ones(lm.view.hidden_size), 1, "add", 0.5, name="<b>rival")
+    box = dial_panel.panel(lm, ranked, learnt, table, ["rob"], rival)
+    text, safety, utility, _, buttons, rates, plain, answers, status = box.children
+    assert isinstance(box, widgets.VBox) and "unseen-attack ASR" in rates.value and rates.value != plain.value
+    assert "&lt;b&gt;rival" in answers.children[2].children[0].value, "names are escaped"
+    assert not safety.continuous_update, "a slider acts when it is let go"
     at_full = rates.value, answers.children[1].children[1].value
     safety.value, utility.value = 0, 0
     assert rates.value != at_full[0] or answers.children[1].children[1].value != at_full[1]
     assert answers.children[0].children[1].value == answers.children[1].children[1].value
+    reset = buttons.children[-1]
+    reset.click()
+    assert (rates.value, answers.children[1].children[1].value) == at_full
+    monkeypatch.setattr(dial_panel.Dial, "rival_answer", lambda *_: 1 / 0)
+    text.value = "other"
+    assert status.value.startswith("ZeroDivisionError"), "an error stands on the panel"
     text.value = " "
     assert answers.children[0].children[1].value == ""
 
