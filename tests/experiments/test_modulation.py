@@ -13,7 +13,8 @@ from nt_utils.evaluation import metrics
 from nt_utils.evaluation.suite import Suite, SuiteSet
 from nt_utils.experiments import dial_panel
 from nt_utils.experiments import modulation as study
-from nt_utils.experiments.bench import Bench, ratio
+from nt_utils.experiments.bench import Bench, ratio, with_prose
+from nt_utils.experiments.bench import measures as quantities
 from nt_utils.interventions import steering
 from nt_utils.interventions.learning import Recipe
 from nt_utils.interventions.modulation import Modulation
@@ -280,3 +281,27 @@ def test_the_three_exported_forms_agree(lm, ranked):
     assert table.loc["folded", "difference"] < 1e-5
     assert table.loc["adapter", "difference"] < 1e-4  # alpha 0 stands as 1e-6 there
     assert table.loc["untouched model", "difference"] > 1e-3
+
+
+def test_claims_of_the_dial_and_of_the_modulated_model(lm, found, ranked, suite):
+    suite = with_prose(suite, 0, n=2)
+    measures = study.roles(suite)
+    quality = quantities(suite, "over", "useful", "perplexity", "kl", "likelihood")
+    bench = Bench(lm, suite, [*measures.values(), *quality.values()])
+    tuned = Modulation(*study.preset_sets(ranked, "safety-first"), torch.full((14,), 1.5))
+    rivals = {"x": ("N1", "random", [tuned]), "y": ("N6", "cost", [None])}
+    rows = {(f.claim, f.part): f.found for f in study.findings(bench, tuned, measures, quality, rivals, 0)}
+    assert {claim for claim, _ in rows} == {"N1", "N2", "N3", "N4", "N6"}
+    assert rows["N1", "random"].value == 0, "against itself"
+    kl = bench.on(quality["kl"].set, tuned).values(quality["kl"].set, "kl").mean()
+    assert rows["N4", "kl"].value == pytest.approx(kl) and kl > 0
+    three = study.reader(lm, suite, [measures[r] for r in ("unseen", "over", "useful")])
+    settings = study.dial_settings(ranked, tuned, [0.0, 0.05], [1.0])
+    assert len(settings) == 4 and settings[0, 0, 1.0] is None
+    directions = study.added_directions(lm, found, (0.5, 1.0), lambda s: -s.strength)
+    assert [d.strength for d in directions] == [0.5, 1.0]
+    said = {
+        f.part: f.found for f in study.dial_findings(three, settings, [None, *directions], lambda a: len(a.alpha), 0)
+    }
+    assert set(said) == {"safety slope", "utility slope", "undominated"}
+    assert all(i.low <= i.value <= i.high for i in said.values())
