@@ -313,6 +313,6 @@ class Bench:
                 found = self.against(actions, [None], roles[role], seed)
             yield Finding(claim, row, part, found)
         text = roles["perplexity"].set
-        ratios = [perplexity_ratio(self.on(text), self.on(text, a), text, seed=seed) for a in actions]
+        ratios = [perplexity_ratio(self.on(text), self.on(text, a), text) for a in actions]
         yield Finding(claim, row, "perplexity", max(ratios, key=lambda r: r.value))
         yield Finding(claim, row, "kl", self.against(actions, None, roles["kl"], seed))
