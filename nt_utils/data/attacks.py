@@ -201,18 +201,14 @@ _WRAPPERS = {
 }
 
 
-def _wording_split(position: int, count: int) -> str:
-    return {count - 1: "test", count - 2: "dev"}.get(position, "train")
-
-
-def _build() -> dict[str, Attack]:
-    attacks = {}
-    for attack_class, (seen, source, wordings) in _WRAPPERS.items():
-        for i, wording in enumerate(wordings):
-            name = f"{attack_class}.{i + 1}"
-            split = _wording_split(i, len(wordings))
-            attacks[name] = Attack(name, attack_class, seen, split, source, partial(_fill, wording))
-    return attacks
+def _wordings() -> dict[str, Attack]:
+    found = {}
+    for kind, (seen, source, wordings) in _WRAPPERS.items():
+        splits = [*["train"] * (len(wordings) - 2), "dev", "test"]
+        for number, (wording, split) in enumerate(zip(wordings, splits, strict=True), 1):
+            name = f"{kind}.{number}"
+            found[name] = Attack(name, kind, seen, split, source, partial(_fill, wording))
+    return found
 
 
 # --- full-length attacks ----------------------------------------------------------------------------------------------
@@ -330,7 +326,7 @@ def _full() -> dict[str, Attack]:
     }
 
 
-ATTACKS: dict[str, Attack] = _build() | _full()
+ATTACKS: dict[str, Attack] = _wordings() | _full()
 FULL_LENGTH: tuple[str, ...] = tuple(_FULL)
 """Names of the full-length attacks, for `make_suite(attacks=...)`."""
 

@@ -17,12 +17,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from nt_utils.data import vocabulary as words
-from nt_utils.data.attacks import Attack, attacks
+from nt_utils.data.attacks import ATTACKS, Attack
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError
 
@@ -162,7 +162,8 @@ def corpus(
     """Every request of a kind, split and language: acts x templates, acts varying fastest.
 
     attack: "" for direct requests; "all", "seen" or "unseen" for the split's wordings of those attack classes, or a
-    list of attacks. They are dealt out at random, ATTACKS_PER_REQUEST to each request (repetitions removed). `take(n, seed)` draws a sample.
+    list of attacks. They are dealt out at random, ATTACKS_PER_REQUEST to each request (repetitions removed).
+    `take(n, seed)` draws a sample.
     Raises InputError for an unknown kind, split, language or attack.
     """
     for name, value, allowed in (("kind", kind, KINDS), ("split", split, SPLITS), ("language", language, LANGUAGES)):
@@ -324,20 +325,6 @@ class Row(NamedTuple):
     kind: str
 
 
-ROW_KINDS = (
-    "text",
-    "judgement",
-    "impossible",
-    "benign",
-    "harmful",
-    "borderline",
-    "facts",
-    "sums",
-    "rewriting",
-    "refusal",
-)
-
-
 @dataclass(frozen=True)
 class Mix:
     """What a training stage draws its rows from.
@@ -361,22 +348,15 @@ class Mix:
     judged: float = 0.6
     doubt: float = 0.5
     plain: tuple[str, ...] = (
-        "roleplay",
-        "fiction",
-        "authority",
-        "emotion",
-        "hypothetical",
-        "developer",
-        "dialogue",
-        "payload",
+        *("roleplay", "fiction", "authority", "emotion", "hypothetical", "developer", "dialogue", "payload"),
     )
 
 
 def training_rows(mix: Mix, n: int, seed: int = 0) -> list[Row]:
     """n rows drawn at random from the mixture; the same rows for the same arguments on every machine."""
-    unknown = [kind for kind in mix.shares if kind not in ROW_KINDS]
+    unknown = [kind for kind in mix.shares if kind not in _DRAW]
     if unknown:
-        raise InputError(f"unknown kind of training row {unknown[0]!r}: use some of {', '.join(ROW_KINDS)}")
+        raise InputError(f"unknown kind of training row {unknown[0]!r}: use some of {', '.join(_DRAW)}")
     rng = random.Random(f"rows-{seed}")
     kinds = rng.choices(list(mix.shares), weights=list(mix.shares.values()), k=n)
     return [_DRAW[kind](rng, mix, kind) for kind in kinds]
@@ -477,6 +457,7 @@ _DRAW: dict[str, _Draw] = {
     "sums": _draw_knowledge,
     "rewriting": _draw_knowledge,
 } | _REQUESTS
+ROW_KINDS = tuple(_DRAW)
 
 
 def corpus_fingerprint() -> str:
@@ -490,22 +471,6 @@ def corpus_fingerprint() -> str:
     return digest.hexdigest()
 
 
-def _all_wordings() -> Iterable[Attack]:
-    return [a for name in _TESTBED_CLASSES for a in attacks(attack_class=name) if a.name.startswith(f"{name}.")]
-
-
-# The attack classes of the testbed; attacks that are registered later do not change its training.
-_TESTBED_CLASSES = (
-    "roleplay",
-    "fiction",
-    "prefix",
-    "suppression",
-    "authority",
-    "emotion",
-    "hypothetical",
-    "override",
-    "developer",
-    "dialogue",
-    "payload",
-    "suffix",
-)
+def _all_wordings() -> list[Attack]:
+    """The testbed's wordings of attacks: those that have a split."""
+    return [attack for attack in ATTACKS.values() if attack.split]

@@ -82,6 +82,14 @@ def cached(digest: str) -> Path | None:
     return home if whole else None
 
 
+def origin(checkpoint: str | Path) -> dict[str, Any]:
+    """The file that a checkpoint folder was made from, its SHA-256, and what its weights were rounded to; {} for others."""
+    note = Path(checkpoint) / RECORD
+    if not note.is_file():
+        return {}
+    return {key: value for key, value in json.loads(note.read_text(encoding="utf-8")).items() if key != "files"}
+
+
 def _made(path: Path, digest: str) -> Path:
     home = cache_folder() / "models" / digest
     writable(home.parent)

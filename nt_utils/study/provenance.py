@@ -35,7 +35,18 @@ def git_revision() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of this package and of the libraries that decide results."""
-    names = ("nt-utils", "torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy", "scipy", "pandas")
+    names = (
+        "nt-utils",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "datasets",
+        "accelerate",
+        "numpy",
+        "scipy",
+        "pandas",
+        "gguf",
+    )
     found = {}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):

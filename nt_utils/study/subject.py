@@ -215,6 +215,9 @@ class Subject:
         with self.run.timed(f"load {which}"), quiet:
             lm = models.load(source, dtype=p.dtype, device_map=p.device_map, **text_options(p))
         self.run.record(f"{which} weights", lm.weights_fingerprint)
+        file = models.gguf.origin(models.located(source))
+        if file:
+            self.run.record(f"{which} file", file)
         text = {**lm.text_identity, "template": lm.template_name}
         self.run.record(f"{which} text", text)
         self.run.record(f"{which} precision", f"{str(lm.model.dtype).removeprefix('torch.')} ({lm.dtype_reason})")

@@ -148,7 +148,9 @@ def test_attacks_are_wrappers_of_many_classes():
 def test_wrapped_prompts_keep_their_request_and_name_their_attack():
     wrapped = c.corpus("harmful", "test", attack="unseen")
     direct = set(c.corpus("harmful", "test").texts)
-    assert {ATTACKS[p.attack].attack_class for p in wrapped} >= set(c._TESTBED_CLASSES) & set(classes(seen=False))
+    assert {ATTACKS[p.attack].attack_class for p in wrapped} == {
+        a.attack_class for a in ATTACKS.values() if a.split and not a.seen
+    }
     for prompt in wrapped:
         assert not ATTACKS[prompt.attack].seen and ATTACKS[prompt.attack].split == "test"
         assert any(text in prompt.text for text in direct)

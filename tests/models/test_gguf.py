@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 import zipfile
+from pathlib import Path
 
 import gguf as library
 import numpy as np
@@ -116,8 +117,11 @@ def test_weights_tokenizer_and_template_equal_the_files(tmp_path, family, kind):
 def test_it_is_dequantised_once_and_again_when_the_copy_is_damaged(tmp_path, cache):
     write(tmp_path / "tiny.gguf")
     made = located(tmp_path / "tiny.gguf")
-    record = json.loads((cache / "models" / gguf.RECORD).parent.joinpath(made, gguf.RECORD).read_text())
+    record = json.loads((Path(made) / gguf.RECORD).read_text())
     assert record["sha256"] == hashlib.sha256((tmp_path / "tiny.gguf").read_bytes()).hexdigest()
+    assert gguf.origin(made) == {key: value for key, value in record.items() if key != "files"} and not gguf.origin(
+        cache
+    )
     assert record["dtype"] == "float32" and record["largest relative rounding"] == 0
     weights = cache / "models" / record["sha256"] / "model.safetensors"
     before = weights.stat().st_mtime_ns
