@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nt_utils.errors import InputError, first_line
-from nt_utils.files import digest_of_file, read_header, sealed
+from nt_utils.files import atomic, digest_of_file, read_header, sealed
 
 KINDS = ("q", "k", "v", "o", "ffn")
 #: The channels that write to the residual stream: the pool of every ranking across kinds. A value row and its
@@ -405,8 +405,6 @@ class NeuronSet:
     def save(self, path) -> Path:
         """Write safetensors with the space, the fingerprints and ``meta`` in the header; atomic."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         tensors = {f"{layer}.{kind}": m.to(torch.uint8) for (layer, kind), m in self.masks.items()}
         header = sealed(
             {
@@ -417,8 +415,8 @@ class NeuronSet:
                 "meta": json.dumps(dict(self.meta), sort_keys=True),
             }
         )
-        save_file(tensors, tmp, metadata=header)
-        tmp.replace(path)
+        with atomic(path) as tmp:
+            save_file(tensors, tmp, metadata=header)
         return path
 
     @classmethod

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nt_utils.errors import InputError, first_line
-from nt_utils.files import read_header, sealed
+from nt_utils.files import atomic, read_header, sealed
 from nt_utils.neurons import POOL, NeuronSet, NeuronSpace, Site, _check_architecture
 
 CATEGORIES = ("SCU", "UCU", "CU", "RU")
@@ -142,8 +141,6 @@ class UnitMap:
     def save(self, path) -> Path:
         """Write safetensors with space, categories and fingerprints in a checksummed header; atomic."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         header = sealed(
             {
                 "format": FORMAT,
@@ -155,8 +152,8 @@ class UnitMap:
                 "meta": json.dumps(dict(self.meta), sort_keys=True),
             }
         )
-        save_file({f"{layer}.{kind}": v for (layer, kind), v in self.labels.items()}, tmp, metadata=header)
-        tmp.replace(path)
+        with atomic(path) as tmp:
+            save_file({f"{layer}.{kind}": v for (layer, kind), v in self.labels.items()}, tmp, metadata=header)
         return path
 
     @classmethod

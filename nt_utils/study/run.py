@@ -61,6 +61,7 @@ class Run:
     timings: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
+    since: float = 0.0  # when this run began, by the clock of the folder's file server
 
     @property
     def number(self) -> str:
@@ -78,6 +79,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic(self.folder / ".writable") as tmp:
                 tmp.touch()
+            self.since = (self.folder / ".writable").stat().st_mtime
             (self.folder / ".writable").unlink()
         except OSError as error:
             raise InputError(f"runs: {self.folder} cannot be written ({error.strerror})") from error
@@ -213,7 +215,7 @@ class Run:
         """Remove what an earlier run of this notebook left and this one did not write again."""
         for kind in ("tables", "figures", "neurons", "deltas"):
             for file in (self.folder / kind).glob(f"{self.number}_*"):
-                if file.stat().st_mtime < self.started - 1:
+                if file.stat().st_mtime < self.since:
                     file.unlink()
 
     def _write_timings(self) -> None:

@@ -5,7 +5,7 @@
 Copies the project into WORK, runs the quick study undisturbed, and beside it the same study under kill -9 of kernels, of
 papermill, of Snakemake and of the whole command, each time followed by the same command; then compares the results tables
 byte for byte. ``--twice`` runs a second undisturbed study (determinism). Every run has a cache of its own, so no generated
-answer is shared; the trained testbed is taken from NT_CACHE. Not part of ``make test``: about three studies' time.
+answer is shared. Not part of ``make test``: about three studies' time.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import platformdirs
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,16 +36,12 @@ FAULTS = (
 
 
 def project(folder: Path) -> Path:
-    """A copy of the tracked files, and a cache that holds the trained testbeds alone."""
+    """A copy of the tracked files."""
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     for name in filter(None, files):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
-    cache = Path(os.environ.get("NT_CACHE") or platformdirs.user_cache_dir("nt_utils"))
-    for model in (cache / "testbed").glob("default-seed0-*"):
-        if model.is_dir():
-            shutil.copytree(model, folder.parent / f"{folder.name}-cache" / "testbed" / model.name, dirs_exist_ok=True)
     return folder
 
 
