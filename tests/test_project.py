@@ -12,7 +12,7 @@ import yaml
 from packaging.specifiers import SpecifierSet
 
 from nt_utils.files import project_root
-from nt_utils.study import batch, docs
+from nt_utils.study import batch
 from nt_utils.study.parameters import notebook_parameters
 from tests import newcomer
 
@@ -230,22 +230,3 @@ def test_every_module_and_public_name_is_documented(path):
     assert path.name == "__main__.py" or ast.get_docstring(tree), "the module says what it is for"
     missing = [name for name, node in public(tree, path.stem) if not ast.get_docstring(node)]
     assert not missing, missing
-
-
-@pytest.mark.parametrize(
-    "path",
-    [p for room in ("nt_utils", "bench") for p in sorted((ROOT / room).rglob("*.py"))],
-    ids=lambda p: str(p.relative_to(ROOT)),
-)
-def test_functions_are_short(path):
-    """At most 50 lines, signature and docstring aside."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef):
-            body = node.body[1:] if ast.get_docstring(node) else node.body
-            lines = node.end_lineno - body[0].lineno + 1 if body else 0
-            assert lines <= 50, f"{node.name}: {lines} lines"
-
-
-def test_the_page_of_definitions_is_generated_from_their_files():
-    page = (ROOT / "docs" / "definitions.md").read_text(encoding="utf-8")
-    assert page == docs.definitions_page(ROOT / "nt_utils" / "definitions"), "make docs"

@@ -186,6 +186,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
+    """Measure what was asked for, print it, and write bench.json."""
     options = _options(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.gpu:

@@ -58,9 +58,11 @@ class RandomPrompts(LanguageModel):
     tokens_a_prompt = 48
 
     def token_counts(self, prompts) -> list[int]:
+        """Tokens of each prompt: all have the same number."""
         return [self.tokens_a_prompt] * len(prompts)
 
     def encode(self, prompts, responses=None, side="left") -> Encoded:
+        """Random token ids, as a padded batch; each prompt is the seed of its own."""
         rows = []
         for prompt in prompts:
             generator = torch.Generator().manual_seed(int(prompt))
@@ -124,4 +126,5 @@ def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
 
 
 def resized(shape: Shape, **changes) -> Shape:
+    """The shape with some of its numbers changed."""
     return replace(shape, **changes)

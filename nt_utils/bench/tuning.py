@@ -83,6 +83,7 @@ def sizes(lm: LanguageModel) -> dict:
 
 
 def model_of(shape: Shape) -> LanguageModel:
+    """A random model of a shape, ready to be trained."""
     lm = LanguageModel(random_model(shape), None, "random")
     lm.model.train()
     return lm

@@ -77,10 +77,12 @@ class LowRank:
 
     @property
     def size(self) -> int:
+        """Number of entries that the product has."""
         return self.left.shape[0] * self.right.shape[1]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
+        """The two factors, by the names they have in a file."""
         return {"left": self.left, "right": self.right}
 
     def entries(self, base: Tensor) -> Tensor:

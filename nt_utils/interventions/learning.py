@@ -344,11 +344,13 @@ class Learner:
     # -- ends
 
     def modulation(self, alpha: Tensor, name: str, **meta) -> Modulation:
+        """The modulation with these factors, and how they were learnt in its meta."""
         weights = self.base.weights_fingerprint
         meta = {"recipe": asdict(self.recipe), **meta}
         return Modulation(self.safety, self.utility, alpha, self.recipe.bounds, name, weights, meta)
 
     def result(self, state: _State, name: str, validated: bool) -> Learnt:
+        """What was learnt: the validated factors where there were any to keep, else the last ones."""
         columns = ["iteration", "query", "support", "adapted", "validation"]
         history = pd.DataFrame(state.history, columns=columns)
         alpha = state.best if validated and state.best is not None else state.alpha

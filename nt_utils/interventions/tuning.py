@@ -206,6 +206,7 @@ class Tuned:
 
     @property
     def delta(self) -> Delta:
+        """What the last step changed in the weights. Raises DivergedError, or InputError where it was not kept."""
         if self.diverged is not None:
             raise DivergedError(f"learning_rate: the training diverged at step {self.diverged}; try a smaller one")
         if self.final is None:
