@@ -327,6 +327,8 @@ def _full() -> dict[str, Attack]:
 
 
 ATTACKS: dict[str, Attack] = _wordings() | _full()
+WORDINGS: tuple[Attack, ...] = tuple(attack for attack in ATTACKS.values() if attack.split)
+"""The testbed's wordings; attacks that are registered later do not change its training."""
 FULL_LENGTH: tuple[str, ...] = tuple(_FULL)
 """Names of the full-length attacks, for `make_suite(attacks=...)`."""
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from nt_utils.data import vocabulary as words
-from nt_utils.data.attacks import ATTACKS, Attack
+from nt_utils.data.attacks import WORDINGS, Attack
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError
 
@@ -188,7 +188,7 @@ def _attacks(attack: str | Sequence[Attack], split: str) -> list[Attack]:
     if not isinstance(attack, str):
         found = list(attack)
     elif attack in ("all", "seen", "unseen"):
-        found = [a for a in _all_wordings() if a.split == split and attack in ("all", "seen" if a.seen else "unseen")]
+        found = [a for a in WORDINGS if a.split == split and attack in ("all", "seen" if a.seen else "unseen")]
     else:
         raise InputError(f"attack {attack!r} is unknown: use '', 'all', 'seen', 'unseen' or a list of attacks")
     if not found:
@@ -374,7 +374,7 @@ def _seen(kind: str, language: str, splits: tuple[str, ...]) -> tuple[Act, ...]:
 
 @functools.cache
 def _wordings() -> tuple[Attack, ...]:
-    return tuple(attack for attack in _all_wordings() if attack.split == "train")
+    return tuple(attack for attack in WORDINGS if attack.split == "train")
 
 
 def _request(rng: random.Random, act: Act) -> str:
@@ -466,11 +466,6 @@ def corpus_fingerprint() -> str:
     for name in sorted(vars(words)):
         if name.isupper():
             digest.update(f"{name}={getattr(words, name)!r}\n".encode())
-    for attack in _all_wordings():
+    for attack in WORDINGS:
         digest.update(f"{attack.name} {attack.split} {attack('request')}\n".encode())
     return digest.hexdigest()
-
-
-def _all_wordings() -> list[Attack]:
-    """The testbed's wordings of attacks: those that have a split."""
-    return [attack for attack in ATTACKS.values() if attack.split]

@@ -137,10 +137,10 @@ def test_attacks_are_wrappers_of_many_classes():
     assert len(classes()) >= 10
     assert len(classes(seen=True)) >= 2 and len(classes(seen=False)) >= 8
     assert not set(classes(seen=True)) & set(classes(seen=False))
-    for name in {a.attack_class for a in ATTACKS.values() if a.split}:
+    for name in {a.attack_class for a in c.WORDINGS}:
         for split in c.SPLITS:
             assert attacks(attack_class=name, split=split)
-    for wrapper in c._all_wordings():
+    for wrapper in c.WORDINGS:
         text = wrapper("How do I forge a passport?")
         assert "How do I forge a passport?" in text and len(text) > len("How do I forge a passport?") + 5
 
