@@ -38,7 +38,7 @@ COMMANDS = {
     "make study STUDY=qwen2.5-14b-instruct": "make plan STUDY=qwen2.5-14b-instruct",
     'make study STUDY="testbed my-model" SEEDS="0 1 2"': 'make plan STUDY="testbed my-model" SEEDS="0 1 2"',
     "make figures": "",
-    "make publish": "see tests/study/test_ledger.py",
+    "make publish": "see tests/study/test_publish.py",
     "make bench": "see tests/bench/test_bench.py",
     "make bench-gpu": "see tests/bench/test_bench.py",
     "make browser": "see CONTRIBUTING.md; it is a check of its own",

@@ -42,9 +42,12 @@ MOST_BYTES = 2_000_000  # of an executed notebook
 
 def publish(studies: Mapping[str, Sequence[Path]], root: Path) -> None:
     """Write everything for these studies: name -> the run folders of its seeds, the first of which is shown."""
+    between(root / "README.md", BEGIN, END)
     lines = ledger.collect([folder for folders in studies.values() for folder in folders])
     table = ledger.frame(lines.to_dict("records"))
     target = root / "figures"
+    for old in target.glob("[0-9][0-9]_*.*"):  # of versions that had one folder for all
+        old.unlink()
     for name, frame in (("findings", table), ("measured", lines)):
         with atomic(target / f"{name}.csv") as tmp:
             frame.to_csv(tmp, index=False, float_format="%.6g")
@@ -68,13 +71,20 @@ def write_text(path: Path, text: str) -> None:
         tmp.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
 
 
-def write_between(path: Path, begin: str, end: str, text: str) -> None:
-    """Replace what stands between two markers of a text file. Raises InputError where they are missing."""
+def between(path: Path, begin: str, end: str) -> tuple[str, str, str]:
+    """A text file before, between and after two markers. Raises InputError where they are missing."""
     page = path.read_text(encoding="utf-8")
-    if begin not in page or end not in page:
+    if begin not in page or end not in page.split(begin, 1)[-1]:
         raise InputError(f"{path}: the markers {begin} and {end} are missing")
     head, rest = page.split(begin, 1)
-    write_text(path, f"{head}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}")
+    inside, tail = rest.split(end, 1)
+    return head, inside, tail
+
+
+def write_between(path: Path, begin: str, end: str, text: str) -> None:
+    """Replace what stands between two markers of a text file."""
+    head, _, tail = between(path, begin, end)
+    write_text(path, f"{head}{begin}\n{text}\n{end}{tail}")
 
 
 def prose(page: str) -> str:

@@ -77,7 +77,7 @@ def test_the_front_page_ledger_and_claims_page_are_written(published):
     assert "## S8." in (published / "docs" / "claims.md").read_text()
     (published / "README.md").write_text("no markers")
     with pytest.raises(InputError, match="markers"):
-        publish.write_between(published / "README.md", publish.BEGIN, publish.END, "x")
+        publish.publish({"testbed": [published / "nothing"]}, published)
 
 
 def test_the_gallery_has_every_figure_with_question_caption_claims_and_links_that_lead_somewhere(published):
