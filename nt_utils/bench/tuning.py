@@ -110,7 +110,7 @@ def step_times(shape: Shape = SHAPE, repeats: int = 5) -> dict[str, list[float]]
 
 def measure(what: str) -> dict:
     """:func:`peak` in a fresh process whose freed memory goes back to the system at once."""
-    command = [sys.executable, "-m", "bench.tuning", what]
+    command = [sys.executable, "-m", "nt_utils.bench.tuning", what]
     done = subprocess.run(command, env={**os.environ, **MALLOC}, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

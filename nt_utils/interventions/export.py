@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nt_utils.errors import InputError
+from nt_utils.errors import InputError, ModelError
 from nt_utils.interventions.modulation import Modulation
 from nt_utils.models import DecoderView, LanguageModel
 from nt_utils.neurons import POOL, NeuronSet, Site
@@ -57,8 +57,10 @@ def folded(lm: LanguageModel, modulation: Modulation) -> Iterator[LanguageModel]
 def fold(lm: LanguageModel, modulation: Modulation, folder) -> Path:
     """Write an ordinary checkpoint (weights, config, tokenizer) with alpha folded in; alpha = 0 is fine.
 
-    The folder appears when it is complete; an existing one is refused. Returns the folder. Raises as :func:`folded`.
+    The folder appears when it is complete; an existing one is refused. Returns the folder. Raises as :func:`folded`, and
+    ModelError where any layer of the model is an adapter's.
     """
+    check_plain(lm)
     target, unfinished = _new_folder(folder)
     try:
         with folded(lm, modulation):
@@ -68,6 +70,13 @@ def fold(lm: LanguageModel, modulation: Modulation, folder) -> Path:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return target
+
+
+def check_plain(lm: LanguageModel) -> None:
+    """Raise ModelError where a layer is an adapter's: transformers would write the adapter alone, or other names."""
+    for name, module in lm.model.named_modules():
+        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
+            raise ModelError(f"model: {name} is an adapter layer; merge it first (merge_and_unload)")
 
 
 def _scaled(view: DecoderView, site: Site, weight: Tensor, factors: Tensor) -> Tensor:
@@ -107,8 +116,10 @@ def write_adapter(lm: LanguageModel, modulation: Modulation, folder) -> Path:
     Raises:
         InputError: another architecture; an existing folder; an alpha of 0 (PEFT divides by alpha when it takes an
             adapter out of the weights: fold instead).
+        ModelError: a layer of the model is an adapter's, so that its weights are no base to load this adapter on.
     """
     _check_architecture(lm, modulation)
+    check_plain(lm)
     if (modulation.alpha == 0).any():
         raise InputError(
             "alpha: 0 cannot be exported as (IA)^3, whose removal divides by it; use fold() or a lower bound above 0"

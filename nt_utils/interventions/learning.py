@@ -277,18 +277,20 @@ class Learner:
         """balance * safety + (1 - balance) * utility under this alpha, nats a token."""
         responses, weights = batch
         scaled = hooks.scale(self.lm.view, scatter(self.places, alpha))
-        with computing(self.lm), torch.enable_grad(), self._trunk(responses), scaled:
-            found = (responses.loss(self.lm)[0] * weights).sum()
+        with computing(self.lm), torch.enable_grad(), scaled, self._reused(responses) as prefix:
+            layer = 0 if self.trunk is None else self.trunk.layer
+            found = (responses.loss(self.lm, prefix=prefix, layer=layer)[0] * weights).sum()
         if not torch.isfinite(found):
             raise DivergedError("alpha: the loss is not finite; lower inner_rate or outer_rate, or narrow the bounds")
         return found
 
-    def _trunk(self, responses: Responses) -> AbstractContextManager:
-        """The layers below every chosen neuron, not run again for rows that ran before."""
+    def _reused(self, responses: Responses) -> AbstractContextManager:
+        """What need not run again: the layers below every chosen neuron, tokens that all rows begin with."""
         if self.trunk is None:
             return nullcontext()
-        ids, lengths = responses.batch.input_ids, responses.batch.lengths
-        return self.trunk.reused([tuple(r[:n].tolist()) for r, n in zip(ids, lengths, strict=True)], ids.shape[1])
+        batch = responses.batch
+        rows = [tuple(r[:n].tolist()) for r, n in zip(batch.input_ids, batch.lengths, strict=True)]
+        return self.trunk.reused(rows, batch.prompt_lengths)
 
     def adapted(self, alpha: Tensor, support, second: bool) -> Tensor:
         """Alpha after the inner steps; with ``second`` a function of ``alpha`` that can be differentiated."""

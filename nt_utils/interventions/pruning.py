@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nt_utils import hooks
 from nt_utils.errors import InputError
-from nt_utils.interventions.export import _new_folder
+from nt_utils.interventions.export import _new_folder, check_plain
 from nt_utils.models import DecoderView, LanguageModel, Projection
 from nt_utils.neurons import POOL, NeuronSet, Site
 from nt_utils.scoring.fluctuation import Fluctuation
@@ -130,6 +130,7 @@ def export(lm: LanguageModel, pruning: Prune, folder, *, smaller: bool = False) 
 def pruned_model(lm: LanguageModel, pruning: Prune, *, smaller: bool = False):
     """A pruned copy of the model, as :func:`export` writes it (same errors)."""
     _check(lm, pruning)
+    check_plain(lm)
     drop = _dropped(lm.view, pruning.neurons) if smaller else {}
     config = copy.deepcopy(lm.model.config)
     flags = _bias_flags(lm.view, pruning)

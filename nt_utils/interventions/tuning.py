@@ -33,6 +33,7 @@ from nt_utils.interventions.precision import check_train_dtype, computing, train
 from nt_utils.interventions.trainable import AllBut, Everything, LoRA, Only, Training
 from nt_utils.interventions.trunk import FrozenTrunk
 from nt_utils.models import LanguageModel, is_sharded, pad
+from nt_utils.scoring.attribution import Prefix
 from nt_utils.work import count, track
 
 if TYPE_CHECKING:
@@ -155,15 +156,20 @@ def batches(
 # ------------------------------------------------------------------------------------------------------ the loop
 
 
-def response_loss(lm: LanguageModel, batch: Mapping[str, Tensor]) -> Tensor:
+def response_loss(lm: LanguageModel, batch: Mapping[str, Tensor], prefix: Prefix | None = None) -> Tensor:
     """Mean negative log-likelihood per response token, in nats; a scalar, float32 (float64 from a float64 model).
 
     The model's own forward, but the head reads only the positions that predict a response token: in a model with many
-    words most of its work would be for the prompt's.
+    words most of its work would be for the prompt's. Tokens of a ``prefix`` have run already.
     """
-    inputs = {name: value.to(lm.device) for name, value in batch.items() if name != "labels"}
+    start = prefix.length if prefix is not None else 0
+    inputs: dict[str, Any] = {name: value.to(lm.device) for name, value in batch.items() if name != "labels"}
+    if prefix is not None and start:
+        inputs |= {name: inputs[name][:, start:] for name in ("input_ids", "position_ids")}
+        inputs["past_key_values"] = prefix.repeated(1, 0)
     targets = torch.full_like(batch["labels"], IGNORED)
     targets[:, :-1] = batch["labels"][:, 1:]
+    targets = targets[:, start:]
     learnt = targets != IGNORED
 
     def only_learnt(module: nn.Module, args: tuple) -> tuple:
@@ -348,9 +354,9 @@ class _Run:
         """The loss of this process's share; its mean over the processes is the whole batch's mean per response token."""
         part = self.processes.part(batch)
         model, inputs = self.training.lm, collate(part, self.lm.pad_id)
-        width = inputs["input_ids"].shape[1]
-        with nullcontext() if self.trunk is None else self.trunk.reused([e.ids for e in part], width):
-            loss = response_loss(model, inputs)
+        rows, starts = [e.ids for e in part], [e.start for e in part]
+        with nullcontext() if self.trunk is None else self.trunk.reused(rows, starts) as prefix:
+            loss = response_loss(model, inputs, prefix)
         if self.processes.count == 1:
             return loss
         tokens, all_tokens = (sum(len(e.ids) - e.start for e in examples) for examples in (part, batch))

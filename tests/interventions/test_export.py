@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nt_utils.errors import InputError
+from nt_utils.errors import InputError, ModelError
 from nt_utils.interventions.export import CONFIG_FILE, WEIGHTS_FILE, fold, folded, read_adapter, write_adapter
 from nt_utils.interventions.modulation import Modulation
+from nt_utils.interventions.pruning import Prune, export
 from nt_utils.models import LanguageModel, load
 from nt_utils.neurons import POOL, NeuronSet
 from tests.tiny import tiny_lm
@@ -90,6 +91,40 @@ def test_folded_in_memory(any_lm):
     with pytest.raises(RuntimeError, match="stop"), folded(any_lm, modulation):
         raise RuntimeError("stop")
     assert torch.equal(_logits(any_lm.model), base) and any_lm.weights_fingerprint == fingerprint
+
+
+def test_every_folded_model_has_an_identity_of_its_own(lm):
+    """Freed memory is given out again at the same address with the same version count."""
+    space, picks = lm.view.space, range(40)
+    chosen, none = NeuronSet.from_flat(space, picks, POOL), NeuronSet(space, {})
+    seen, base = [], lm.identity()
+    for alpha in (0.0, 3.0, 2.0, 0.5):
+        with folded(lm, Modulation(chosen, none, torch.full((40,), alpha))):
+            seen.append(lm.identity())
+        assert lm.identity() == base
+    assert None not in seen and len({base, *seen}) == 5
+
+
+@pytest.mark.parametrize("target", ["down_proj", "q_proj"])
+def test_a_model_with_unmerged_adapters_is_not_exported(target, tmp_path):
+    """Its stored weights are not what it computes with; folding in memory is refused where alpha meets an adapter."""
+    lm = tiny_lm()
+    lm.model.add_adapter(peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False))
+    lm.model.eval()
+    modulation = _modulation(lm)
+    pruning = Prune(modulation.safety)
+    writes = (fold, write_adapter, lambda lm, _, folder: export(lm, pruning, folder))
+    for write in writes:
+        with pytest.raises(ModelError, match="adapter layer"):
+            write(lm, modulation, tmp_path / "none")
+    assert not list(tmp_path.iterdir())
+    _, hooked = _three(lm, modulation)
+    if target == "q_proj":
+        with folded(lm, modulation):
+            assert torch.allclose(_logits(lm.model), hooked, atol=1e-4)
+    else:
+        with pytest.raises(ModelError, match="adapter layer"), folded(lm, modulation):
+            pass
 
 
 def test_a_fresh_process_without_this_package(lm, tmp_path):

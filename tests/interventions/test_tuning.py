@@ -869,7 +869,6 @@ def test_what_cannot_be_reused_is_not():
     assert trunk.FrozenTrunk.of(lm, 1) is not None, "in evaluation mode nothing is dropped"
     lm.model.train()
     assert trunk.FrozenTrunk.of(lm, 1) is None
-    assert trunk.FrozenTrunk.of(tiny_lm(), 0) is None
 
 
 def test_same_seed_same_weights_whatever_the_callback_does():
@@ -915,7 +914,9 @@ def test_options_of_the_loop_do_something():
     again = quick(lm, scope)
     count.remove()
     assert checkpointed.losses == pytest.approx(again.losses, rel=1e-4)
-    assert n_checkpointed == 12 and len(runs) == 18, "six steps, each layer twice with checkpointing, once without"
+    assert n_checkpointed == 12 and len(runs) == 24, (
+        "six steps: twice with checkpointing; common tokens and the rest without"
+    )
 
 
 def test_rsn_tune_trains_safety_minus_foundation():
