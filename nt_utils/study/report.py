@@ -135,7 +135,7 @@ def _notebook(path: Path, notebooks: Sequence[Path], pictures: Pictures) -> str:
     publish.clean(node, project_root())
     pictures.asked = publish.questions(path)
     for cell in node.cells:  # the claims stand at the top, once
-        if cell.cell_type == "code" and re.search(r"run\.(claims_table|findings_table)\(", cell.source):
+        if cell.cell_type == "code" and re.search(r"run\.claims_table\(", cell.source):
             cell.outputs = []
     names = {p.name for p in notebooks}
     exporter = _exporter()

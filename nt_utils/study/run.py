@@ -57,7 +57,6 @@ class Run:
     parameters: SimpleNamespace
     folder: Path
     handed_in: dict[tuple[str, str, str], dict] = field(default_factory=dict)
-    secondary: list[dict] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
@@ -184,18 +183,6 @@ class Run:
         )
         return self.show(pd.DataFrame(found)[list(ledger.SHOWN)], caption)
 
-    def claim(self, claim: str, statement: str, interval, paper: str, section: str = "", **_) -> None:
-        """Keep a secondary measurement: a row of the table "measurements", without a verdict."""
-        value, low, high, n = interval
-        row = {"name": claim, "quantity": statement, "value": value, "low": low, "high": high, "n": n}
-        self.secondary = [known for known in self.secondary if known["name"] != claim] + [row]
-
-    def findings_table(self):
-        """The secondary measurements, for display."""
-        import pandas as pd
-
-        return self.show(pd.DataFrame(self.secondary), "Secondary measurements: value, 95% interval, n.")
-
     def finish(self) -> None:
         """Write claims, timings and provenance. Every notebook ends with it."""
         import pandas as pd
@@ -204,8 +191,6 @@ class Run:
             with atomic(self.folder / "claims" / f"{self.notebook}.csv") as tmp:
                 frame = pd.DataFrame(ledger.run_rows(self), columns=list(ledger.COLUMNS))
                 frame.to_csv(tmp, index=False, float_format="%.6g")
-        if self.secondary:
-            self.table("measurements", pd.DataFrame(self.secondary))
         self._write_timings()
         self._drop_leftovers()
         self.provenance(seconds=round(time.time() - self.started, 1))

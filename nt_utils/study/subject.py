@@ -175,11 +175,6 @@ class Subject:
         return self.parameters.harmful == EMBEDDED
 
     @property
-    def is_enforced(self) -> bool:
-        """Whether the testbed's gate enforced its properties here: the testbed, its own prompts, a gate that was passed."""
-        return self.is_testbed and self.is_embedded and bool(self.testbed.gate["passed"])
-
-    @property
     def makes_units(self) -> bool:
         """Whether this notebook makes unit maps."""
         return hasattr(self.parameters, "unit_shares")
