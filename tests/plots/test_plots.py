@@ -338,7 +338,7 @@ def test_labels_cover_neither_points_nor_each_other():
 @pytest.mark.parametrize("width", plots.WIDTHS)
 def test_a_figure_says_what_its_bars_are(width):
     """At the foot, or over the legend there; a table over seeds has other intervals."""
-    for name, words in (("effects", "95% Wilson"), ("defences", "dotted: the model without defence")):
+    for name, words in (("effects", "95% Wilson"), ("defences", "difference from no defence")):
         for table, expected in (
             (TABLES[name], words),
             (TABLES[name].assign(interval="t over seeds"), "t over seeds"),
