@@ -4,4 +4,4 @@ Data flows one way: prompts -> scores -> neuron sets -> interventions -> evaluat
 Importing this package is cheap: torch and transformers are imported by the modules that need them.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
