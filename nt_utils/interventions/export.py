@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nt_utils.errors import InputError, ModelError
 from nt_utils.interventions.modulation import Modulation
-from nt_utils.models import DecoderView, LanguageModel
+from nt_utils.models import DecoderView, LanguageModel, is_adapter_layer
 from nt_utils.neurons import POOL, NeuronSet, Site
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -75,7 +75,7 @@ def fold(lm: LanguageModel, modulation: Modulation, folder) -> Path:
 def check_plain(lm: LanguageModel) -> None:
     """Raise ModelError where a layer is an adapter's: transformers would write the adapter alone, or other names."""
     for name, module in lm.model.named_modules():
-        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
+        if is_adapter_layer(module):
             raise ModelError(f"model: {name} is an adapter layer; merge it first (merge_and_unload)")
 
 

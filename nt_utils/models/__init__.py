@@ -6,7 +6,16 @@ from nt_utils.models.language import LanguageModel
 from nt_utils.models.loading import check_source, load, load_prompter, parse_arguments
 from nt_utils.models.locate import located
 from nt_utils.models.prompting import DATE, TEMPLATES, Encoded, Prompter, pad
-from nt_utils.models.view import DecoderView, Projection, decoder, device_of, effective, is_sharded, tensor_of
+from nt_utils.models.view import (
+    DecoderView,
+    Projection,
+    decoder,
+    device_of,
+    effective,
+    is_adapter_layer,
+    is_sharded,
+    tensor_of,
+)
 
 __all__ = [
     "DATE",
@@ -28,6 +37,7 @@ __all__ = [
     "decoder",
     "device_of",
     "effective",
+    "is_adapter_layer",
     "is_sharded",
     "load",
     "load_prompter",

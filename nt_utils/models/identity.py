@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as torch_modules
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from nt_utils.models.view import is_sharded, tensor_of
+from nt_utils.models.view import is_adapter_layer, is_sharded, tensor_of
 
 if TYPE_CHECKING:
     from nt_utils.models.language import LanguageModel
@@ -178,7 +178,7 @@ def _adapters(model: nn.Module) -> list | None:
     for name, module in model.named_modules():
         if module.training:
             return None
-        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
+        if is_adapter_layer(module):
             scaling = {key: value for key, value in vars(module).items() if "scaling" in key or "dropout" in key}
             state = (module.active_adapters, module.disable_adapters, getattr(module, "merged_adapters", []))
             found.append([name, type(module).__name__, *map(str, state), str(scaling)])

@@ -122,6 +122,14 @@ def effective(module: nn.Module, name: str = "a projection") -> nn.Module:
         ) from error
 
 
+def is_adapter_layer(module: nn.Module) -> bool:
+    """Whether a module is an adapter's layer (PEFT), a saved copy of a whole module included.
+
+    Every model of transformers has methods of the same names, so what counts is that they are properties here.
+    """
+    return isinstance(getattr(type(module), "active_adapters", None), property)
+
+
 def _merged(layer) -> nn.Module:
     """The base layer of a copy of an adapter layer, with what is active merged into its weight."""
     layer = copy.deepcopy(layer).eval()
