@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from nt_utils.data.records import Prompt, PromptSet
-from nt_utils.errors import DivergedError, InputError
+from nt_utils.errors import InputError
 from nt_utils.evaluation import metrics
 from nt_utils.evaluation.suite import Evaluation, Suite
-from nt_utils.experiments.bench import Bench, Finding, Measure, clusters_of, rates
-from nt_utils.experiments.finetuning import FineTuned, Scope, diverged_rows, finetune
+from nt_utils.experiments.bench import NOTHING, Bench, Finding, Measure, clusters_of, rates
+from nt_utils.experiments.finetuning import DIVERGED, FineTuned, Scope, diverged_rows, finetune
 from nt_utils.experiments.units import Calibration, random_like
 from nt_utils.interventions.delta import Delta
 from nt_utils.interventions.tuning import AllBut, Everything, LoRA, Only, Tuned, tune
@@ -214,11 +214,8 @@ def points_table(
         more = {**labels, "arm": arm, "learning_rate": first.learning_rate, "step": first.step, "loss": first.loss}
         for m in measures:
             found = point_difference(chosen, arm, None, m, seed)
-            rows.append({**more, "metric": m.label, **(found or _NOTHING)._asdict()})
+            rows.append({**more, "metric": m.label, **(found or NOTHING)._asdict()})
     return pd.DataFrame(rows)
-
-
-_NOTHING = metrics.Interval(np.nan, np.nan, np.nan, 0)
 
 
 def point_difference(
@@ -295,11 +292,15 @@ def moved_share(
 
 @dataclass(frozen=True)
 class Aligned:
-    """One way of aligning: the rate that was chosen on the development split, the tuning, its evaluation."""
+    """One way of aligning: the rate that was chosen on the development split, the tuning, its evaluation.
+
+    Where the training diverged at every rate before its first evaluated step, the rate is NaN, the evaluation None, and the
+    tuning the last one that was tried.
+    """
 
     learning_rate: float
     tuned: Tuned
-    evaluation: Evaluation
+    evaluation: Evaluation | None
 
 
 def budget_scopes(units: UnitMap, head_dim: int, draws: int, seed: int) -> dict[str, Scope]:
@@ -324,7 +325,7 @@ def align(
     **options,
 ) -> dict[str, Aligned]:
     """Align an unaligned model under each scope, at the rate and the step with the most utility minus ASR on development
-    prompts: one rule for every scope.
+    prompts: one rule for every scope. A scope that diverges at every rate has no evaluation.
 
     Args:
         dev, test: benches of the unaligned model on the development and on the test prompts.
@@ -343,12 +344,11 @@ def align(
             more = {"steps": steps, "every": stops, "snapshots": True, "progress": False, **options}
             tuned = tune(dev.lm, scope, harmful=harmful, benign=benign, learning_rate=rate, **more)
             tried += [(score(delta), rate, tuned, delta) for step, delta in tuned.snapshots.items() if step]
-        if not tried:
-            raise DivergedError(
-                f"align_rates: {name} diverged at each of {', '.join(f'{r:g}' for r in learning_rates)}"
-            )
-        _, rate, tuned, delta = max(tried, key=lambda t: t[0])
-        found[name] = Aligned(rate, tuned, test(delta))
+        if tried:
+            _, rate, tuned, delta = max(tried, key=lambda t: t[0])
+            found[name] = Aligned(rate, tuned, test(delta))
+        else:
+            found[name] = Aligned(np.nan, tuned, None)
     return found
 
 
@@ -356,6 +356,10 @@ def budget_findings(
     trainings: Sequence[Mapping[str, Aligned]], asr: Measure, utility: Measure, seed: int
 ) -> Iterator[Finding]:
     """What is said of A8: aligned by RU alone minus full alignment, averaged over the trainings."""
+    lost = [name for name in ("RU", "full") if any(t[name].evaluation is None for t in trainings)]
+    if lost:
+        yield from (Finding("A8", "", p, f"{' and '.join(lost)}: {DIVERGED}") for p in ("safety", "utility"))
+        return
     for part, measure in (("safety", asr), ("utility", utility)):
         found = {
             name: [t[name].evaluation.values(measure.set, measure.metric).to_numpy(float) for t in trainings]
@@ -367,7 +371,10 @@ def budget_findings(
 
 
 def budget_table(base: Evaluation, found: Mapping[str, Aligned], measures: Sequence[Measure]) -> pd.DataFrame:
-    """Table 4 of the paper, with safety: arm, learning_rate, trained (share of parameters), metric, value, low, high, n."""
+    """Table 4 of the paper, with safety: arm, learning_rate, trained (share of parameters), metric, value, low, high, n.
+
+    An arm that diverged at every rate has rows without a rate and without values.
+    """
     rows = rates(base, measures, arm="unaligned", learning_rate=np.nan, trained=0.0)
     for name, a in found.items():
         rows += rates(a.evaluation, measures, arm=name, learning_rate=a.learning_rate, trained=a.tuned.share)

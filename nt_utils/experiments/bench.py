@@ -101,9 +101,14 @@ def trimmed(suite: Suite, measures: Sequence[Measure]) -> Suite:
     return dataclasses.replace(suite, sets=tuple(sets))
 
 
-def rates(found: Evaluation, measures: Sequence[Measure], **labels) -> list[dict]:
-    """One row a measure: labels, metric, value, low, high (its interval), n."""
-    return [{**labels, "metric": m.label, **found.rate(m.set, m.metric)._asdict()} for m in measures]
+#: What a table holds where nothing was measured.
+NOTHING = Interval(math.nan, math.nan, math.nan, 0)
+
+
+def rates(found: Evaluation | None, measures: Sequence[Measure], **labels) -> list[dict]:
+    """One row a measure: labels, metric, value, low, high (its interval), n; without an evaluation NaN and n = 0."""
+    each = [(m.label, NOTHING if found is None else found.rate(m.set, m.metric)) for m in measures]
+    return [{**labels, "metric": label, **rate._asdict()} for label, rate in each]
 
 
 def draw_rows(found: Sequence[Interval], label: str = "", **labels) -> list[dict]:

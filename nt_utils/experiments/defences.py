@@ -42,6 +42,7 @@ class Defence:
 
     Attributes:
         action: the defended model (None: as it is); trained: parameters it was learnt with.
+        diverged: learning it diverged at every rate, so that there is nothing to judge.
         frozen: neurons that a later fine-tuner does not train.
         seconds, peak: time and memory (bytes above what was held) of making it; for display, never for results tables.
     """
@@ -52,6 +53,7 @@ class Defence:
     frozen: NeuronSet | None = None
     seconds: float = 0.0
     peak: float = 0.0
+    diverged: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,8 @@ def _made(name: str, work: Callable) -> Defence:
     peak = peak_of(lambda: kept.append(work()))
     seconds, result = time.perf_counter() - start, kept[0]
     if isinstance(result, tuning.Arm):
-        return Defence(name, result.delta, result.tuned.trained, seconds=seconds, peak=peak)
+        action = None if result.diverged else result.delta
+        return Defence(name, action, result.tuned.trained, seconds=seconds, peak=peak, diverged=result.diverged)
     return Defence(name, result, len(getattr(result, "alpha", ())), seconds=seconds, peak=peak)
 
 
@@ -255,16 +258,20 @@ def defence_table(
 ) -> pd.DataFrame:
     """Every rate of every defence, and its ASR and utility after each fine-tuning attack.
 
-    Columns defence, metric, value, low, high, n, rate and step (of the attack's worst case, 0: none was worse).
+    Columns defence, metric, value, low, high, n, rate and step (of the attack's worst case, 0: none was worse). A defence
+    whose learning diverged has no values.
     """
     rows = []
     for defence in defences:
-        rows += bench.rates(defence.action, defence=defence.name, rate=0.0, step=0)
+        labels = {"defence": defence.name, "rate": 0.0, "step": 0}
+        rows += rates(None, bench.measures, **labels) if defence.diverged else bench.rates(defence.action, **labels)
         for attack in attacks:
-            worst, where = worst_case(bench.part(asr, useful), defence, attack, asr, useful)
-            labels = {"defence": defence.name, **where}
             after = [dataclasses.replace(m, label=f"{m.label} after {attack.name}") for m in (asr, useful)]
-            rows += rates(worst, after, **labels)
+            if defence.diverged:
+                rows += rates(None, after, **labels)
+                continue
+            worst, where = worst_case(bench.part(asr, useful), defence, attack, asr, useful)
+            rows += rates(worst, after, defence=defence.name, **where)
     return pd.DataFrame(rows)
 
 

@@ -28,6 +28,8 @@ from nt_utils.interventions.tuning import AllBut, Everything, LoRA, Only, Tuned,
 from nt_utils.models import LanguageModel
 
 Scope = Only | AllBut | Everything | LoRA
+#: Why an arm has no numbers.
+DIVERGED = "the training diverged at every learning rate"
 
 
 @dataclass
@@ -185,5 +187,4 @@ def diverged_rows(run: FineTuned, measures: Sequence[Measure], **labels) -> list
     """A row a measure that says at which step a training diverged: value, low and high are NaN, n is 0."""
     if run.tuned.diverged is None:
         return []
-    nothing = {"value": math.nan, "low": math.nan, "high": math.nan, "n": 0}
-    return [{**labels, "step": run.tuned.diverged, "metric": m.label, **nothing} for m in measures]
+    return rates(None, measures, **labels, step=run.tuned.diverged)

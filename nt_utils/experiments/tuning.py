@@ -19,14 +19,14 @@ import numpy as np
 import pandas as pd
 
 from nt_utils.data.records import Prompt, PromptSet
-from nt_utils.errors import DivergedError, InputError
+from nt_utils.errors import InputError
 from nt_utils.evaluation import metrics
 from nt_utils.evaluation.generation import generate
 from nt_utils.evaluation.metrics import Interval
 from nt_utils.evaluation.suite import Evaluation
 from nt_utils.experiments.bench import Bench, Finding, Measure, clusters_of, rates, ratio, spread
 from nt_utils.experiments.cost import peak_of
-from nt_utils.experiments.finetuning import FineTuned, Scope
+from nt_utils.experiments.finetuning import DIVERGED, FineTuned, Scope
 from nt_utils.interventions.delta import Delta
 from nt_utils.interventions.tuning import Tuned, tune
 from nt_utils.models import LanguageModel
@@ -89,7 +89,8 @@ class Arm:
     """One way of tuning at its chosen rate.
 
     Attributes:
-        rate, step: chosen on the development split; reached: whether the goal's target is met there.
+        rate, step: chosen on the development split; reached: whether the goal's target is met there. Where the training
+            diverged at every rate before its first evaluated step, the smallest rate and step 0, the untouched model.
         tuned: the training, with a snapshot at every evaluated step.
         tried: what was chosen from: arm, learning_rate, step, harm, cost (where the target is reached), chosen.
     """
@@ -101,6 +102,11 @@ class Arm:
     reached: bool
     tuned: Tuned
     tried: pd.DataFrame = field(repr=False)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether no rate gave any trained model."""
+        return self.step == 0
 
     @property
     def delta(self) -> Delta:
@@ -143,7 +149,8 @@ def choose(
 ) -> Arm:
     """Train at every rate; keep the rate and the step that serve the goal best on the development split.
 
-    Steps from which on the training diverged stand in ``tried`` without a score. DivergedError when nothing else is left.
+    Steps from which on the training diverged stand in ``tried`` without a score; when nothing else is left the arm says that
+    it ``diverged``.
     """
     best, rows = None, []
     harmful, rest = dev.part(goal.harm), dev.part(*goal.keep, *goal.avoid)
@@ -158,10 +165,7 @@ def choose(
             rows.append({"arm": name, "learning_rate": rate, "step": step, "harm": harm, "cost": cost})
             if best is None or goal.order(harm, cost) < best[0]:
                 best = (goal.order(harm, cost), rate, step, goal.reached(harm), tuned)
-    if best is None:
-        tried = ", ".join(f"{rate:g}" for rate in learning_rates)
-        raise DivergedError(f"learning_rates: {name} diverged before its first evaluated step at each of {tried}")
-    _, rate, step, reached, tuned = best
+    _, rate, step, reached, tuned = best or (None, min(learning_rates), 0, False, tuned)
     tried = pd.DataFrame(rows)
     tried["chosen"] = (tried["learning_rate"] == rate) & (tried["step"] == step)
     return Arm(name, scope, rate, step, reached, tuned, tried)
@@ -214,6 +218,12 @@ def findings(
     Args:
         claims: "score", "utility" and "random" -> the claim's id; those left out are not handed in.
     """
+    if any(arm.diverged for arm in arms):
+        parts = ["benign", "over-refusal", "likelihood", "perplexity", "kl"]
+        lost = [("score", "harmful score"), ("score", "fall"), *(("utility", part) for part in parts)]
+        lost += [("random", "harmful score")] if "random" in claims else []
+        yield from (Finding(claims[claim], "", part, DIVERGED) for claim, part in lost)
+        return
     tuned, drawn = [arm.delta for arm in arms], [arm.delta for arm in controls]
     after, before = (bench.harmful_score(a, None, harm, seed) for a in (tuned, [None]))
     yield Finding(claims["score"], "", "harmful score", after)
@@ -221,7 +231,9 @@ def findings(
     yield Finding(claims["score"], "", "fall", fall or "the model's harmful score may be zero before tuning")
     yield from bench.utility_findings(claims["utility"], tuned, roles, seed)
     if "random" in claims:
-        yield Finding(claims["random"], "", "harmful score", bench.harmful_score(tuned, drawn, harm, seed))
+        lost = any(control.diverged for control in controls)
+        found = f"random neurons: {DIVERGED}" if lost else bench.harmful_score(tuned, drawn, harm, seed)
+        yield Finding(claims["random"], "", "harmful score", found)
 
 
 def later_finding(
@@ -282,21 +294,25 @@ def curve_table(bench: Bench, arms: Mapping[str, Sequence[Arm]], measures: Seque
     """Rates against training steps, every arm at its own rate.
 
     Several draws of an arm: the value is their mean, low and high their smallest and largest rate. Columns: arm, step,
-    metric, value, low, high, n, chosen (the step is the one chosen on the development split, of the first draw).
+    metric, value, low, high, n, chosen (the step is the one chosen on the development split, of the first draw). Steps that a
+    draw did not reach, since it diverged, have no value.
     """
     rows = []
     for name, draws in arms.items():
-        for step in draws[0].steps:
-            found = [bench(draw.steps[step]) for draw in draws]
+        for step in sorted({step for draw in draws for step in draw.steps}):
+            found = [bench(draw.steps[step]) if step in draw.steps else None for draw in draws]
             rows += _mean_rates(found, measures, arm=name, step=step, chosen=step == draws[0].step)
     return pd.DataFrame(rows)
 
 
 def stop_table(bench: Bench, arms: Mapping[str, Sequence[Arm]], measures: Sequence[Measure]) -> pd.DataFrame:
-    """Rates at each arm's chosen step: arm, learning_rate, step, reached, metric, value, low, high, n."""
+    """Rates at each arm's chosen step: arm, learning_rate, step, reached, metric, value, low, high, n.
+
+    An arm one of whose draws diverged at every rate has no values; its first draw then stands at step 0.
+    """
     rows = []
     for name, draws in arms.items():
-        first, found = draws[0], [bench(draw.delta) for draw in draws]
+        first, found = draws[0], [None if draw.diverged else bench(draw.delta) for draw in draws]
         labels = {
             "arm": name,
             "learning_rate": first.rate,
@@ -307,9 +323,10 @@ def stop_table(bench: Bench, arms: Mapping[str, Sequence[Arm]], measures: Sequen
     return pd.DataFrame(rows)
 
 
-def _mean_rates(found: Sequence[Evaluation], measures: Sequence[Measure], **labels) -> list[dict]:
-    if len(found) == 1:
-        return rates(found[0], measures, **labels)
+def _mean_rates(draws: Sequence[Evaluation | None], measures: Sequence[Measure], **labels) -> list[dict]:
+    found = [one for one in draws if one is not None]
+    if len(draws) == 1 or len(found) < len(draws):
+        return rates(found[0] if len(draws) == len(found) else None, measures, **labels)
     each = {m.label: [one.rate(m.set, m.metric) for one in found] for m in measures}
     return [{**labels, "metric": label, **spread([r.value for r in some], some[0].n)} for label, some in each.items()]
 

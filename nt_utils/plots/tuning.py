@@ -78,7 +78,7 @@ def sn_tradeoff(table: pd.DataFrame) -> Figure:
     Columns: arm, step, metric, value, low, high, n, chosen, target; the first metric is the harmful score.
     """
     harm, *others = (m for m in ordered(table["metric"]) if m != "perplexity")
-    arms, wide = ordered(table["arm"]), table.pivot_table(index=["arm", "step"], columns="metric", values="value")
+    arms, wide = ordered(table["arm"]), table.pivot(index=["arm", "step"], columns="metric", values="value")
     looks = _look(arms)
     drawn, axes = panels(1, len(others), height=3.6, sharey=True)
     for ax, metric in zip(axes[0], others, strict=True):

@@ -212,6 +212,21 @@ def test_alignment_trains_only_what_it_may(tuned_lm, scores, suite):
     assert figures.align_budget(table).axes
 
 
+def test_an_alignment_that_diverges_at_every_rate_has_rows_that_say_so(tuned_lm, suite):
+    dev, test = Bench(tuned_lm, suite, [ASR, REFUSED]), Bench(tuned_lm, suite, [ASR, REFUSED])
+    rates = {"full": [1e30], "RU": [1e-3]}
+    found = {
+        name: alignment.align(dev, test, {name: Everything()}, HARM, GOOD, rate, ASR, REFUSED, 2, batch_size=4)[name]
+        for name, rate in rates.items()
+    }
+    table = alignment.budget_table(test(None), found, [ASR, REFUSED]).set_index("arm")
+    assert table["value"].isna().groupby("arm").all().to_dict() == {"full": True, "RU": False, "unaligned": False}
+    assert (table.loc["full", "n"] == 0).all() and table.loc["full", "learning_rate"].isna().all()
+    assert figures.align_budget(table.reset_index()).axes
+    said = list(alignment.budget_findings([found], ASR, REFUSED, 0))
+    assert len(said) == 2 and all(f.found == "full: the training diverged at every learning rate" for f in said)
+
+
 def test_states_are_those_of_single_prompts(any_lm):
     texts, ends = ["Hi", "A much longer request than that"], ["No, never", "No"]
     found = alignment.last_states(any_lm, texts, ends, tokens=3)

@@ -1,5 +1,7 @@
 """Defences and fine-tuning attacks on them, run for real on a tiny model."""
 
+import dataclasses
+
 import pandas as pd
 import pytest
 import torch
@@ -128,4 +130,9 @@ def test_every_defence_is_built_and_judged(bench):
     assert front["defence"].tolist() == [d.name for d in made]
     spent = defences.spent_table(lm, made, HARMFUL.texts[:2], repeats=1)
     assert isinstance(spent, pd.DataFrame)
+    lost = defences.build(
+        lm, found, {}, {}, dataclasses.replace(setting, full_rates=[1e30], wanted=["full tuning"]), max_new_tokens=2
+    )
+    table = defences.defence_table(bench, lost, [attack], ASR, REFUSED).set_index("defence")
+    assert table["value"].isna().tolist() == [False] * 4 + [True] * 4, "a defence that diverged has rows without values"
     assert (spent["inference"] > 0).all()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nt_utils.data.records import Prompt, PromptSet
-from nt_utils.errors import DivergedError, InputError
+from nt_utils.errors import InputError
 from nt_utils.evaluation import metrics
 from nt_utils.evaluation.suite import Suite, SuiteSet
 from nt_utils.experiments import tuning
@@ -207,8 +207,26 @@ def test_rates_that_diverge_are_left_out(setting):
     assert arm.rate == 0.001
     failed = arm.tried[arm.tried["learning_rate"] == 1e30]
     assert failed["step"].tolist() == [3] and failed["harm"].isna().all() and not failed["chosen"].any()
-    with pytest.raises(DivergedError, match="full diverged"):
-        tuning.choose(lm, "full", Everything(), [1e30], PAIRS, [3], dev, goal)
+
+
+def test_an_arm_that_diverges_at_every_rate_has_rows_that_say_so(setting):
+    """Beside one that trains: both stand in every table, and what is claimed of the diverged one has no test."""
+    lm, dev, goal = setting
+    lost = tuning.choose(lm, "full", Everything(), [1e30, 1e29], PAIRS, [1, 3], dev, goal)
+    kept = tuning.choose(lm, "SN", Only(neurons(lm)), [0.01], PAIRS, [1, 3], dev, goal)
+    assert lost.diverged and not lost.reached and not kept.diverged
+    assert (lost.rate, lost.step, lost.delta.moved) == (1e29, 0, 0)
+    assert len(lost.tried) == 4 and lost.tried["harm"].isna().all() and not lost.tried["chosen"].any()
+    arms = {"SN": [kept], "full": [lost], "draws": [kept, lost]}
+    stops = tuning.stop_table(dev, arms, [ASR]).set_index("arm")
+    assert stops["value"].isna().tolist() == [False, True, True] and stops.loc["full", ["step", "n"]].tolist() == [0, 0]
+    curves = tuning.curve_table(dev, arms, [ASR]).set_index(["arm", "step"])
+    assert curves["value"].isna()["draws"].tolist() == [False, True, True]
+    assert curves["value"]["full"].to_dict() == {0: dev.rate(ASR).value}
+    assert len(tuning.cost_table(lm, arms)) == 3
+    claims = {"score": "S6", "utility": "S7", "random": "S8"}
+    found = list(tuning.findings(dev, claims, [lost], [kept], [ASR], {}, 0))
+    assert {f.claim for f in found} == set(claims.values()) and all("diverged" in f.found for f in found)
 
 
 def test_classes_of_attacks_before_and_after(setting):
