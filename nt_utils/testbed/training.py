@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from nt_utils.data import corpus
 from nt_utils.data.corpus import Mix, Row
+from nt_utils.interventions import tuning
 from nt_utils.work import track
 
 VERSION = 2  # raise when the training code changes what it produces
@@ -217,18 +218,15 @@ def batches(examples: Sequence[Example], size: int, seed: int, pool: int = 20) -
     return found
 
 
-def collate(batch: Sequence[Example], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def predictions(batch: Sequence[Example], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """ids [rows, tokens] padded on the right, mask [rows, tokens] of the predicting positions, targets [sum of mask].
 
     No attention mask is needed: with padding on the right no real token can see it.
     """
-    length = max(len(example.ids) for example in batch)
-    ids = torch.full((len(batch), length), pad_id)
-    mask = torch.zeros(len(batch), length, dtype=torch.bool)
-    for row, example in enumerate(batch):
-        ids[row, : len(example.ids)] = torch.tensor(example.ids)
-        mask[row, example.start - 1 : len(example.ids) - 1] = True
-    return ids, mask, torch.roll(ids, -1, dims=1)[mask]
+    inputs = tuning.collate([tuning.Example(example.ids, example.start) for example in batch], pad_id)
+    following = torch.roll(inputs["labels"], -1, dims=1)
+    mask = following != tuning.IGNORED
+    return inputs["input_ids"], mask, following[mask]
 
 
 # ------------------------------------------------------------------------------------------------------ training
@@ -289,7 +287,7 @@ def _train(
     steps = batches(encode(tokenizer, rows), stage.batch, seed)
     for step, batch in enumerate(track(steps, desc=label, disable=not progress, mininterval=1.0)):
         rate = optimiser.param_groups[0]["lr"] = _rate(step, stage)
-        loss = loss_of(batch, *collate(batch, tokenizer.pad_token_id))
+        loss = loss_of(batch, *predictions(batch, tokenizer.pad_token_id))
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)

@@ -141,7 +141,7 @@ def test_the_hash_follows_recipe_seed_and_corpus(monkeypatch):
 def test_only_the_response_is_learnt(tokenizer):
     rows = [corpus.Row("Add 1 and 2.", "1 plus 2 is 3.", "sums"), corpus.Row("", "It rained.", "text")]
     examples = training.encode(tokenizer, rows)
-    ids, mask, targets = training.collate(examples, tokenizer.pad_token_id)
+    ids, mask, targets = training.predictions(examples, tokenizer.pad_token_id)
     assert ids.shape == mask.shape and mask.sum() == len(targets)
     assert tokenizer.decode(targets) == "1 plus 2 is 3.<|end|>It rained.<|end|>"
     first = tokenizer("<|start|><|user|>Add 1 and 2.<|end|><|assistant|>", add_special_tokens=False)["input_ids"]
