@@ -172,7 +172,7 @@ class Subject:
     @property
     def is_embedded(self) -> bool:
         """Whether the prompts are the embedded corpus, whose answers are known."""
-        return self.parameters.harmful == EMBEDDED
+        return getattr(self.parameters, "harmful", "") == EMBEDDED
 
     @property
     def makes_units(self) -> bool:

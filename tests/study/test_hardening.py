@@ -60,13 +60,20 @@ def refused(call, folder=None):
 
 def wrong_values(rule):
     """Values no parameter of this rule may have: wrong type, out of range, no choice, NaN, empty."""
-    yield from ((), {}, b"x")
+    yield from ({}, b"x", *([] if rule.empty else [()]))
     if rule.kind is str:
         yield from (7, 1.5, True, ["text"], *(["no such choice"] if rule.choices else []))
     elif rule.kind is bool:
         yield from ("yes", 1, 0.0)
     elif rule.kind is list:
-        yield from ("0.1", 0.1, [], ["x"], [None], [math.nan] if rule.items is float else [1.5])
+        yield from (
+            "0.1",
+            0.1,
+            *([] if rule.empty else [[]]),
+            ["x"],
+            [None],
+            [math.nan] if rule.items is float else [1.5],
+        )
         yield from ([rule.low - 1] if rule.low is not None else [None], [rule.high * 2 + 1] if rule.high else ["y"])
     else:
         yield from ("many", True, [1], math.nan, math.inf if rule.kind is int or rule.high else "inf")
