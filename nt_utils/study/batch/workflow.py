@@ -11,12 +11,12 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
 from nt_utils.errors import InputError
 from nt_utils.files import cache_folder, project_root, writable
@@ -76,28 +76,24 @@ def _supervised(command: Sequence[str], environment: dict[str, str], locks: Sequ
     """Run Snakemake in a process group of its own and leave none of its steps behind, however it or this ends.
 
     It inherits the claims (``locks``): they hold until both are gone. Of what it and the steps write to the error stream,
-    the steps' own lines are shown; where it fails and no step said why, its last lines are.
+    the steps' own lines are shown; where it fails and no step said why, its last lines are. That stream is a file: with a
+    pipe, Snakemake would hang when this process is killed.
     """
 
     def stop(*_) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        start_new_session=True,
-        pass_fds=locks,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-    )
+    written = tempfile.TemporaryFile()  # noqa: SIM115 (closed below)
+    process = subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=locks, stderr=written)
     last: deque[str] = deque(maxlen=8)
-    reader = threading.Thread(target=_read, args=(process.stderr, last), daemon=True)
+    ended = threading.Event()
+    reader = threading.Thread(target=_read, args=(written.fileno(), ended, last), daemon=True)
     reader.start()
     try:
         status = process.wait()
-        reader.join(timeout=5)
+        ended.set()
+        reader.join()
         if status > 0 and last:
             print("\n".join(["Snakemake ended without a step's reason; its last lines:", *last]), file=sys.stderr)
         return status if status >= 0 else 128 - status
@@ -108,18 +104,30 @@ def _supervised(command: Sequence[str], environment: dict[str, str], locks: Sequ
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        ended.set()
+        reader.join()
+        written.close()
 
 
-def _read(stream: IO[str], last: deque[str]) -> None:
-    """Show the steps' errors; keep the last other lines, until a step has said why."""
-    said = False
-    for line in stream:
-        if line.startswith("error: "):
-            print(line, end="", file=sys.stderr, flush=True)
-            said = True
-            last.clear()
-        elif not said and line.strip():
-            last.append(step.hide(line.rstrip()))
+def _read(file: int, ended: threading.Event, last: deque[str]) -> None:
+    """Show the steps' errors as they come; keep the last other lines, until a step has said why."""
+    place, rest, said = 0, b"", False
+    while True:
+        over = ended.is_set()  # asked first: what was written until then is still read
+        piece = os.pread(file, 1 << 16, place)
+        if not piece and over:
+            return
+        if not piece:
+            ended.wait(0.2)
+        place += len(piece)
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in (one.decode(errors="replace").rstrip() for one in lines):
+            if line.startswith("error: "):
+                print(line, file=sys.stderr, flush=True)
+                said = True
+                last.clear()
+            elif not said and line:
+                last.append(step.hide(line))
 
 
 def settle_home() -> None:
