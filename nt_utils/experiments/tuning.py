@@ -231,9 +231,8 @@ def findings(
     yield Finding(claims["score"], "", "fall", fall or "the model's harmful score may be zero before tuning")
     yield from bench.utility_findings(claims["utility"], tuned, roles, seed)
     if "random" in claims:
-        lost = any(control.diverged for control in controls)
-        found = f"random neurons: {DIVERGED}" if lost else bench.harmful_score(tuned, drawn, harm, seed)
-        yield Finding(claims["random"], "", "harmful score", found)
+        reason = f"random neurons: {DIVERGED}" if any(control.diverged for control in controls) else ""
+        yield Finding(claims["random"], "", "harmful score", reason or bench.harmful_score(tuned, drawn, harm, seed))
 
 
 def later_finding(

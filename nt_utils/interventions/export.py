@@ -42,7 +42,7 @@ def folded(lm: LanguageModel, modulation: Modulation) -> Iterator[LanguageModel]
         InputError: a modulation of another architecture.
         ModelError: an adapter layer, or weights that are offloaded (a meta tensor cannot be folded).
     """
-    _check_architecture(lm, modulation)
+    modulation.check(lm)
     parameters = {site: lm.view.projection(*site).parameter for site in modulation.factors}
     before = {site: parameter.data for site, parameter in parameters.items()}
     try:
@@ -61,15 +61,11 @@ def fold(lm: LanguageModel, modulation: Modulation, folder) -> Path:
     ModelError where any layer of the model is an adapter's.
     """
     check_plain(lm)
-    target, unfinished = _new_folder(folder)
-    try:
+    with new_folder(folder) as unfinished:
         with folded(lm, modulation):
             lm.model.save_pretrained(unfinished)
         lm.tokenizer.save_pretrained(unfinished)
-        unfinished.replace(target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return target
+    return Path(folder)
 
 
 def check_plain(lm: LanguageModel) -> None:
@@ -85,22 +81,20 @@ def _scaled(view: DecoderView, site: Site, weight: Tensor, factors: Tensor) -> T
     return (weight * (wide[:, None] if view.projection(*site).transposed else wide)).to(weight.dtype)
 
 
-def _check_architecture(lm: LanguageModel, modulation: Modulation) -> None:
-    if lm.view.space.architecture != modulation.space.architecture:
-        raise InputError(
-            f"modulation: made for architecture {modulation.space.architecture}; the model at hand is "
-            f"{lm.view.space.architecture}"
-        )
-
-
-def _new_folder(folder) -> tuple[Path, Path]:
+@contextmanager
+def new_folder(folder) -> Iterator[Path]:
+    """An unfinished folder to write into, which gets its name when it is complete; an existing one is refused."""
     target = Path(folder)
     if target.exists():
         raise InputError(f"folder: {target} exists already; name a new one")
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
-    return target, unfinished
+    try:
+        yield unfinished
+        unfinished.replace(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------------ adapters
@@ -118,31 +112,27 @@ def write_adapter(lm: LanguageModel, modulation: Modulation, folder) -> Path:
             adapter out of the weights: fold instead).
         ModelError: a layer of the model is an adapter's, so that its weights are no base to load this adapter on.
     """
-    _check_architecture(lm, modulation)
+    modulation.check(lm)
     check_plain(lm)
     if (modulation.alpha == 0).any():
         raise InputError(
             "alpha: 0 cannot be exported as (IA)^3, whose removal divides by it; use fold() or a lower bound above 0"
         )
-    target, unfinished = _new_folder(folder)
-    modules = _modules(lm)
-    tensors = {_key(modules[site]): _vector(lm, modulation, site) for site in modules}
-    header = {
-        "format": "pt",
-        "nt_utils": FORMAT,
-        "architecture": modulation.space.architecture,
-        "weights": lm.weights_fingerprint,
-        "bounds": json.dumps(list(modulation.bounds)),
-        "name": modulation.name,
-    }
-    unfinished.mkdir()
-    try:
+    with new_folder(folder) as unfinished:
+        modules = _modules(lm)
+        tensors = {_key(modules[site]): _vector(lm, modulation, site) for site in modules}
+        header = {
+            "format": "pt",
+            "nt_utils": FORMAT,
+            "architecture": modulation.space.architecture,
+            "weights": lm.weights_fingerprint,
+            "bounds": json.dumps(list(modulation.bounds)),
+            "name": modulation.name,
+        }
+        unfinished.mkdir()
         save_file(tensors, unfinished / WEIGHTS_FILE, metadata=header)
         (unfinished / CONFIG_FILE).write_text(json.dumps(_config(lm, modules), indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return target
+    return Path(folder)
 
 
 def read_adapter(lm: LanguageModel, folder) -> Modulation:

@@ -154,7 +154,7 @@ def learn(
         state.resume(Path(checkpoint), learner.key(validation))
     bar = track(total=recipe.iterations, initial=state.iteration, desc="alpha", unit="step", disable=not progress)
     with frozen(learner.lm.model), bar:
-        while state.iteration < recipe.iterations and not state.exhausted(recipe.patience):
+        while state.iteration < recipe.iterations and not 0 < recipe.patience <= state.waited:
             try:
                 row = learner.step(state)
             except DivergedError:
@@ -163,7 +163,8 @@ def learn(
                 state.diverged = state.iteration
                 state.history.append({"iteration": state.iteration, "query": math.nan})
                 break
-            if validate is not None and learner.validates(state.iteration):
+            due = state.iteration % recipe.validate_every == 0 or state.iteration == recipe.iterations
+            if validate is not None and due:
                 row["validation"] = validate(state.alpha.detach())
                 state.compare(row["validation"])
             state.history.append(row)
@@ -205,7 +206,8 @@ def find_inner_rate(
     for rate in sorted(rates):
         learner = Learner(lm, safety, utility, tasks, benign, replace(recipe, inner_rate=rate))
         with frozen(learner.lm.model):
-            found.append((rate, learner.inner_gain()))
+            effect = learner.inner_effect(learner.start(), [learner.draw(task, 0)[0] for task in tasks])
+        found.append((rate, 1 - effect["adapted"] / effect["support"]))
         if found[-1][1] >= share:
             return found[-1]
     return max(found, key=lambda pair: pair[1])
@@ -328,20 +330,11 @@ class Learner:
         state.iteration += 1
         return row
 
-    def validates(self, iteration: int) -> bool:
-        """Whether to validate after so many iterations: every ``validate_every``, and at the end."""
-        return iteration % self.recipe.validate_every == 0 or iteration == self.recipe.iterations
-
     def inner_effect(self, alpha: Tensor, supports: Sequence) -> dict[str, float]:
         """Mean support loss before and after the inner step."""
         before = [float(self.loss(alpha, s).detach()) for s in supports]
         after = [float(self.loss(self.adapted(alpha, s, second=False), s).detach()) for s in supports]
         return {"support": sum(before) / len(before), "adapted": sum(after) / len(after)}
-
-    def inner_gain(self) -> float:
-        """Share by which one inner adaptation lowers the support loss at the starting alpha."""
-        effect = self.inner_effect(self.start(), [self.draw(task, 0)[0] for task in self.tasks])
-        return 1 - effect["adapted"] / effect["support"]
 
     # -- ends
 
@@ -396,9 +389,6 @@ class _State:
             self.best_iteration, self.waited = self.iteration, 0
         else:
             self.waited += 1
-
-    def exhausted(self, patience: int) -> bool:
-        return bool(patience) and self.waited >= patience
 
     def save(self, path: Path, key: str) -> None:
         moments = self.optimiser.state[self.alpha]

@@ -98,13 +98,17 @@ class Modulation:
                 digest.update(repr(site).encode() + values.numpy().tobytes())
         return f"modulation-{digest.hexdigest()[:16]}"
 
-    def active(self, lm: LanguageModel) -> AbstractContextManager:
-        """Multiply while inside; one multiplication a site. Raises InputError on another architecture."""
+    def check(self, lm: LanguageModel) -> None:
+        """Raise InputError on another architecture."""
         if lm.view.space.architecture != self.space.architecture:
             raise InputError(
                 f"modulation: made for architecture {self.space.architecture}; the model at hand is "
                 f"{lm.view.space.architecture}"
             )
+
+    def active(self, lm: LanguageModel) -> AbstractContextManager:
+        """Multiply while inside; one multiplication a site. Raises InputError on another architecture."""
+        self.check(lm)
         acting = {site: values for site, values in self.factors.items() if (values != 1).any()}
         return hooks.scale(lm.view, _ready(acting, lm), self.name) if acting else nullcontext()
 

@@ -201,11 +201,15 @@ def held(model: nn.Module) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------------ a step
 
 
-def _average(parameter: nn.Parameter) -> None:
-    gradient = parameter.grad
-    assert gradient is not None, "called when a gradient was accumulated"
-    dist.all_reduce(gradient)
-    gradient /= dist.get_world_size()
+def average(value: Tensor) -> None:
+    """Replace a tensor by its mean over the processes, in place."""
+    dist.all_reduce(value)
+    value /= dist.get_world_size()
+
+
+def _average_gradient(parameter: nn.Parameter) -> None:
+    assert parameter.grad is not None, "called when a gradient was accumulated"
+    average(parameter.grad)
 
 
 def averaged(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
@@ -213,7 +217,7 @@ def averaged(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]
 
     A gradient that is accumulated over several backward passes is averaged each time, which leaves its average unchanged.
     """
-    return hooks.attached([hooks.after_gradient(p, _average) for p in parameters], must_run=False)
+    return hooks.attached([hooks.after_gradient(p, _average_gradient) for p in parameters], must_run=False)
 
 
 @dataclass(frozen=True)
@@ -246,14 +250,9 @@ class Processes:
         """This process's share of a batch, which all of them have whole."""
         return batch[self.index :: self.count]
 
-    def average(self, value: Tensor) -> None:
-        """Replace a tensor by its mean over the processes, in place."""
-        dist.all_reduce(value)
-        value /= self.count
-
     def mean(self, value: Tensor) -> float:
         """A scalar's mean over the processes."""
         value = value.detach().clone()
         if self.count > 1:
-            dist.all_reduce(value)
-        return float(value) / self.count
+            average(value)
+        return float(value)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from nt_utils import hooks
 from nt_utils.errors import InputError
-from nt_utils.interventions.export import _new_folder, check_plain
+from nt_utils.interventions.export import check_plain, new_folder
 from nt_utils.models import DecoderView, LanguageModel, Projection
 from nt_utils.neurons import POOL, NeuronSet, Site
 from nt_utils.scoring.fluctuation import Fluctuation
@@ -116,15 +115,10 @@ def export(lm: LanguageModel, pruning: Prune, folder, *, smaller: bool = False) 
         InputError: another architecture; an existing folder; means in a family whose projections have no bias (prune to
             zero there); or ``smaller`` with a layer in which no FFN channel, or every one, is pruned.
     """
-    target, unfinished = _new_folder(folder)
-    model = pruned_model(lm, pruning, smaller=smaller)
-    try:
-        model.save_pretrained(unfinished)
+    with new_folder(folder) as unfinished:
+        pruned_model(lm, pruning, smaller=smaller).save_pretrained(unfinished)
         lm.tokenizer.save_pretrained(unfinished)
-        unfinished.replace(target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return target
+    return Path(folder)
 
 
 def pruned_model(lm: LanguageModel, pruning: Prune, *, smaller: bool = False):

@@ -28,7 +28,7 @@ from nt_utils import hooks
 from nt_utils.data.records import Prompt
 from nt_utils.errors import DivergedError, InputError
 from nt_utils.interventions.delta import Delta
-from nt_utils.interventions.parallel import Processes
+from nt_utils.interventions.parallel import Processes, average
 from nt_utils.interventions.precision import check_train_dtype, computing, training_copy
 from nt_utils.interventions.trainable import AllBut, Everything, LoRA, Only, Training
 from nt_utils.interventions.trunk import FrozenTrunk
@@ -310,7 +310,8 @@ def tune(
         with _training_mode(trained, gradient_checkpointing):
             run.evaluate(0)
             run.trunk = FrozenTrunk.of(trained, training.lowest_layer)
-            for step in _bar(steps, f"tuning, {scope.name}", progress and processes.index == 0):
+            hidden = not progress or processes.index > 0
+            for step in track(range(steps), desc=f"tuning, {scope.name}", unit="step", disable=hidden):
                 for group in optimiser.param_groups:
                     group["lr"] = learning_rate * _rate(step, steps, warmup, schedule)
                 batch = next(stream)
@@ -395,7 +396,7 @@ class _Run:
         for gradient in gradients:
             gradient.div_(self._scale)
             if self.processes.count > 1 and not is_sharded(self.lm.model):  # a sharded training averages by itself
-                self.processes.average(gradient)
+                average(gradient)
         return value, float(nn.utils.clip_grad_norm_(self.training.parameters, clip or math.inf))
 
     def evaluate(self, step: int) -> None:
@@ -439,10 +440,6 @@ def _rate(step: int, steps: int, warmup: int, schedule: str) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 1.0 if schedule == "constant" else (steps - step) / max(steps - warmup, 1)
-
-
-def _bar(steps: int, label: str, progress: bool):
-    return track(range(steps), desc=label, unit="step", disable=not progress)
 
 
 def _accelerators() -> list[int]:

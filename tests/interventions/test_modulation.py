@@ -409,13 +409,6 @@ def test_learning_lowers_the_loss_and_leaves_the_weights(lm, method):
         assert history["adapted"].isna().all()
 
 
-def test_second_order_runs_on_every_family(any_lm):
-    recipe = replace(SHORT, method="second", iterations=1)
-    found = learn(any_lm, *_sets(any_lm, 5), {"prefix": TASKS["prefix"]}, BENIGN, recipe, progress=False)
-    assert found.modulation.alpha.isfinite().all()
-    assert not torch.equal(found.modulation.safety_alpha, torch.full((5,), 1.2))
-
-
 def test_start_values(lm):
     """The first step is Adam's: every alpha moves by the outer rate from its starting value, or stays."""
     found = learn(lm, *_sets(lm, 3), TASKS, BENIGN, replace(SHORT, iterations=1, outer_rate=1e-3), progress=False)

@@ -12,20 +12,17 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from nt_utils.data.records import Prompt
 from nt_utils.errors import InputError
 from nt_utils.files import project_root
 from nt_utils.interventions import parallel
 from nt_utils.interventions.delta import Delta, take
-from nt_utils.interventions.tuning import (
-    AllBut,
-    Everything,
-    LoRA,
-    Only,
-    tune,
-)
+from nt_utils.interventions.tuning import AllBut, Everything, LoRA, Only, tune
 from nt_utils.neurons import NeuronSet
 from nt_utils.study import tune as command
 from tests.tiny import tiny_lm
@@ -49,7 +46,7 @@ HOW = {
 }
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-CASES = ("llama", "llama checkpointed", "gpt2", "qwen2", "llama bfloat16")
+CASES = ("llama checkpointed", "gpt2", "qwen2", "llama bfloat16")
 
 
 def model(case):
@@ -167,16 +164,46 @@ def tune_whole(accelerator, save):
         lm = model("llama")
         save(name, facts(learn(lm, scopes(lm)[name], accelerator=accelerator)))
 
+    lm = model("llama")
+    training = Only(some(lm)).start(lm)
+    mine = IDS[accelerator.process_index :][:1]
+    losses = descend(DistributedDataParallel(lm.model), training, mine)
+    save("wrapped", {"losses": losses, "values": {n: p.values for n, p in training.finish().parts.items()}})
+
+
+IDS = torch.tensor([[1, 20, 31, 47, 52, 69], [1, 25, 36, 41, 58, 63]])
+
+
+def descend(model, training, ids):
+    """Losses of three steps of SGD: AdamW's first have a gradient's sign alone, which averaging would not change."""
+    optimiser, losses = torch.optim.SGD(training.parameters, lr=0.1, momentum=0.9), []
+    for _ in range(3):
+        optimiser.zero_grad()
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    return losses
+
 
 @gloo
 def test_two_processes_with_whole_models_learn_what_one_does(tmp_path):
+    """Every scope by `tune`, and `Only` under torch's own DistributedDataParallel with a row in each process."""
     load = together(tune_whole, tmp_path, {})
     for name in ("only", "all but", "full", "lora"):
         lm = model("llama")
         check_same(load(name), learn(lm, scopes(lm)[name]), lm)
-
-
-IDS = torch.tensor([[1, 20, 31, 47, 52, 69], [1, 25, 36, 41, 58, 63]])
+    one, two = load("wrapped")
+    lm = model("llama")
+    training = Only(some(lm)).start(lm)
+    losses = descend(lm.model, training, IDS)
+    assert [(a + b) / 2 for a, b in zip(one["losses"], two["losses"], strict=True)] == pytest.approx(losses, abs=1e-5)
+    assert min(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) > 1e-3, "each had its own batch"
+    for name, part in training.finish().parts.items():
+        assert torch.equal(one["values"][name], two["values"][name]), "the processes agree bit for bit"
+        assert torch.allclose(one["values"][name], part.values, atol=1e-5), name
+        base = take(dict(lm.model.named_parameters())[name], part.axis, part.index)
+        assert (part.values - base).abs().max() > 1e-3, name
 
 
 def whole_blocks(lm):
@@ -232,14 +259,6 @@ def use_sharded(accelerator, save):
     found = {"gradients": gradients, "logits": logits, "after": after, "refused": refused}
     if accelerator.is_main_process:
         delta.save(os.environ["DELTA"])
-
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    older = model("llama")
-    neurons = some(older)
-    for i, layer in enumerate(older.view.layers):
-        older.view.layers[i] = FullyShardedDataParallel(layer, device_id=torch.device("cpu"), use_orig_params=True)
-    refuse("fsdp 1", lambda: Only(neurons).start(older))
     save("used", found)
 
 
@@ -272,7 +291,42 @@ def test_a_loop_of_ones_own_and_what_is_refused(tmp_path):
     assert refused["callback"].startswith("callback: not with 2 processes; allowed: snapshots=True")
     assert refused["whole"].startswith("model: accelerate is set to FSDP and the model is whole")
     assert refused["merge"] == "delta: the model is sharded over processes; allowed: the same model loaded plainly"
-    assert "is sharded by ZeRO-3, FSDP version 1" in refused["fsdp 1"]
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@gloo
+def test_weights_sharded_after_the_start_are_refused(one_process):
+    lm = model("llama")
+    training = Only(some(lm)).start(lm)
+    for layer in lm.view.layers:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(InputError, match=r"q_proj.weight is sharded by .* allowed: .*parallel.shard"):
+        lm.model(IDS)
+    del training
+
+
+@gloo
+@pytest.mark.parametrize("original", [True, False])
+def test_fsdp_version_1_is_refused(one_process, original):
+    lm = model("llama")
+    neurons = some(lm)
+    for i, layer in enumerate(lm.view.layers):
+        lm.view.layers[i] = FullyShardedDataParallel(layer, device_id=torch.device("cpu"), use_orig_params=original)
+    with pytest.raises(InputError, match="is sharded by ZeRO-3, FSDP version 1"):
+        Only(neurons).start(lm)
+
+
+def test_zero_3_is_told_by_its_mark():
+    lm = model("llama")
+    lm.model.model.layers[0].self_attn.q_proj.weight.ds_id = 0
+    with pytest.raises(InputError, match="layers.0.self_attn.q_proj.weight is sharded by ZeRO-3"):
+        Only(some(lm)).start(lm)
 
 
 # ------------------------------------------------------------------------------------------------------ settings

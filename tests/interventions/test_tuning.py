@@ -139,8 +139,9 @@ def test_gradients_are_the_masked_dense_ones(name):
         assert torch.allclose(found[key], dense[key] * mask, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float32) for name in MODELS), ("phi3", torch.bfloat16), ("gpt2", torch.bfloat16)]
+)
 def test_trained_merged_saved_loaded_and_taken_back(name, dtype, tmp_path):
     lm = tiny_lm(name)
     lm.model.to(dtype)
@@ -193,22 +194,6 @@ def test_sides_of_a_neuron(name, sides):
         assert key not in masks or changed[masks[key]].float().mean() > 0.9
     delta.unmerge(lm)
     assert_same(before, snapshot(lm))
-
-
-def test_a_small_rate_moves_masters_but_few_bf16_weights():
-    lm = tiny_lm()
-    lm.model.to(torch.bfloat16)
-    chosen = some(lm.view)
-    training = Only(chosen).start(lm)
-    starts = [p.detach().clone() for p in training.parameters]
-    optimiser = torch.optim.AdamW(training.parameters, lr=1e-4, weight_decay=0.0)
-    train(lm, training.parameters, 1, optimiser)
-    moved = torch.cat([(m != start).flatten() for m, start in zip(training.parameters, starts, strict=True)])
-    delta = training.finish()
-    assert moved.float().mean() > 0.95
-    assert 0.02 < delta.moved_share < 0.6
-    index_bytes = sum(8 * len(part.index) for part in delta.parts.values())
-    assert delta.bytes == 2 * delta.size + index_bytes
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
@@ -419,7 +404,7 @@ def test_offloaded_weights_are_refused():
 def test_frozen_neurons_keep_their_bits_and_all_else_trains(name):
     lm = tiny_lm(name)
     frozen = some(lm.view)
-    masks, before, dense = owned(lm, frozen), snapshot(lm), dense_gradients(lm)
+    masks, before, dense, plain = owned(lm, frozen), snapshot(lm), dense_gradients(lm), logits(lm)
     training = AllBut(frozen).start(lm)
     total = sum(p.numel() for p in dense.values())
     assert training.size == total - frozen.parameters
@@ -436,21 +421,13 @@ def test_frozen_neurons_keep_their_bits_and_all_else_trains(name):
     assert_same(before, snapshot(lm))
     with delta.active(lm):
         assert torch.equal(logits(lm), tuned)
-        assert (tuned - logits_of(before, lm)).abs().max() > 1e-2
+        assert (tuned - plain).abs().max() > 1e-2
         for key, values in lm.model.named_parameters():
             mask = masks.get(key, torch.zeros(values.shape, dtype=torch.bool))
             assert same_bits(values[mask], before[key][mask])
             # embeddings of unseen tokens move by weight decay; a weight of 0 and a key bias may stand still
             assert (values != before[key])[~mask].float().mean() > 0.9
     assert_same(before, snapshot(lm))
-
-
-def logits_of(state, lm):
-    """Logits of a copy of the model with other weights."""
-    model = copy.deepcopy(lm.model)
-    model.load_state_dict(state)
-    with torch.no_grad():
-        return model(IDS, use_cache=False).logits
 
 
 def test_all_frozen_modules_are_left_out():
@@ -608,13 +585,18 @@ def quick(lm, scope, **more):
     return tune(lm, scope, **{**options, **more})
 
 
-@pytest.mark.parametrize("arm", ["only", "all but", "full", "lora"])
+ARMS = ["only", "all but", "full", "lora"]
+
+
+def scope_of(arm, lm):
+    chosen = some(lm.view, 6)
+    return {"only": Only(chosen), "all but": AllBut(chosen), "full": Everything(), "lora": LoRA(rank=4)}[arm]
+
+
+@pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_learns_and_leaves_the_base(arm):
     lm = tiny_lm()
-    chosen = some(lm.view, 6)
-    if arm == "lora":
-        pytest.importorskip("peft")
-    scope = {"only": Only(chosen), "all but": AllBut(chosen), "full": Everything(), "lora": LoRA(rank=4)}[arm]
+    scope = scope_of(arm, lm)
     before, plain = snapshot(lm), logits(lm)
     batch = collate(examples(lm, REFUSALS), lm.pad_id)
     with torch.no_grad():
@@ -630,15 +612,7 @@ def test_every_arm_learns_and_leaves_the_base(arm):
     assert tuned.delta.name == scope.name and len(tuned.losses) == 6 and tuned.seconds > 0
     assert tuned.trained_bytes == 8 * tuned.trained, "a small model trains in float64"
     if arm == "only":
-        assert tuned.trained == chosen.parameters and tuned.share == chosen.share_of_parameters()
-
-
-ARMS = ["only", "all but", "full", "lora"]
-
-
-def scope_of(arm, lm):
-    chosen = some(lm.view, 6)
-    return {"only": Only(chosen), "all but": AllBut(chosen), "full": Everything(), "lora": LoRA(rank=4)}[arm]
+        assert tuned.trained == scope.neurons.parameters and tuned.share == scope.neurons.share_of_parameters()
 
 
 def in_half(dtype, stored=None):
@@ -756,7 +730,7 @@ def test_float64_training_does_not_depend_on_the_order_of_sums():
     for dtype in ("float32", "float64", "auto"):
         for kernel in ("eager", "sdpa"):
             lm = tiny_lm(attn_implementation=kernel)
-            deltas[dtype, kernel] = quick(lm, Everything(), train_dtype=dtype, steps=12).delta
+            deltas[dtype, kernel] = quick(lm, Everything(), train_dtype=dtype).delta
     assert deltas["float32", "eager"].fingerprint != deltas["float32", "sdpa"].fingerprint
     assert deltas["float64", "eager"].fingerprint == deltas["auto", "eager"].fingerprint
     different = total = 0
@@ -834,8 +808,7 @@ def upper(view):
     return NeuronSet(view.space, {site: mask for site, mask in chosen.masks.items() if site[0] == 1})
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("budget", [trunk.BUDGET, 2000], ids=["memory", "disk"])
+@pytest.mark.parametrize(("name", "budget"), [*((name, trunk.BUDGET) for name in FAMILIES), ("llama", 2000)])
 def test_reused_hidden_states_give_the_deltas_of_whole_forwards(name, budget, monkeypatch):
     """The first layer runs once a row; the same rows, losses and weights come out."""
     lm = tiny_lm(name)
@@ -981,7 +954,6 @@ def test_lora_without_peft_is_one_line(lm, monkeypatch):
 
 @pytest.mark.parametrize("name", ["llama-biases", "phi3", "gpt2"])
 def test_lora_is_merged_by_its_delta(name):
-    pytest.importorskip("peft")
     lm = tiny_lm(name)
     before, plain = snapshot(lm), logits(lm)
     with LoRA(rank=1).start(lm) as training:
