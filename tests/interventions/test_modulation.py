@@ -499,7 +499,7 @@ def test_float64_learning_does_not_depend_on_the_order_of_sums(method):
 @pytest.mark.parametrize("method", ["first", "second"])
 def test_reused_hidden_states_give_the_alpha_of_whole_forwards(any_lm, method, monkeypatch):
     """Neurons of the second layer only: the first layer runs once a row, and the same alpha comes out."""
-    recipe = replace(SHORT, method=method, iterations=4, train_dtype="float64")
+    recipe = replace(SHORT, method=method, iterations=2, train_dtype="float64")
     space = any_lm.view.space
     sets = _set(space, (1, "ffn", 3), (1, "o", 5)), _set(space, (1, "ffn", 7))
     found = [learn(any_lm, *sets, TASKS, BENIGN, recipe, progress=False).modulation.alpha]
