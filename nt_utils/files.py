@@ -184,6 +184,7 @@ def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def escaped(text: object) -> str:
-    """Text for a cell of a Markdown table: nothing in it is read as markup."""
+    """Text for a cell of a Markdown table: nothing in it is read as markup, and no control character ends a line."""
     words = str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*{}\[\]|$]|(?<!\w)_|_(?!\w))", r"\\\1", words).replace("\n", " ")
+    words = re.sub(r"[\x00-\x1f\x7f]+", " ", words)
+    return re.sub(r"([\\`*{}\[\]|$~]|(?<!\w)_|_(?!\w))", r"\\\1", words)

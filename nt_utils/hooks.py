@@ -91,6 +91,7 @@ def refuse_compiled(model: nn.Module) -> None:
     """Raise ModelError where a module is compiled (torch.compile) or scripted (torch.jit): hooks may not run there."""
     for name, module in model.named_modules():
         compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        compiled |= hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
         if compiled or isinstance(module, torch.jit.ScriptModule):
             way = "torch.compile" if compiled else "torch.jit"
             raise ModelError(

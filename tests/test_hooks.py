@@ -215,12 +215,14 @@ def test_the_projects_hooks_are_listed_apart_from_others(lm):
     other.remove()
 
 
-@pytest.mark.parametrize("part", ["model", "layer"])
+@pytest.mark.parametrize("part", ["model", "layer", "forward"])
 def test_compiled_models_are_refused(part):
     lm = tiny_lm()
     chosen = _some(lm.view)
     if part == "model":
         lm.model = torch.compile(lm.model, backend="eager")
+    elif part == "forward":
+        lm.model.forward = torch.compile(lm.model.forward, backend="eager")
     else:
         lm.view.layers[1].compile(backend="eager")
     with pytest.raises(ModelError, match="compiled by torch.compile"), hooks.ablate(lm, chosen):

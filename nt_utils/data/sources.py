@@ -134,6 +134,15 @@ def _split_file(source: str) -> tuple[Path | None, str]:
 def _recognised(path: Path, rows: list[Row]) -> tuple[list[Row], Columns, None]:
     """A file without a column: one of a single column, or one with the columns of a known set."""
     columns = _column_names(rows)
+    if (
+        len(columns) == 1
+        and path.suffix.lower() in (".csv", ".tsv")
+        and not re.fullmatch(r"[^\W\d][\w.-]*", columns[0])
+    ):
+        raise InputError(
+            f"{path}: its first line, {columns[0]!r:.60}, is no name of a column, which a {path.suffix[1:]} file begins "
+            f"with; put one above it, or name it as {path.name}:column"
+        )
     if len(columns) == 1 or columns == ["key", "text"]:
         return rows, {"text": columns[-1]}, None
     for known in REGISTRY.values():

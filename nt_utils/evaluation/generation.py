@@ -19,6 +19,7 @@ import torch
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError, ModelError
 from nt_utils.evaluation import batching
+from nt_utils.evaluation.judges import THINKING_MARK
 from nt_utils.files import atomic, cache_folder
 from nt_utils.models import context_of
 from nt_utils.work import count, track
@@ -238,6 +239,11 @@ def _greedy(
 
 
 def _text(lm: LanguageModel, tokens: Sequence[int]) -> str:
+    """The text of an answer, without special tokens apart from those that begin and end a thought."""
+    special = {i: str(token) for i, token in lm.tokenizer.added_tokens_decoder.items() if token.special}
+    if any(THINKING_MARK.fullmatch(special.get(i, "")) for i in tokens):
+        kept = [i for i in tokens if i not in special or THINKING_MARK.fullmatch(special[i])]
+        return str(lm.tokenizer.decode(kept, skip_special_tokens=False)).strip()
     return str(lm.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
 

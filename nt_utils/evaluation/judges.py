@@ -62,9 +62,12 @@ class Judge(Protocol):
 # --------------------------------------------------------------------------------------------------- thinking
 
 _THINKS = r"(?:think|thinking|thought|thoughts|reasoning|reflection|scratchpad)"
-_THINKING = re.compile(rf"<{_THINKS}>.*?</{_THINKS}>", re.S | re.I)
-_END_OF_THINKING = re.compile(rf"^.*</{_THINKS}>", re.S | re.I)
-_START_OF_THINKING = re.compile(rf"<{_THINKS}>\s*$|<{_THINKS}>", re.I)
+_OPENS, _CLOSES = rf"(?:<(?i:{_THINKS})>|\[THINK\])", rf"(?:</(?i:{_THINKS})>|\[/THINK\])"
+_THINKING = re.compile(f"{_OPENS}.*?{_CLOSES}", re.S)
+_END_OF_THINKING = re.compile(f"^.*{_CLOSES}", re.S)
+_START_OF_THINKING = re.compile(_OPENS)
+#: One whole mark of thinking: a tokenizer may have it as a special token, which decoding leaves out (Magistral).
+THINKING_MARK = re.compile(f"{_OPENS}|{_CLOSES}")
 
 
 def answer_of(text: object) -> str | None:

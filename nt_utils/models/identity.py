@@ -156,6 +156,7 @@ def identity(lm: LanguageModel, intervention_key: str | None = "") -> str | None
     facts: dict[str, Any] = {
         "weights": weights_fingerprint(model),
         "buffers": _together({name: _hash(tensor) for name, tensor in _fixed_buffers(model)}),
+        "settings": _settings(model),
         "config": {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")},
         "adapters": adapters,
         "text": lm.text_identity,
@@ -170,6 +171,16 @@ def identity(lm: LanguageModel, intervention_key: str | None = "") -> str | None
 
 def _plain(value: Any) -> Any:
     return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def _settings(model: nn.Module) -> dict[str, dict[str, float]]:
+    """The public numbers and switches that modules keep beside the config: an epsilon, a scale of attention."""
+    return {
+        name: found
+        for name, module in model.named_modules()
+        if not _follows_the_text(module)
+        and (found := {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float)) and k[0] != "_"})
+    }
 
 
 def _adapters(model: nn.Module) -> list | None:
@@ -212,9 +223,10 @@ def _fixed_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     stored = set(model.state_dict())
     for name, buffer in model.named_buffers():
         owner = model.get_submodule(name.rpartition(".")[0])
-        if (
-            name not in stored
-            and not buffer.is_meta
-            and not any(kind in str(getattr(owner, "rope_type", "")) for kind in ("dynamic", "longrope"))
-        ):
+        if name not in stored and not buffer.is_meta and not _follows_the_text(owner):
             yield name, buffer
+
+
+def _follows_the_text(module: nn.Module) -> bool:
+    """Whether a forward pass itself rewrites what the module keeps: a rotary embedding that follows the length."""
+    return any(kind in str(getattr(module, "rope_type", "")) for kind in ("dynamic", "longrope"))

@@ -175,8 +175,14 @@ def _dated(template: str, date: datetime.date) -> str:
         "%a": weekday[:3],
         "%-d": str(date.day),
         "%e": f"{date.day:2}",
+        "%-m": str(date.month),
+        "%h": month[:3],
     }
     codes |= {"%H": "12", "%I": "12", "%M": "00", "%S": "00", "%p": "PM", "%j": f"{date.timetuple().tm_yday:03}"}
+    for _, form in re.findall(r"strftime_now\(\s*(['\"])(.*?)\1", template):
+        for code in re.findall("%-?.?", form):
+            if code not in codes.keys() | {"%F", "%D", "%T"}:
+                raise InputError(f"chat_template: writes a date with {code!r}; allowed: {', '.join(codes)}, %F, %D, %T")
     filters = "".join(f" | replace({code!r}, {value!r})" for code, value in codes.items())
     whole = "| replace('%F', '%Y-%m-%d') | replace('%D', '%m/%d/%y') | replace('%T', '%H:%M:%S')"
     return f"{{%- macro strftime_now(format) -%}}{{{{ format {whole}{filters} }}}}{{%- endmacro -%}}{template}"
@@ -297,6 +303,10 @@ class Prompter:
         template = self.tokenizer.chat_template
         if isinstance(template, dict):
             template = template["default"]
+        if re.search(r"\|\s*random\b", template):
+            raise InputError(
+                "chat_template: it draws at random (Jinja's filter random), so no prompt is the same twice"
+            )
         if "strftime_now" in template:
             template = _dated(template, self._date)
         day = f"{self._date.day:02} {_MONTHS[self._date.month - 1][:3]} {self._date.year}"

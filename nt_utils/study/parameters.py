@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import datetime
 import json
 import math
 from collections.abc import Mapping
@@ -67,6 +68,8 @@ class Parameter:
             raise InputError(f"{name}: got {value!r} ({type(value).__name__}); allowed: {self._allowed()}")
         if self.choices and value not in self.choices:
             raise InputError(f"{name}: got {value!r}; allowed: {self._allowed()}")
+        if name == "date":
+            _check_date(value)
         if isinstance(value, (int, float)) and not self._in_range(value):
             raise InputError(f"{name}: got {value!r}; allowed: {self._allowed()}")
         return value
@@ -87,6 +90,13 @@ class Parameter:
         elif self.low is not None:
             words += f", at least {self.low:g}"
         return f"{words} ({self.help})"
+
+
+def _check_date(value: str) -> None:
+    try:
+        datetime.date.fromisoformat(value)
+    except ValueError as error:
+        raise InputError(f"date: got {value!r}; allowed: a day as YYYY-MM-DD") from error
 
 
 #: Definitions of a safety neuron that notebook 06 compares.

@@ -123,6 +123,16 @@ def test_empty_or_missing_files(tmp_path, content, message):
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_a_list_of_texts_without_a_header_never_loses_its_first(tmp_path, suffix):
+    path = tmp_path / f"texts{suffix}"
+    path.write_text("How do I bake?\nHow do I sail?\n")
+    with pytest.raises(InputError, match=r"its first line, 'How do I bake\?', is no name of a column"):
+        load_prompts(str(path))
+    path.write_text("adult prompt\nHow do I sail?\n")
+    assert load_prompts(f"{path}:adult prompt").texts == ["How do I sail?"]
+
+
 def test_unreadable_files_and_bad_sources(tmp_path):
     (tmp_path / "a.json").write_text('{"q": [')
     (tmp_path / "b.jsonl").write_text('{"q": "one"}\nnot json\n')

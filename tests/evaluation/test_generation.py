@@ -84,6 +84,18 @@ def test_prefill_stands_before_the_answer(lm):
     assert with_prefill.text != without.text
 
 
+def test_marks_of_thinking_stay_where_they_are_special_tokens():
+    lm = tiny_lm()
+    lm.tokenizer = copy.deepcopy(lm.tokenizer)
+    lm.tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]"]})
+    for text, seen in {
+        "[THINK]hm[/THINK]no</s>": "[THINK]hm[/THINK]no",
+        "[THINK]hm": "[THINK]hm",
+        "no</s>": "no",
+    }.items():
+        assert generation._text(lm, lm.tokenizer(text, add_special_tokens=False)["input_ids"]) == seen
+
+
 def test_inputs_are_checked(lm):
     with pytest.raises(InputError, match="max_new_tokens must be 1 or more, got 0"):
         generate(lm, TEXTS, max_new_tokens=0)

@@ -113,6 +113,8 @@ CHANGES = {
     "attention": lambda lm: setattr(lm.model.config, "_attn_implementation", "sdpa"),
     "config": lambda lm: setattr(lm.model.config, "rms_norm_eps", 1e-3),
     "generation config": lambda lm: setattr(lm.model.generation_config, "eos_token_id", 7),
+    "epsilon": lambda lm: setattr(lm.model.model.norm, "variance_epsilon", 0.5),
+    "scale of attention": lambda lm: setattr(lm.model.model.layers[0].self_attn, "scaling", 0.5),
     "buffer": lambda lm: lm.model.model.rotary_emb.inv_freq.mul_(2),
 }
 

@@ -128,9 +128,18 @@ def test_the_date_is_a_parameter_and_never_the_clocks(template, day):
 def test_the_date_is_written_as_python_writes_it():
     import datetime
 
-    codes = "%d %m %Y %y %B %b %A %a %H %M %S %p %j %F"
+    codes = "%d %-d %m %-m %e %Y %y %B %b %h %A %a %H %M %S %p %j %F %D %T"
     noon = datetime.datetime(2025, 3, 1, 12)
     assert prompter(f"{{{{ strftime_now('{codes}') }}}}", date="2025-03-01").render(["x"]) == [noon.strftime(codes)]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [("{{ strftime_now('%d %Z') }}", "writes a date with '%Z'"), ("{{ ['a', 'b'] | random }}", "at random")],
+)
+def test_a_template_that_no_parameter_can_make_constant_is_refused(template, message):
+    with pytest.raises(InputError, match=message):
+        prompter(template + TEMPLATES["chatml"]).render(["hello"])
 
 
 def test_thinking_is_off_unless_asked_for():

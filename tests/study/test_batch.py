@@ -106,6 +106,13 @@ def test_unknown_studies_and_seeds_are_refused(project):
             batch.parse_seeds(bad)
 
 
+@pytest.mark.parametrize("content", ["rho: 0.5\nrho: 0.6\n", "notebooks:\n  00_toy: {rho: 0.5, rho: 0.6}\n"])
+def test_a_parameter_that_stands_twice_is_refused_as_yamls_rules_say(project, content):
+    (project / "notebooks" / "params" / "toy.yaml").write_text(content)
+    with pytest.raises(InputError, match="'rho' stands twice"):
+        batch.read("toy", project)
+
+
 def test_a_parameter_file_in_another_encoding_is_named(project):
     (project / "notebooks" / "params" / "toy.yaml").write_bytes("rho: 0.5  # für\n".encode("latin-1"))
     with pytest.raises(InputError, match="toy.yaml: not UTF-8"):
@@ -354,14 +361,16 @@ def test_a_changed_prompt_file_changes_the_settings_of_the_steps_that_read_it(pr
         "d": "testbed",
         "e": "hub:x/y:z",
         "f": 3,
+        "g": f"phrases+{model}",
     }
     before = batch.parameter_files.contents(given, project)
-    assert sorted(before) == ["a", "b", "c"]
+    assert sorted(before) == ["a", "b", "c", "g"]
     prompts.write_text("goal\nWhy?\n")
     after = batch.parameter_files.contents(given, project)
     assert after["a"] != before["a"] and after["b"] != before["b"] and after["c"] == before["c"]
     (model / "config.json").write_text("{ }")
-    assert batch.parameter_files.contents(given, project)["c"] != before["c"]
+    changed = batch.parameter_files.contents(given, project)
+    assert changed["c"] != before["c"] and changed["g"] != before["g"]
 
 
 def test_a_kernel_is_reached_through_sockets_of_its_own(project, monkeypatch):

@@ -133,4 +133,5 @@ def test_every_number_of_the_prose_must_stand_in_the_ledger():
 
 def test_strangers_names_cannot_break_a_table():
     assert escaped("a|b <img onerror=x> `c` $d$\ne") == r"a\|b &lt;img onerror=x&gt; \`c\` \$d\$ e"
+    assert escaped("a\r~~b~~\x1b[31m") == r"a \~\~b\~\~ \[31m", "no line end and no terminal sequence"
     assert math.isnan(claims.Verdict("x").interval.value)

@@ -50,6 +50,7 @@ def cells(path):
         ("dose", [0.1, 2.0], "from 1e-06 to 1"),
         ("subset_sizes", [1], "at least 2"),
         ("n_detect", 3, "at least 4"),
+        ("date", "yesterday", "a day as YYYY-MM-DD"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(name, value, allowed):

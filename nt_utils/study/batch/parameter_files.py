@@ -120,14 +120,25 @@ def read(study: str, root: Path) -> StudyFile:
     return StudyFile(study, content, own, sweep, facts, "model" in anywhere)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a name stands once in a mapping; PyYAML takes the last of several without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value]
+        twice = [name for i, name in enumerate(names) if name in names[:i]]
+        if twice:
+            raise yaml.MarkedYAMLError(problem=f"{twice[0]!r} stands twice, line {node.start_mark.line + 1} and below")
+        return super().construct_mapping(node, deep)
+
+
 def _content(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """What a file says, on top of what the file that it ``extends`` says; mappings are merged, one level deep."""
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        content = yaml.load(file.read_text(encoding="utf-8"), _Loader) or {}
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
     except (yaml.YAMLError, OSError) as error:
-        raise InputError(f"{file}: not valid YAML ({first_line(error)})") from error
+        raise InputError(f"{file}: not valid YAML ({getattr(error, 'problem', None) or first_line(error)})") from error
     if not isinstance(content, dict):
         raise InputError(f"{file}: must hold lines of the form parameter: value")
     extended = content.pop("extends", None)
@@ -258,8 +269,9 @@ def contents(given: Mapping[str, Any], root: Path) -> dict[str, str]:
 
 
 def _named_file(value: str, root: Path) -> Path | None:
-    """The file or folder in "file", "file:column", "file:split:column" or "name@file", or a set's in NT_DATA; else None."""
-    text = value.rpartition("@")[2]
+    """The file or folder in "file", "file:column", "file:split:column", "name@file" or "phrases+folder", or a set's in
+    NT_DATA; else None."""
+    text = value.removeprefix("phrases+").rpartition("@")[2]
     pieces = text.split(":")
     for n in range(len(pieces), 0, -1):
         with contextlib.suppress(OSError, RuntimeError, ValueError):
