@@ -418,10 +418,10 @@ def test_processes_that_accelerate_does_not_join_are_refused(monkeypatch):
 
 @gloo
 def test_the_readmes_command(tmp_path):
-    """`accelerate launch` with the profile, as the README has it, on a machine without a GPU: two processes, gloo."""
+    """`accelerate launch` with the profile, as docs/batches.md has it, on a machine without a GPU: two processes, gloo."""
     from transformers import AutoModelForCausalLM
 
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    text = (ROOT / "docs" / "batches.md").read_text().replace("\\\n", " ")
     line = next(line for line in text.splitlines() if line.strip().startswith("accelerate launch"))
     lm = model("llama")
     lm.model.config.max_position_embeddings = 512  # its byte-like tokenizer makes long prompts
