@@ -137,7 +137,7 @@ def test_a_fresh_process_without_this_package(lm, tmp_path):
         sys.modules["nt_utils"] = None  # importing it would raise
         import torch
         from safetensors.torch import load_file, save_file
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoTokenizer
         tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})
         assert tokenizer.chat_template and tokenizer("a")["input_ids"]
         model = AutoModelForCausalLM.from_pretrained({str(folder)!r}).eval()
