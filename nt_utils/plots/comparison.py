@@ -15,6 +15,7 @@ from nt_utils.plots.style import (
     counts,
     figure,
     interval,
+    is_rate,
     note,
     ordered,
     panels,
@@ -287,12 +288,12 @@ def defences(table: pd.DataFrame) -> Figure:
                     moved = rows.loc[[name], ["value", "low", "high"]] - base
                     interval(ax, [i], moved, _family_colour(name), horizontal=True, ms=3.5)
             ax.axvline(0, color="black", lw=0.9)
-            unit = f"none {base:.3g}" if metric == "perplexity" else f"none {100 * base:.0f}%"
+            unit = f"none {base:.3g}" if not is_rate(metric) else f"none {100 * base:.0f}%"
             ax.set_title(f"{textwrap.fill(metric, 17)}\n({unit},\n{counts(rows)})".replace(" = ", "="), fontsize=7)
             ax.set_yticks(range(len(names)), names, fontsize=7)
             ax.set_ylim(len(names) - 0.4, -0.6)
             ax.tick_params(axis="x", labelsize=7)
-            if metric != "perplexity":
+            if is_rate(metric):
                 ax.xaxis.set_major_formatter(lambda v, _: f"{100 * v:+.0f}" if v else "0")
     note(drawn, "difference from no defence, in points; bars: the rate's own 95% interval; one colour a paper", table)
     return drawn

@@ -14,6 +14,7 @@ from nt_utils.plots.style import (
     counts,
     figure,
     interval,
+    is_rate,
     layer_maps,
     note,
     ordered,
@@ -77,11 +78,6 @@ def deactivation(table: pd.DataFrame) -> Figure:
     return drawn
 
 
-def _is_rate(rows: pd.DataFrame) -> bool:
-    """Whether a panel shows shares between 0 and 1: perplexity, divergence and likelihood are none."""
-    return not any(word in str(rows["metric"].iloc[0]) for word in ("perplexity", "KL", "likelihood"))
-
-
 @figure
 def dose(table: pd.DataFrame) -> Figure:
     """Notebook 01: every measure against the share of the pool that is zeroed, one panel each.
@@ -114,7 +110,7 @@ def dose(table: pd.DataFrame) -> Figure:
             ax.fill_between(part["share"], part["low"], part["high"], color=paint[rule], alpha=0.14, lw=0)
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter(lambda v, _: f"{100 * v:g}%")
-        if _is_rate(rows):
+        if is_rate(str(rows["metric"].iloc[0])):
             percent(ax.yaxis)
             ax.set_ylim(-0.03, 1.03)
         elif "perplexity" in metric and rows["value"].max() > 5 * rows["value"].min():

@@ -13,6 +13,7 @@ from nt_utils.plots.style import (
     counts,
     figure,
     interval,
+    is_rate,
     layer_maps,
     note,
     ordered,
@@ -79,7 +80,7 @@ def _conditions(table: pd.DataFrame, columns: int) -> Figure:
         for group, some in part.groupby("group", sort=False):
             y = [arms.index(a) for a in some["arm"]]
             interval(ax, y, some, GROUPS.get(str(group), GREY), horizontal=True, ms=3.5, capsize=1.8)
-        rate_rows(ax, arms, f"{metric}\n({counts(part)})", metric != "perplexity")
+        rate_rows(ax, arms, f"{metric}\n({counts(part)})", is_rate(metric))
     draws = "; of a mean of draws: the smallest and the largest" if any(", mean of" in arm for arm in arms) else ""
     note(drawn, f"95% intervals{draws}; dotted: the untouched model", table)
     return drawn

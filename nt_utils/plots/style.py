@@ -145,6 +145,11 @@ def watermark(drawn: Figure, words: str) -> None:
     drawn.text(0.5, 0.5, words, ha="center", va="center", rotation=20, fontsize=26, color=GREY, alpha=0.22, zorder=10)
 
 
+def is_rate(metric: str) -> bool:
+    """Whether a metric is a share between 0 and 1: perplexity, divergence and likelihood are none."""
+    return not any(word in metric for word in ("perplexity", "KL", "likelihood"))
+
+
 def percent(axis) -> None:
     """Ticks of shares as percent."""
     axis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))

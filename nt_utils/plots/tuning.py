@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from nt_utils.plots.style import COLOURS, GREY, counts, figure, interval, note, ordered, panels, percent, rate_rows
+from nt_utils.plots.style import (
+    COLOURS,
+    GREY,
+    counts,
+    figure,
+    interval,
+    is_rate,
+    note,
+    ordered,
+    panels,
+    percent,
+    rate_rows,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,8 +48,8 @@ def _look(arms: list[str]) -> dict[str, dict]:
 
 
 def _rate_axis(ax: Axes, metric: str) -> None:
-    """Percent from 0 to 1 for rates, plain numbers for perplexity."""
-    if metric != "perplexity":
+    """Percent from 0 to 1 for rates, plain numbers for what is none."""
+    if is_rate(metric):
         percent(ax.yaxis)
         ax.set_ylim(-0.03, 1.03)
 
@@ -77,7 +89,7 @@ def sn_tradeoff(table: pd.DataFrame) -> Figure:
 
     Columns: arm, step, metric, value, low, high, n, chosen, target; the first metric is the harmful score.
     """
-    harm, *others = (m for m in ordered(table["metric"]) if m != "perplexity")
+    harm, *others = (m for m in ordered(table["metric"]) if is_rate(m))
     arms, wide = ordered(table["arm"]), table.pivot(index=["arm", "step"], columns="metric", values="value")
     looks = _look(arms)
     drawn, axes = panels(1, len(others), height=3.6, sharey=True)
@@ -95,7 +107,7 @@ def sn_tradeoff(table: pd.DataFrame) -> Figure:
     axes[0, 0].set_ylabel(harm)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=3)
-    seen = counts(table[table["metric"] != "perplexity"])
+    seen = counts(table[table["metric"].map(is_rate)])
     note(drawn, f"large: the step chosen on the development split; dotted: the harmful score to reach ({seen})", table)
     return drawn
 

@@ -455,3 +455,15 @@ def test_an_unknown_figure_is_refused(tmp_path):
     with pytest.raises(InputError, match="no figure is called 'cake'"):
         plots.draw(tmp_path / "01_cake.csv")
     assert plots.main([str(tmp_path / "missing")]) == 1
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "KL to the untouched model", "log-likelihood of reference answers"])
+def test_what_is_no_share_is_not_drawn_in_percent(metric):
+    """Nats and ratios had an axis from 0 to 100%."""
+    table = TABLES["sn_steps"].assign(metric=metric, value=-2.5, low=-3.0, high=-2.0)
+    drawn = plots.FIGURES["sn_steps"](table)
+    drawn.canvas.draw()
+    low, high = drawn.axes[0].get_ylim()
+    assert low < -2.5 < high
+    assert not any("%" in label.get_text() for label in drawn.axes[0].get_yticklabels())
+    plt.close(drawn)
