@@ -21,7 +21,7 @@ from typing import Any
 
 from nt_utils import work
 from nt_utils.errors import InputError
-from nt_utils.files import atomic, run_folder, study_name
+from nt_utils.files import atomic, project_root, run_folder, study_name
 from nt_utils.study import claims, display, ledger
 from nt_utils.study.parameters import check_parameters, from_notebook
 from nt_utils.study.provenance import code_fingerprint, git_revision, versions
@@ -194,7 +194,10 @@ class Run:
         self._write_timings()
         self._drop_leftovers()
         self.provenance(seconds=round(time.time() - self.started, 1))
-        print(f"{self.notebook}: tables, figures and claims are in {self.folder}")
+        where, root = self.folder.resolve(), project_root().resolve()
+        if where.is_relative_to(root):  # the saved notebook names no place of this machine
+            where = where.relative_to(root)
+        print(f"{self.notebook}: tables, figures and claims are in {where}")
 
     def _drop_leftovers(self) -> None:
         """Remove what an earlier run of this notebook left and this one did not write again."""
