@@ -184,10 +184,13 @@ def looking_again(
     benign: PromptSet,
     share: float,
     asr: Measure,
+    useful: Measure,
     seed: int,
-) -> dict[str, metrics.Interval]:
-    """Defence -> ASR after an attacker detects contrast neurons anew in the defended model and zeroes them, minus the
-    undefended model's ASR after the same.
+) -> dict[str, dict[str, metrics.Interval]]:
+    """What an attacker achieves who detects contrast neurons anew in the defended model and zeroes them.
+
+    Defence -> "asr": ASR after that, minus the undefended model's ASR after the same; "utility": what the defence itself
+    changes in ``useful``, since a model that answers nothing is no defence.
 
     The attacker has the weights: the same prompts, the same share of the pool. Defences that only freeze are left out.
     """
@@ -202,7 +205,10 @@ def looking_again(
 
     undefended = Deactivate(found_anew(None))
     return {
-        d.name: bench.excess(then(d.action, Deactivate(found_anew(d.action))), [undefended], asr, seed)
+        d.name: {
+            "asr": bench.excess(then(d.action, Deactivate(found_anew(d.action))), [undefended], asr, seed),
+            "utility": bench.change(d.action, useful, seed),
+        }
         for d in defences
         if d.action is not None
     }

@@ -12,7 +12,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -85,7 +85,7 @@ class Setting:
 
     Args:
         rates: learning rates of neurons and LoRA; full_rates: of full fine-tuning; steps: of both (evaluated ones).
-        iterations: of NeuronTune; strengths: of the refusal direction; wanted: names of defences, all if empty.
+        iterations: of NeuronTune; strengths: of the refusal direction; direction: what it is chosen from; wanted: names of defences, all if empty.
     """
 
     rates: Sequence[float]
@@ -94,6 +94,7 @@ class Setting:
     iterations: int
     strengths: Sequence[float]
     sides: str = "output"
+    direction: Mapping[str, int] = field(default_factory=dict)
     batch_size: int = 12
     seed: int = 0
     wanted: Sequence[str] = ()
@@ -136,7 +137,7 @@ def build(
         cost = neurontune.cost(dev, {"direct": measures[1], "seen": measures[0], "useful": measures[2]})
         return _made(
             "refusal direction",
-            lambda: min(neurontune.added_directions(lm, found, setting.strengths, cost), key=cost),
+            lambda: min(neurontune.added_directions(lm, found, setting.strengths, cost, **setting.direction), key=cost),
         )
 
     def adapter() -> Defence:

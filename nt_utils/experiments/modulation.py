@@ -348,16 +348,23 @@ def steered(
 
 
 def added_directions(
-    lm: LanguageModel, found: Material, strengths: Sequence[float], measure: Callable[[Intervention], float]
+    lm: LanguageModel,
+    found: Material,
+    strengths: Sequence[float],
+    measure: Callable[[Intervention], float],
+    **choice: int,
 ) -> list[steering.Steering]:
     """The refusal direction added at each strength: the direction as its paper chooses it, on the prompts apart.
+
+    ``choice``: layers and positions that it is chosen from (see `steering.refusal_direction`).
 
     Where no candidate meets the paper's bounds, the place with the smallest ``measure`` at the first strength.
     """
     harmless = found.plain_benign.filter(kind="benign", attack="") or found.plain_benign
     validation = found.dev[0]["direct"].texts[:32], found.dev[1].texts[:32]
     refusals = sorted({p.refusal for p in found.plain if p.refusal}) or ["I"]
-    chosen = steering.refusal_direction(lm, found.plain.texts, harmless.texts, validation, refusals=refusals).add
+    prompts = found.plain.texts, harmless.texts, validation
+    chosen = steering.refusal_direction(lm, *prompts, refusals=refusals, **choice).add
     if chosen is None:
         chosen = steered(lm, found, "add", strengths[:1], measure)
     return [dataclasses.replace(chosen, strength=float(s)) for s in strengths]

@@ -180,8 +180,8 @@ def refusal_direction(
     validation: tuple[Sequence[str], Sequence[str]],
     *,
     refusals: Sequence[str] = ("I",),
-    positions: Sequence[int] | None = None,
-    layers: Sequence[int] | None = None,
+    positions: int = 0,
+    layers: int = 0,
     every: bool = False,
     batch_size: int = 32,
 ) -> RefusalDirection:
@@ -201,17 +201,17 @@ def refusal_direction(
     Args:
         harmful, harmless: training prompts (the paper: 128 each); validation: others, harmful and harmless (32 each).
         refusals: texts whose first tokens begin a refusal (the paper lists them by family; Llama-3: "I").
-        positions, layers: fewer candidates: positions counted from the end (-1 the last), layers from 0.
+        positions, layers: fewer candidates: how many of the template's last positions, and how many layers, evenly spread
+            below .8 of the depth; 0 for all, as the paper.
         every: (b) and (c) of all candidates.
 
     Raises:
-        InputError: an empty list of prompts, or layers that the model does not have.
+        InputError: an empty list of prompts.
     """
-    positions = range(-lm.suffix_length, 0) if positions is None else positions
+    tried = range(-min(positions or lm.suffix_length, lm.suffix_length), 0)
     deepest = math.ceil(MAX_DEPTH * lm.view.num_layers)
-    layers = range(deepest) if layers is None else layers
-    if not len(layers) or min(layers) < 0 or max(layers) >= lm.view.num_layers:
-        raise InputError(f"layers: got {list(layers)}; allowed: 0 to {lm.view.num_layers - 1}")
+    count = min(layers or deepest, deepest)
+    places = [int((i + 0.5) * deepest / count) for i in range(count)]
     tokens = sorted({lm.tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in refusals})
 
     def last_logits(prompts: Sequence[str], steering: Steering | None = None) -> Float[Tensor, "prompts vocabulary"]:
@@ -236,11 +236,11 @@ def refusal_direction(
         [kept(prompts, sign) for prompts in both]
         for sign, both in ((1, (harmful, validation[0])), (-1, (harmless, validation[1])))
     )
-    difference = token_means(lm, harmful, positions, batch_size) - token_means(lm, harmless, positions, batch_size)
+    difference = token_means(lm, harmful, tried, batch_size) - token_means(lm, harmless, tried, batch_size)
     plain = last_logits(good).log_softmax(-1)
     rows = []
-    for i, position in enumerate(positions):
-        for layer in (x for x in layers if x < deepest and difference[i, x].norm() > 0):
+    for i, position in enumerate(tried):
+        for layer in (x for x in places if difference[i, x].norm() > 0):
             ablate = Steering(difference[i, layer], layer, "ablate", 1.0, lm.view.space.architecture)
             rows.append(
                 {"position": position, "layer": layer, "ablated": float(score(last_logits(bad, ablate)).mean())}

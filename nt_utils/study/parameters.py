@@ -191,6 +191,15 @@ PARAMETERS: dict[str, Parameter] = {
         ),
     ),
     "dose_draws": Parameter(int, "random sets at each dose", low=0, high=1000, presets=(1, 2, 8)),
+    "direction_layers": Parameter(
+        int,
+        "layers, evenly spread below .8 of the depth, that the refusal direction is chosen from; 0 = all, as its paper",
+        low=0,
+        presets=(4, 10, 0),
+    ),
+    "direction_positions": Parameter(
+        int, "last template positions that it is chosen from; 0 = all, as its paper", low=0, presets=(1, 2, 0)
+    ),
     "subset_sizes": Parameter(list, "numbers of prompts, for the stability study", items=int, low=2),
     "subset_draws": Parameter(int, "random prompt subsets of each size", low=2, high=1000, presets=(2, 10, 30)),
     "n_calibrate": Parameter(int, "prompts of each kind to score units with", low=16, presets=(32, 512, 512)),

@@ -109,7 +109,7 @@ def test_among_candidates_within_the_bounds_the_smallest_score_wins(monkeypatch)
     lm = tiny_lm()
     letters = tuple(map(chr, range(33, 127)))
     lm.model.lm_head.weight.data[[row[0] for row in lm.tokenizer(letters, add_special_tokens=False)["input_ids"]]] *= 3
-    options = {"positions": (-2, -1), "refusals": letters}
+    options = {"positions": 2, "refusals": letters}
     every = refusal_direction(lm, HARMFUL, BENIGN, (HARMFUL, BENIGN), every=True, **options)
     table = every.candidates
     allowed = table[table["added"] >= 0]
@@ -118,10 +118,8 @@ def test_among_candidates_within_the_bounds_the_smallest_score_wins(monkeypatch)
     lazy = refusal_direction(lm, HARMFUL, BENIGN, (HARMFUL, BENIGN), **options)
     assert torch.equal(lazy.ablate.direction, every.ablate.direction) and lazy.add.mode == "add"
     assert lazy.candidates["chosen"].equals(table["chosen"])
-    few = refusal_direction(lm, HARMFUL, BENIGN, (HARMFUL, BENIGN), positions=(-1,), layers=[1])
+    few = refusal_direction(lm, HARMFUL, BENIGN, (HARMFUL, BENIGN), positions=1, layers=1)
     assert few.candidates[["position", "layer"]].values.tolist() == [[-1, 1]]
-    with pytest.raises(InputError, match="layers: got .2.; allowed: 0 to 1"):
-        refusal_direction(lm, HARMFUL, BENIGN, (HARMFUL, BENIGN), layers=[2])
 
 
 def test_adding_shifts_the_stream_at_one_place(any_lm):
