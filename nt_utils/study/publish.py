@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import inspect
 import io
 import json
 import os
@@ -182,6 +183,16 @@ def questions(notebook: Path) -> dict[str, tuple[str, str, list[str]]]:
     return found
 
 
+def what_it_shows(table: Path) -> str:
+    """What a figure shows, in one line: the first sentence of the docstring of the function that draws it."""
+    from nt_utils import plots
+
+    told = inspect.getdoc(plots.FIGURES[plots.figure_name(table)]) or ""
+    text = re.sub(r"^Notebook \d+[^:]*: ", "", " ".join(told.split("\n\n")[0].split()))
+    text = re.split(r"[.;] (?:Columns|columns)", text)[0].rstrip(".")
+    return escaped(text[:1].upper() + text[1:])
+
+
 def gallery(figures: Path, root: Path) -> str:
     """figures/README.md: every figure with its question, the picture, what it shows, its claims, its table and its notebook."""
     lines = ["# Gallery", "", "Every published figure, by model and notebook. Written by `make publish`.", ""]
@@ -197,8 +208,9 @@ def gallery(figures: Path, root: Path) -> str:
             heading, words, ids = asked.get(name, (name.replace("_", " "), "", []))
             where = f"{study}/{folder.name}/{table.stem}"
             said = ", ".join(f"[{i}](../docs/claims.md)" for i in ids) or "none"
-            alt = escaped(f"{heading}: {name.replace('_', ' ')}")
-            lines += [f"### {heading}", "", f"![{alt}]({where}.png)", "", f"*{escaped(told)}.* {words}", ""]
+            shows = what_it_shows(table)
+            lines += [f"### {shows}", "", f"![{escaped(f'{study}: {shows}')}]({where}.png)", ""]
+            lines += [f"*{escaped(told)}.* **{heading}** {words}", ""]
             lines += [f"Claims: {said}. [Table]({where}.csv), [notebook]({executed}).", ""]
     return "\n".join(lines)
 

@@ -82,7 +82,7 @@ def test_the_front_page_ledger_and_claims_page_are_written(published):
 
 def test_the_gallery_has_every_figure_with_question_caption_claims_and_links_that_lead_somewhere(published):
     page = (published / "figures" / "README.md").read_text()
-    assert "### Does tuning cost utility?" in page
+    assert "**Does tuning cost utility?**" in page and "\n### Rates against training steps" in page
     assert "First sentence. Second one." in page and "Third" not in page
     assert "testbed, seed 0, preset full" in page
     assert "Claims: [S8](../docs/claims.md)." in page
