@@ -226,19 +226,28 @@ def cell(line: Mapping[str, Any]) -> str:
     return f"{word} {what.part(line['part']).text(interval)}{name}"
 
 
-def front_page(ledger: pd.DataFrame, models: Sequence[str] = ()) -> str:
-    """The thirty claims in Markdown: a row a claim, the paper's figure, and a column a model (by default all, controls last)."""
-    models = models or sorted(dict.fromkeys(ledger["model"]), key=claims.is_positive_control)
+#: What a stranger asks first; the README opens with these claims.
+FIRST = ("S1", "S2", "S6", "A2", "N2")
+
+
+def front_page(ledger: pd.DataFrame, ids: Sequence[str] = ()) -> str:
+    """Claims in Markdown (all thirty, or those named): a row a claim, the paper's figure, and a column a model, controls last.
+
+    Where claims are named, a last column says where each is measured.
+    """
+    models = sorted(dict.fromkeys(ledger["model"]), key=claims.is_positive_control)
     heads = [escaped(m) + (" (positive control)" if claims.is_positive_control(m) else "") for m in models]
-    lines = ["| | claim | paper's figure | " + " | ".join(heads) + " |", "|---" * (3 + len(models)) + "|"]
+    heads += ["notebook"] if ids else []
+    lines = ["| | claim | paper's figure | " + " | ".join(heads) + " |", "|---" * (3 + len(heads)) + "|"]
     known = {(line["model"], line["claim"], line["row"]): line for line in ledger.to_dict("records")}
-    for what in claims.CLAIMS:
+    for what in [claims.claim(i) for i in ids] or claims.CLAIMS:
         cells = []
         for model in models:
             own = [(row, known.get((model, what.id, row))) for row in what.rows]
             told = [(f"{row}: " if row else "") + (cell(line) if line else claims.NOT_RUN) for row, line in own]
             same = {t.split(": ")[-1] for t in told}
             cells.append(same.pop() if len(same) == 1 and len(told) > 1 else "<br>".join(told))
+        cells += [f"[{what.notebook[:2]}](notebooks/{what.notebook}.ipynb)"] if ids else []
         lines.append(
             f"| {what.id} | {escaped(what.statement)} ({what.paper}) | {escaped(what.figure)} | {' | '.join(cells)} |"
         )

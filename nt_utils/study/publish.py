@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 BEGIN, END = "<!-- claims: begin -->", "<!-- claims: end -->"
+FIRST_BEGIN, FIRST_END = "<!-- first claims: begin -->", "<!-- first claims: end -->"
 PROSE_BEGIN, PROSE_END = "<!-- findings: begin -->", "<!-- findings: end -->"
 PUBLISHED = (".csv", ".png", ".svg")  # of a figure; `make figures` draws the other forms from the table
 WIDTH = 820  # pixels of a picture in an executed notebook
@@ -43,7 +44,8 @@ MOST_BYTES = 2_000_000  # of an executed notebook
 
 def publish(studies: Mapping[str, Sequence[Path]], root: Path) -> None:
     """Write everything for these studies: name -> the run folders of its seeds, the first of which is shown."""
-    between(root / "README.md", BEGIN, END)
+    for markers in ((BEGIN, END), (FIRST_BEGIN, FIRST_END)):
+        between(root / "README.md", *markers)
     lines = ledger.collect([folder for folders in studies.values() for folder in folders])
     table = ledger.frame(lines.to_dict("records"))
     target = root / "figures"
@@ -58,6 +60,7 @@ def publish(studies: Mapping[str, Sequence[Path]], root: Path) -> None:
         publish_notebooks(folders[0], root / "notebooks" / "executed" / study, root)
     write_text(target / "README.md", gallery(target, root))
     write_between(root / "README.md", BEGIN, END, front(table))
+    write_between(root / "README.md", FIRST_BEGIN, FIRST_END, ledger.front_page(table, ledger.FIRST))
     print(f"published {len(table)} rows of {table['model'].nunique()} models to {target}")
 
 

@@ -36,8 +36,8 @@ def root(tmp_path):
         new_code_cell('run.figure("sn_steps", table)\nrun.measured("S8", interval)'),
     ]
     nbformat.write(new_notebook(cells=cells), tmp_path / "notebooks" / f"{NAME}.ipynb")
-    marks = (publish.BEGIN, publish.END)
-    (tmp_path / "README.md").write_text(f"before\n{marks[0]}\nstale\n{marks[1]}\nafter\n")
+    marks = (publish.FIRST_BEGIN, publish.FIRST_END, publish.BEGIN, publish.END)
+    (tmp_path / "README.md").write_text("before\n{}\nstale\n{}\n{}\nstale\n{}\nafter\n".format(*marks))
     finished(tmp_path, tmp_path / "runs" / "testbed-full" / "seed-0")
     return tmp_path
 
@@ -117,7 +117,7 @@ def test_the_projects_pages_say_what_its_ledger_says(table):
     root = project_root()
     found = ledger.frame(ledger.read(table).to_dict("records"))
     readme = (root / "README.md").read_text(encoding="utf-8")
-    assert publish.front(found) in readme
+    assert publish.front(found) in readme and ledger.front_page(found, ledger.FIRST) in readme
     assert (root / "docs" / "claims.md").read_text(encoding="utf-8").strip() == publish.claims_page(found).strip()
     assert ledger.unsupported(publish.prose(readme), found) == []
     assert found.groupby("model").size().max() <= ledger.MOST_ROWS
