@@ -11,10 +11,13 @@ import argparse
 import hashlib
 import importlib
 import io
+import multiprocessing
+import os
 import pkgutil
 import re
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,17 +112,25 @@ def is_current(table: Path, width: str = "text", folder: Path | None = None) -> 
         return False
 
 
-def redraw(folder: Path, width: str = "text") -> list[Path]:
+def redraw(folder: Path, width: str = "text", workers: int = 0) -> list[Path]:
     """Draw every figure of a folder and of those below it that is not current; returns the tables drawn.
 
-    Another width than "text" goes into a folder of its name beside the table.
+    Many figures are drawn by several processes: at most ``workers``, 0 for one a core. Another width than "text" goes into a folder of its name beside the table.
     """
     tables = [t for t in sorted(Path(folder).rglob("*.csv")) if figure_name(t) in FIGURES]
     targets = {table: table.parent if width == "text" else table.parent / width for table in tables}
-    drawn = [table for table, target in targets.items() if not is_current(table, width, target)]
-    for table in drawn:
-        draw(table, width, targets[table])
-    return drawn
+    stale = [(table, width, target) for table, target in targets.items() if not is_current(table, width, target)]
+    workers = min(len(stale) // 4, workers or os.cpu_count() or 1)  # a process takes two seconds to start
+    if workers < 2:
+        return [_drawn(*one) for one in stale]
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(_drawn, *zip(*stale, strict=True)))
+
+
+def _drawn(table: Path, width: str, folder: Path) -> Path:
+    """Draw a table's figure in a process of the pool, which a figure itself cannot leave."""
+    draw(table, width, folder)
+    return table
 
 
 @command

@@ -149,7 +149,7 @@ def unit_flow(table: pd.DataFrame) -> Figure:
                     bands.append((at[side][name], at[side][name] + height))
                     at[side][name] += height
                 if grid.loc[before, after] > 0:
-                    _ribbon(ax, *bands, CATEGORY_COLOURS[before])
+                    _ribbon(ax, bands[0], bands[1], CATEGORY_COLOURS[before])
         kept = rows[rows["before"] == rows["after"]].set_index("before")["share_of_before"]
         ax.set_title(f"{change}\nSCU that stay: {100 * kept['SCU']:.0f}%")
         ax.set_xlim(-0.3, 1.3)
@@ -172,8 +172,8 @@ def _bars(ax: Axes, shares: pd.Series, x: float) -> dict[str, tuple[float, float
                 lw=0,
             )
         )
-        side = {"ha": "right", "x": x - 0.03} if x < 0.5 else {"ha": "left", "x": x + 0.09}
-        ax.text(y=top + height / 2, s=f"{name}\n{100 * shares[name]:.0f}%", va="center", fontsize=7.5, **side)
+        at, side = (x - 0.03, "right") if x < 0.5 else (x + 0.09, "left")
+        ax.text(at, top + height / 2, f"{name}\n{100 * shares[name]:.0f}%", ha=side, va="center", fontsize=7.5)
         top += height + gap
     return found
 

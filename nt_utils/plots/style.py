@@ -11,6 +11,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import PercentFormatter
 
 from nt_utils.errors import InputError
@@ -122,21 +123,21 @@ def fit(drawn: Figure) -> None:
     """Make what is written for a page's width fit a column: long titles and labels in several lines, legends below."""
     if _width != "column":
         return
-    texts = [drawn._suptitle, drawn._supxlabel, drawn._supylabel]
+    texts = [text for name in ("_suptitle", "_supxlabel", "_supylabel") if (text := getattr(drawn, name))]
     for ax in drawn.axes:
         texts += [ax.title, ax.xaxis.label, ax.yaxis.label]
         legend = ax.get_legend()
         if legend is not None and legend.get_bbox_to_anchor().x0 >= ax.bbox.x1:
             labels = [t.get_text() for t in legend.get_texts()]
-            place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.27), "ncols": 2}
-            ax.legend(legend.legend_handles, labels, title=legend.get_title().get_text(), **place)
-    for text in filter(None, texts):
+            place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.27), "ncols": 2}
+            ax.legend(list(filter(None, legend.legend_handles)), labels, title=legend.get_title().get_text(), **place)
+    for text in texts:
         text.set_text("\n".join(textwrap.fill(line, 38) for line in text.get_text().split("\n")))
     for legend in drawn.legends:
-        handles, labels = legend.legend_handles, [t.get_text() for t in legend.get_texts()]
+        handles, labels = list(filter(None, legend.legend_handles)), [t.get_text() for t in legend.get_texts()]
         title = "\n".join(textwrap.fill(line, 50) for line in legend.get_title().get_text().split("\n"))
         legend.remove()
-        more = {"title": title, "title_fontsize": NOTE * WIDTHS["column"][1]} if title else {}
+        more: dict[str, Any] = {"title": title, "title_fontsize": NOTE * WIDTHS["column"][1]} if title else {}
         drawn.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)), **more)
 
 
@@ -175,7 +176,7 @@ def note(drawn: Figure, text: str, table: pd.DataFrame) -> None:
         text = str(table["interval"].iloc[0])
     size = NOTE * WIDTHS[_width][1]
     if drawn.legends:
-        drawn.legends[0].set_title(text, {"size": size})
+        drawn.legends[0].set_title(text, FontProperties(size=size))
     else:
         drawn.supxlabel(text, fontsize=size)
 

@@ -23,7 +23,7 @@ def definitions_page(folder: Path) -> str:
     parts = [HEAD]
     for path in sorted(folder.glob("[!_]*.py")):
         text = path.read_text(encoding="utf-8")
-        name, paper = re.search(r'^@definition\(\s*"([^"]+)",\s*paper="([^"]+)"', text, re.M).groups()
+        [(name, paper)] = re.findall(r'^@definition\(\s*"([^"]+)",\s*paper="([^"]+)"', text, re.M)
         described = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", ast.get_docstring(ast.parse(text)) or "")
         parts.append(f"## {name}\n\n*{paper}; `nt_utils/definitions/{path.name}`*\n\n{described}\n")
     return "\n".join(parts)

@@ -69,7 +69,7 @@ class Parameter:
         if self.choices and value not in self.choices:
             raise InputError(f"{name}: got {value!r}; allowed: {self._allowed()}")
         if name == "date":
-            _check_date(value)
+            _check_date(str(value))
         if isinstance(value, (int, float)) and not self._in_range(value):
             raise InputError(f"{name}: got {value!r}; allowed: {self._allowed()}")
         return value

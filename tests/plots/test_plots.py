@@ -467,3 +467,16 @@ def test_what_is_no_share_is_not_drawn_in_percent(metric):
     assert low < -2.5 < high
     assert not any("%" in label.get_text() for label in drawn.axes[0].get_yticklabels())
     plt.close(drawn)
+
+
+def test_several_processes_draw_the_same_files_as_one(tmp_path):
+    """Every figure was drawn after the other, for minutes."""
+    names = ("dose", "stability", "where", "behaviour", "verdicts", "probe", "languages", "growth")
+    for folder in ("one", "several"):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            TABLES[name].to_csv(tmp_path / folder / f"01_{name}.csv", index=False)
+        drawn = plots.redraw(tmp_path / folder, workers=1 + (folder == "several"))
+        assert [table.stem[3:] for table in drawn] == sorted(names)
+    files = [{p.name: p.read_bytes() for p in (tmp_path / folder).iterdir()} for folder in ("one", "several")]
+    assert files[0] == files[1] and len(files[0]) == len(names) * (1 + len(plots.SUFFIXES))
