@@ -7,17 +7,19 @@ import datetime
 import json
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from scipy.stats import spearmanr
 
 from nt_utils import plots
-from nt_utils.bench import memory, modulation, rivals, tuning
+from nt_utils.bench import evaluation, memory, modulation, rivals, tuning
 from nt_utils.bench.errors import error_table
 from nt_utils.bench.growth import growth
 from nt_utils.bench.setup import SHAPES, batch_of, forward, random_model, ratio, resized, seconds, set_clock
 from nt_utils.errors import InputError
+from nt_utils.files import study_name
 from nt_utils.models import DecoderView
 from nt_utils.scoring.importance import Weights, score_batch
 
@@ -43,6 +45,9 @@ BARS = {
     "attribution_over_backward": "<= 0.7",
     "patching_over_backward": "<= 2.5",
     "maml_second_over_first_order": "none",
+    "evaluation_over_generate": "<= 1",
+    "shared_prefix_over_none": "<= 0.5",
+    "trunk_step_over_step": "<= 0.5",
 }
 
 
@@ -86,10 +91,8 @@ def precision(repeats: int, shape=SHAPES["a"], new_tokens: int = 8) -> dict:
         weights = Weights(view)
 
         def generation(model=view.model, batch=batch) -> None:
-            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-            model.generate(
-                **inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0
-            )
+            length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+            model.generate(**batch.inputs, **length, do_sample=False, pad_token_id=0)
 
         def scoring(view=view, batch=batch, weights=weights) -> None:
             score_batch(view, batch, weights=weights)
@@ -97,12 +100,7 @@ def precision(repeats: int, shape=SHAPES["a"], new_tokens: int = 8) -> dict:
         parts = {"forward": forward(view.model, batch), "generation": generation, "scoring": scoring}
         functions |= {f"{part} {dtype}": function for part, function in parts.items()}
     times = seconds(functions, repeats)
-    return {
-        "bfloat16_over_float32": {
-            part: ratio(times, f"{part} torch.bfloat16", f"{part} torch.float32")
-            for part in ("forward", "generation", "scoring")
-        }
-    }
+    return {"bfloat16_over_float32": {p: ratio(times, f"{p} torch.bfloat16", f"{p} torch.float32") for p in parts}}
 
 
 def _rivals(view: DecoderView, batch, exact) -> dict:
@@ -166,6 +164,37 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def _growth(options: argparse.Namespace) -> dict:
+    grown = growth(max(3, options.repeats // 3))
+    grown.to_csv(options.out / "bench_growth.csv", index=False, float_format="%.6g")
+    plots.draw(options.out / "bench_growth.csv")
+    return {"growth": grown.to_dict("records")}
+
+
+def _errors(options: argparse.Namespace) -> dict:
+    errors = error_table()
+    errors.to_csv(options.out / "bench_errors.csv", index=False)
+    print(errors.to_string(index=False, float_format="{:.1e}".format))
+    return {"errors": errors.set_index("model").to_dict("index")}
+
+
+#: Parts of the table: name -> (options) -> its rows.
+PARTS: dict[str, Callable[[argparse.Namespace], dict]] = {
+    "speed": lambda o: speed(o.repeats) | long_prompt(max(3, o.repeats // 5)),
+    "precision": lambda o: precision(o.repeats),
+    "agreement": lambda o: {"linear_spearman": linear_agreement(o.testbed)},
+    "memory": lambda o: peak_memory(),
+    "modulation": lambda o: modulation.timings(o.repeats),
+    "tuning": lambda o: tuning.tuning(max(3, o.repeats // 3)),
+    "growth": _growth,
+    "errors": _errors,
+    "evaluation": lambda o: evaluation.rows(evaluation.model_of(o.model), max(1, o.repeats // 5)),
+    "trunk": lambda o: tuning.frozen_trunk(evaluation.model_of(o.model), max(1, o.repeats // 5)),
+}
+#: Those that take any model.
+OF_A_MODEL = ("evaluation", "trunk")
+
+
 def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m nt_utils.bench", description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="models of 7B and 14B shape on a GPU instead")
@@ -173,27 +202,32 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the results")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor seconds, for busy machines"
-    )
+    words = "cpu: processor seconds, for busy machines"
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help=words)
     parser.add_argument("--testbed", help="folder of a trained testbed, for the agreement of the linearised scores")
-    parser.add_argument(
-        "--only",
-        choices=("speed", "precision", "memory", "growth", "agreement", "errors", "tuning", "modulation"),
-        help="one part",
-    )
+    words = f"folder, hub id or a model of the box, for {' and '.join(OF_A_MODEL)}, which alone are measured then"
+    parser.add_argument("--model", default="", help=words)
+    parser.add_argument("--only", choices=PARTS, help="one part")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> int:
-    """Measure what was asked for, print it, and write bench.json."""
+    """Measure what was asked for, print it, and write bench.json (bench-NAME.json of a model that was named)."""
     options = _options(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.gpu:
-        return _gpu(options)
+    try:
+        return _gpu(options) if options.gpu else _measure(options)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def _measure(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     set_clock(options.clock)
-    path = options.out / "bench.json"
+    if options.model and options.only not in (None, *OF_A_MODEL):
+        raise InputError(f"model: got {options.model!r} with --only {options.only}; allowed: {', '.join(OF_A_MODEL)}")
+    path = options.out / (f"bench-{study_name(options.model)}.json" if options.model else "bench.json")
     results = json.loads(path.read_text()) if options.only and path.is_file() else {}
     results["machine"] = {
         "processor": platform.processor() or platform.machine(),
@@ -201,50 +235,23 @@ def main(arguments: list[str]) -> int:
         "clock": options.clock,
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
+        "model": options.model or "random",
     }
-    if options.only in (None, "speed"):
-        results |= speed(options.repeats) | long_prompt(max(3, options.repeats // 5))
-    if options.only in (None, "precision"):
-        results |= precision(options.repeats)
-    if options.only in (None, "agreement"):
-        results["linear_spearman"] = linear_agreement(options.testbed)
-    if options.only in (None, "memory"):
-        results |= peak_memory()
-    if options.only in (None, "modulation"):
-        results |= modulation.timings(options.repeats)
-    if options.only in (None, "tuning"):
-        results |= tuning.tuning(max(3, options.repeats // 3))
-    if options.only in (None, "growth"):
-        grown = growth(max(3, options.repeats // 3))
-        grown.to_csv(options.out / "bench_growth.csv", index=False, float_format="%.6g")
-        plots.draw(options.out / "bench_growth.csv")
-        results["growth"] = grown.to_dict("records")
-    if options.only in (None, "errors"):
-        errors = error_table()
-        errors.to_csv(options.out / "bench_errors.csv", index=False)
-        print(errors.to_string(index=False, float_format="{:.1e}".format))
-        results["errors"] = errors.set_index("model").to_dict("index")
+    for name in [options.only] if options.only else OF_A_MODEL if options.model else PARTS:
+        results |= PARTS[name](options)
     path.write_text(json.dumps(results, indent=1))
     print(table(results))
     print(f"agreement of the linearised scores (Spearman): {results.get('linear_spearman')}\nwritten: {path}")
     return 0
 
 
-def _gpu(options) -> int:
+def _gpu(options: argparse.Namespace) -> int:
     from nt_utils.bench.gpu import gpu_table
 
-    try:
-        rows = gpu_table(options.layers)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 1
+    rows = gpu_table(options.layers)
     (options.out / "bench_gpu.json").write_text(json.dumps(rows, indent=1))
     for row in rows:
-        print(
-            "  ".join(
-                f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()
-            )
-        )
+        print("  ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
     return 0
 
 

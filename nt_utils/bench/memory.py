@@ -22,18 +22,22 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", 
 
 def measure(what: str, shape: str, prompts: int) -> int:
     """Peak bytes above the loaded model, from a fresh process."""
-    command = [sys.executable, "-m", "bench.memory", what, shape, str(prompts)]
-    done = subprocess.run(command, env={**os.environ, **MALLOC}, capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
+    return int(fresh("nt_utils.bench.memory", what, shape, prompts))
+
+
+def fresh(module: str, *arguments: object) -> str:
+    """The last line that a module prints in a process of its own, whose freed memory goes back to the system at once."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, env=os.environ | MALLOC, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1]
 
 
 def _main(what: str, name: str, prompts: int) -> int:
-
-    from nt_utils.bench.setup import SHAPES, RandomPrompts, forward, random_model
+    from nt_utils.bench.setup import SHAPES, RandomPrompts, byte_tokenizer, forward, random_model
     from nt_utils.scoring.importance import importance
 
     shape = SHAPES[name]
-    lm = RandomPrompts(random_model(shape), None, "random")
+    lm = RandomPrompts(random_model(shape), byte_tokenizer(), "random")
     lm.tokens_a_prompt = shape.tokens
     numbers = [str(i) for i in range(prompts)]
     with tempfile.TemporaryDirectory() as folder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
 
 import torch
 
@@ -33,8 +34,8 @@ def _modulation(lm: LanguageModel) -> Modulation:
     space = lm.view.space
     size = space.size(POOL)
     values = torch.randn(2, size, generator=torch.Generator().manual_seed(0))
-    rankings = (Ranking(space, POOL, v) for v in values)
-    return dial.dial(*rankings, round(0.07 * size), round(0.03 * size))
+    safety, utility = (Ranking(space, POOL, v) for v in values)
+    return dial.dial(safety, utility, round(0.07 * size), round(0.03 * size))
 
 
 def _generation(lm: LanguageModel, repeats: int) -> dict:
@@ -117,5 +118,5 @@ def _learning(lm: LanguageModel, repeats: int) -> dict:
         with frozen(learner.lm.model):
             learner.gradient(learner.start(), *learner.draw("task", 0))
 
-    times = seconds({m: (lambda one=one: gradient(one)) for m, one in learners.items()}, max(3, repeats // 2))
+    times = seconds({m: partial(gradient, one) for m, one in learners.items()}, max(3, repeats // 2))
     return {"maml_second_over_first_order": ratio(times, "second", "first")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -106,7 +106,7 @@ def set_clock(name: str) -> None:
     _clock = CLOCKS[name]
 
 
-def seconds(functions: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+def seconds(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Time the functions in turn, round after round, so that a busy moment hits all of them; one warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for name in list(functions):

@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 
-from nt_utils.bench.memory import MALLOC
-from nt_utils.bench.setup import Shape, batch_of, random_model, ratio, seconds
+from nt_utils.bench.memory import fresh
+from nt_utils.bench.setup import Shape, batch_of, byte_tokenizer, random_model, ratio, seconds
+from nt_utils.data.records import Prompt
 from nt_utils.experiments.cost import forget_peak, resident
-from nt_utils.interventions.trainable import Only
+from nt_utils.interventions import tuning as interventions
+from nt_utils.interventions.trainable import Only, Training
+from nt_utils.interventions.trunk import FrozenTrunk
 from nt_utils.models import LanguageModel
 from nt_utils.neurons import POOL, NeuronSet, NeuronSpace
 
@@ -51,8 +53,8 @@ def entry_masks(lm: LanguageModel, neurons: NeuronSet) -> dict[str, torch.Tensor
     return masks
 
 
-def stepper(what: str, lm: LanguageModel, batch, share: float = SHARE) -> Callable[[], None]:
-    """A function that makes one training step."""
+def stepper(what: str, lm: LanguageModel, batch, share: float = SHARE) -> tuple[Callable[[], None], Training | None]:
+    """A function that makes one training step, and of "sparse" the training, whose hooks live as long as it does."""
     neurons = chosen_neurons(lm.view.space, share)
     masks = entry_masks(lm, neurons) if what == "dense" else {}
     training = Only(neurons).start(lm) if what == "sparse" else None
@@ -63,13 +65,12 @@ def stepper(what: str, lm: LanguageModel, batch, share: float = SHARE) -> Callab
         lm.model(input_ids=batch.input_ids, labels=batch.input_ids, use_cache=False).loss.backward()
         if what == "dense":
             for name, parameter in lm.model.named_parameters():
-                parameter.grad.mul_(masks.get(name, 0))
+                if parameter.grad is not None:
+                    parameter.grad.mul_(masks.get(name, 0))
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 
-    step.training = training  # its hooks live as long as it does
-
-    return step
+    return step, training
 
 
 def sizes(lm: LanguageModel) -> dict:
@@ -84,7 +85,7 @@ def sizes(lm: LanguageModel) -> dict:
 
 def model_of(shape: Shape) -> LanguageModel:
     """A random model of a shape, ready to be trained."""
-    lm = LanguageModel(random_model(shape), None, "random")
+    lm = LanguageModel(random_model(shape), byte_tokenizer(), "random")
     lm.model.train()
     return lm
 
@@ -94,7 +95,7 @@ def peak(what: str, shape: Shape = SHAPE) -> dict:
     lm = model_of(shape)
     weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
     found = sizes(lm) if what == "sparse" else {}
-    step = stepper(what, lm, batch_of(shape))
+    step, _kept = stepper(what, lm, batch_of(shape))
     gc.collect()
     before = resident()
     forget_peak()
@@ -104,20 +105,40 @@ def peak(what: str, shape: Shape = SHAPE) -> dict:
 
 def step_times(shape: Shape = SHAPE, repeats: int = 5) -> dict[str, list[float]]:
     """Seconds of a step, in turn; the optimisers' states exist from the warm-up round on."""
-    steps = {what: stepper(what, model_of(shape), batch_of(shape)) for what in ("sparse", "full")}
-    return seconds(steps, repeats)
+    made = {what: stepper(what, model_of(shape), batch_of(shape)) for what in ("sparse", "full")}
+    return seconds({what: step for what, (step, _) in made.items()}, repeats)
 
 
-def measure(what: str) -> dict:
-    """:func:`peak` in a fresh process whose freed memory goes back to the system at once."""
-    command = [sys.executable, "-m", "nt_utils.bench.tuning", what]
-    done = subprocess.run(command, env={**os.environ, **MALLOC}, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def late_neurons(space: NeuronSpace, share: float = SHARE) -> NeuronSet:
+    """Random neurons of the pool in the upper half of the layers."""
+    above = [site for site in space.sites(POOL) if site[0] >= space.num_layers // 2]
+    draw = torch.Generator().manual_seed(0)
+    return NeuronSet(space, {site: torch.rand(space.width(site), generator=draw) < share for site in above})
+
+
+def frozen_trunk(lm: LanguageModel, repeats: int, steps: int = 32, pairs: int = 60, batch_size: int = 12) -> dict:
+    """SN-Tune's steps on late neurons: what enters their layers kept from step to step, over computed at every step.
+
+    A common start of the rows is read once with the kept states alone, as it is used. The model's own precision.
+    """
+    rows = [Prompt(f"How do I steal {i} apples from my neighbour?", refusal="I will not help.") for i in range(pairs)]
+    scope = Only(late_neurons(lm.view.space))
+    options: dict = {"steps": steps, "batch_size": batch_size, "progress": False, "train_dtype": "model"}
+
+    def training() -> float:
+        return interventions.tune(lm, scope, harmful=rows, learning_rate=1e-6, **options).seconds
+
+    times: dict[str, list[float]] = {"kept": [], "anew": []}
+    for _ in range(repeats):
+        times["kept"].append(training())
+        with mock.patch.object(FrozenTrunk, "of", lambda *_: None):
+            times["anew"].append(training())
+    return {"trunk_step_over_step": ratio(times, "kept", "anew")}
 
 
 def tuning(repeats: int = 5) -> dict:
     """The rows of the table."""
-    sparse, dense, full = (measure(what) for what in ("sparse", "dense", "full"))
+    sparse, dense, full = (json.loads(fresh(__name__, what)) for what in ("sparse", "dense", "full"))
     times = step_times(repeats=repeats)
     peaks = {"sparse": sparse["peak"], "dense": dense["peak"], "full": full["peak"], "weights": sparse["weights"]}
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from nt_utils.errors import InputError, command
 from nt_utils.testbed import BARS, RECIPES, STAGES, Testbed, build, ship, shipped
@@ -60,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise InputError(f"size: got {options.size}; only the default size is shipped")
     made = build(options.seed, options.size, retrain=True)
     if options.command == "ship":
-        models = {stage: AutoModelForCausalLM.from_pretrained(made.folder / stage) for stage in STAGES}
-        ship(options.seed, models, AutoTokenizer.from_pretrained(made.aligned), made.seconds)
+        models = {stage: LlamaForCausalLM.from_pretrained(made.folder / stage) for stage in STAGES}
+        ship(options.seed, models, PreTrainedTokenizerFast.from_pretrained(made.aligned), made.seconds)
     _compare(made, options.seed, options.size)
     return 0
 

@@ -1,20 +1,25 @@
 """The benchmarks measure what they say (no times are asserted here)."""
 
 import math
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from nt_utils import hooks
-from nt_utils.bench import rivals, tuning
-from nt_utils.bench.__main__ import long_prompt, precision, table
+from nt_utils.bench import evaluation, memory, rivals, tuning
+from nt_utils.bench.__main__ import BARS, long_prompt, main, precision, table
 from nt_utils.bench.errors import error_table
 from nt_utils.bench.growth import BASE, operations
-from nt_utils.bench.setup import SHAPES, RandomPrompts, resized, seconds
-from nt_utils.models import DecoderView, pad
+from nt_utils.bench.setup import SHAPES, RandomPrompts, byte_tokenizer, random_model, resized, seconds
+from nt_utils.evaluation import batching
+from nt_utils.models import DecoderView, LanguageModel, pad
 from nt_utils.scoring.importance import importance, score_batch
 from tests.tiny import hooks_left, tiny_model
+
+SMALL = resized(SHAPES["a"], layers=2, hidden=64, heads=4, ffn=64, batch=1, tokens=8)
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +134,11 @@ def test_the_published_way_of_masking_trains_the_same_neurons():
     for what in ("sparse", "dense", "full"):
         lm = RandomPrompts(tiny_model("llama"), None, "random")
         before = {n: p.detach().clone() for n, p in lm.model.named_parameters()}
-        step = tuning.stepper(what, lm, pad([list(range(8))], pad_id=0, side="right", prompt_lengths=[8]), 0.1)
+        batch = pad([list(range(8))], pad_id=0, side="right", prompt_lengths=[8])
+        step, training = tuning.stepper(what, lm, batch, 0.1)
         step()
-        if what == "sparse":
-            step.training.merge()
+        if training is not None:
+            training.merge()
         after = dict(lm.model.named_parameters())
         moved[what] = {n: after[n] != p for n, p in before.items()}
     assert all(torch.equal(moved["sparse"][n], moved["dense"][n]) for n in moved["dense"])
@@ -142,13 +148,48 @@ def test_the_published_way_of_masking_trains_the_same_neurons():
     assert found["delta"] > found["share"] > 0
 
 
+def test_rows_of_a_model_are_ratios_and_every_model_has_them(tmp_path, capsys):
+    """Evaluation against generate, a common prefix, and a kept trunk: on the random model, and on one from a folder."""
+    small = LanguageModel(random_model(SMALL), byte_tokenizer(), "random")
+    found = evaluation.over_generate(small, 1, prompts=3, new_tokens=2)
+    found |= evaluation.shared_prefix(small, 1, prompts=3, new_tokens=2)
+    found |= tuning.frozen_trunk(small, 1, steps=2, pairs=4, batch_size=2)
+    assert set(found) <= set(BARS) and len(found) == 3 and min(found.values()) > 0
+    assert {layer for layer, _ in tuning.late_neurons(small.view.space, 0.5).masks} == {1}
+    assert main(["--model", str(tmp_path / "none"), "--out", str(tmp_path)]) == 1
+    assert main(["--model", "x", "--only", "speed", "--out", str(tmp_path)]) == 1
+    assert "model: got 'x' with --only speed" in capsys.readouterr().err
+
+
+def test_a_common_prefix_is_read_once(monkeypatch):
+    """The row compares what it says: the rows behind the prefix are short where it is shared, and long where it is not."""
+    small, read = LanguageModel(random_model(SMALL), byte_tokenizer(), "random"), []
+    padded = batching.left_padded
+
+    def counted(*arguments):
+        ids, mask = padded(*arguments)
+        read.append(ids.shape[1])
+        return ids, mask
+
+    monkeypatch.setattr(batching, "left_padded", counted)
+    evaluation.shared_prefix(small, 1, prompts=3, new_tokens=1)
+    assert max(read) - min(read) >= evaluation.SYSTEM_TOKENS
+
+
+def test_peaks_are_measured_in_a_process_of_its_own(monkeypatch):
+    """It was started by a name that the module no longer has."""
+    monkeypatch.setattr(memory.subprocess, "run", lambda command, **_: SimpleNamespace(stdout=f"{command[2]}\n"))
+    assert find_spec(memory.fresh("nt_utils.bench.memory", "forward", "a", 8))
+    monkeypatch.setattr(memory.subprocess, "run", lambda command, **_: SimpleNamespace(stdout=f"{len(command)}\n"))
+    assert memory.measure("forward", "a", 8) == 6
+
+
 def test_the_error_table_compares_with_the_definition():
     (row,) = error_table(("qwen2",), tokens=6).to_dict("records")
     assert all(0 < row[kind] < 1e-4 for kind in ("q", "k", "v", "o", "ffn"))
 
 
 def test_rows_of_precision_and_of_long_prompts_are_ratios():
-    small = resized(SHAPES["a"], layers=1, hidden=64, heads=4, ffn=64, batch=1, tokens=8)
-    found = precision(1, small, new_tokens=2)["bfloat16_over_float32"]
+    found = precision(1, SMALL, new_tokens=2)["bfloat16_over_float32"]
     assert set(found) == {"forward", "generation", "scoring"} and min(found.values()) > 0
     assert long_prompt(1, tokens=16)["long_over_forward"] > 1
