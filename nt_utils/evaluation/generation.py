@@ -221,7 +221,7 @@ def _greedy(
             totals[i] += chance[row]
             if ended[row]:
                 end[i] = "stop"
-            elif early_end and step % early_end.every == 0 and early_end.decided(_text(lm, written[i])):
+            elif early_end and step % early_end.every == 0 and early_end.decided(text_of(lm, written[i])):
                 end[i] = "cut"
         keep = [row for row, i in enumerate(alive) if not end[i]]
         if not keep:
@@ -233,12 +233,12 @@ def _greedy(
         ids = token[:, None]
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
     return [
-        Response(_text(lm, tokens[:-1] if how == "stop" else tokens), not how, how == "cut", tuple(tokens), total)
+        Response(text_of(lm, tokens[:-1] if how == "stop" else tokens), not how, how == "cut", tuple(tokens), total)
         for tokens, how, total in zip(written, end, totals, strict=True)
     ]
 
 
-def _text(lm: LanguageModel, tokens: Sequence[int]) -> str:
+def text_of(lm: LanguageModel, tokens: Sequence[int]) -> str:
     """The text of an answer, without special tokens apart from those that begin and end a thought."""
     special = {i: str(token) for i, token in lm.tokenizer.added_tokens_decoder.items() if token.special}
     if any(THINKING_MARK.fullmatch(special.get(i, "")) for i in tokens):

@@ -10,7 +10,7 @@ import pandas as pd
 from nt_utils.data.records import Prompt
 from nt_utils.errors import InputError
 from nt_utils.evaluation import metrics
-from nt_utils.evaluation.generation import as_prompts
+from nt_utils.evaluation.generation import as_prompts, stop_token_ids, text_of
 from nt_utils.evaluation.judges import Judge, PhraseJudge
 
 if TYPE_CHECKING:
@@ -40,9 +40,10 @@ def verdicts_by_length(
                 f"responses: number {i} breaks off after {len(r.tokens)} tokens; lengths go to {max(lengths)}"
             )
     found, records = {}, as_prompts(prompts)
+    stops = set(stop_token_ids(lm))
+    written = [r.tokens[:-1] if r.tokens and r.tokens[-1] in stops else r.tokens for r in responses]
     for n in sorted(lengths):
-        starts = [str(lm.tokenizer.decode(list(r.tokens[:n]), skip_special_tokens=True)).strip() for r in responses]
-        found[n] = (judge or PhraseJudge())(records, starts)
+        found[n] = (judge or PhraseJudge())(records, [text_of(lm, ids[:n]) for ids in written])
     return pd.DataFrame(found, dtype=object)
 
 
@@ -63,3 +64,9 @@ def length_table(verdicts: pd.DataFrame, **labels) -> pd.DataFrame:
             lines[-1] |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
         lines[-1]["n"] = agreed.n
     return pd.DataFrame(lines)
+
+
+def shortest(table: pd.DataFrame, least: float = 0.95) -> int:
+    """The smallest length from which on the agreement is at least so much in every row of a :func:`length_table`."""
+    low = table.groupby("length")["agreement"].min()
+    return int(min(n for n in low.index if (low[low.index >= n] >= least).all()))

@@ -93,7 +93,7 @@ def test_marks_of_thinking_stay_where_they_are_special_tokens():
         "[THINK]hm": "[THINK]hm",
         "no</s>": "no",
     }.items():
-        assert generation._text(lm, lm.tokenizer(text, add_special_tokens=False)["input_ids"]) == seen
+        assert generation.text_of(lm, lm.tokenizer(text, add_special_tokens=False)["input_ids"]) == seen
 
 
 def test_inputs_are_checked(lm):

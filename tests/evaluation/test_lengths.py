@@ -1,9 +1,10 @@
+import pandas as pd
 import pytest
 
 from nt_utils.errors import InputError
 from nt_utils.evaluation.generation import Response, generate
 from nt_utils.evaluation.judges import PhraseJudge
-from nt_utils.evaluation.lengths import length_table, verdicts_by_length
+from nt_utils.evaluation.lengths import length_table, shortest, verdicts_by_length
 from tests.tiny import tiny_lm
 
 
@@ -33,3 +34,28 @@ def test_length_table_counts_by_hand():
     found = length_table(verdicts_by_length(lm, texts, responses, (6, 99), PhraseJudge()), model="tiny")
     assert list(found["agreement"]) == [0.5, 1.0] and list(found["n"]) == [2, 2], "Chinese is not judged"
     assert list(found["compliance"]) == [1.0, 0.5] and set(found["model"]) == {"tiny"}
+
+
+def test_the_token_that_ends_an_answer_is_not_read(monkeypatch):
+    """It need not be special to the tokenizer: a template's end of turn may be an ordinary word."""
+    lm = tiny_lm()
+    ids = tuple(lm.tokenizer("Mix it well.")["input_ids"])
+    monkeypatch.setattr("nt_utils.evaluation.lengths.stop_token_ids", lambda lm: [ids[-1]])
+    seen = []
+
+    class Reads:
+        name = "reads"
+
+        def __call__(self, prompts, responses):
+            seen.extend(responses)
+            return ["compliance"] * len(responses)
+
+    verdicts_by_length(lm, ["a"], [Response("Mix it well", False, tokens=ids)], (99,), Reads())
+    assert seen == ["Mix it well"]
+
+
+def test_the_shortest_length_holds_for_every_set_and_every_longer_one():
+    rows = [("a", 16, 1.0), ("b", 16, 0.9), ("a", 28, 0.97), ("b", 28, 0.96), ("a", 48, 0.94), ("b", 48, 1.0)]
+    rows += [(name, n, value) for name in "ab" for n, value in ((96, 0.95), (256, 1.0))]
+    table = pd.DataFrame(rows, columns=["set", "length", "agreement"])
+    assert shortest(table) == 96 and shortest(table[table["set"] == "b"]) == 28 and shortest(table, 0.99) == 256
