@@ -117,335 +117,242 @@ DEFENCES = (
     "freeze SCU and CU",
 )
 
+
+def _three(presets: tuple | None) -> tuple | None:
+    """Values for quick, default and full; of two the second is for default and full."""
+    return (*presets, presets[-1]) if presets is not None and len(presets) == 2 else presets
+
+
+def _text(help: str, *choices: str, presets: tuple | None = None) -> Parameter:
+    return Parameter(str, help, choices=choices, presets=_three(presets))
+
+
+def _whole(help: str, low: float, high: float | None = None, presets: tuple | None = None) -> Parameter:
+    return Parameter(int, help, low, high, presets=_three(presets))
+
+
+def _number(help: str, low: float, high: float | None = None, presets: tuple | None = None) -> Parameter:
+    return Parameter(float, help, low, high, presets=_three(presets))
+
+
+def _many(kind: type, help: str, low=None, high=None, choices=(), presets=None, empty=False) -> Parameter:
+    return Parameter(list, help, low, high, choices, _three(presets), kind, empty)
+
+
+def _rates(help: str, presets: tuple) -> Parameter:
+    return _many(float, help, 1e-9, 1, presets=presets)
+
+
+def _steps(help: str, presets: tuple) -> Parameter:
+    return _many(int, help, 1, presets=presets)
+
+
 #: Every parameter. A notebook's first cell names those it takes; None means the preset's value.
 PARAMETERS: dict[str, Parameter] = {
-    "model": Parameter(str, "'testbed', 'testbed-large', a hub id or a local folder"),
-    "base_model": Parameter(
-        str, "the unaligned counterpart: a hub id, a folder, 'auto' (the testbed's own) or '' to skip"
+    "model": _text("'testbed', 'testbed-large', a hub id or a local folder"),
+    "base_model": _text("the unaligned counterpart: a hub id, a folder, 'auto' (the testbed's own) or '' to skip"),
+    "study": _text("name of the run folder; '' = after the model"),
+    "runs": _text("folder that holds the run folders; '' = runs/ of the project"),
+    "preset": _text("how much to compute", *PRESETS),
+    "seed": _whole("seed of the testbed's training and of every random draw", 0, 2**31 - 1),
+    "dtype": _text("precision of the weights", "auto", "float32", "bfloat16", "float16"),
+    "device_map": _text("where the weights go, as in transformers: 'auto', 'cpu', 'cuda', ..."),
+    "system_prompt": _text("system message: '' = the chat template's own, 'none' = none, or its text"),
+    "chat_template": _text("'auto' = the tokenizer's; 'vicuna', 'llama-2', 'chatml', 'plain', or a file"),
+    "template_arguments": _text(
+        "variables of the chat template as name=value, ...; '' = its defaults with thinking off"
     ),
-    "study": Parameter(str, "name of the run folder; '' = after the model"),
-    "runs": Parameter(str, "folder that holds the run folders; '' = runs/ of the project"),
-    "preset": Parameter(str, "how much to compute", choices=PRESETS),
-    "seed": Parameter(int, "seed of the testbed's training and of every random draw", low=0, high=2**31 - 1),
-    "dtype": Parameter(str, "precision of the weights", choices=("auto", "float32", "bfloat16", "float16")),
-    "device_map": Parameter(str, "where the weights go, as in transformers: 'auto', 'cpu', 'cuda', ..."),
-    "system_prompt": Parameter(str, "system message: '' = the chat template's own, 'none' = none, or its text"),
-    "chat_template": Parameter(str, "'auto' = the tokenizer's; 'vicuna', 'llama-2', 'chatml', 'plain', or a file"),
-    "template_arguments": Parameter(
-        str, "variables of the chat template as name=value, ...; '' = its defaults with thinking off"
+    "date": _text("what the chat template takes for today, as YYYY-MM-DD"),
+    "batch_size": _whole("prompts per forward pass", 1, 4096),
+    "max_new_tokens": _whole("longest answer in tokens; 0 = 40 on the embedded prompts, else 256", 0, 8192),
+    "harmful": _text("source of harmful prompts; 'testbed' = the embedded ones, matched with the benign ones"),
+    "benign": _text("source of benign prompts; 'testbed' = the embedded ones"),
+    "general": _text("source of general text for foundation neurons; 'testbed' = the embedded one"),
+    "general_tokens": _whole("tokens that running text is cut to, template included", 8, 8192),
+    "harmful_test": _text("source of harmful prompts to evaluate on; '' = rows of harmful not used to detect"),
+    "benign_test": _text("source of benign prompts to evaluate on; '' = rows of benign not used to detect"),
+    "borderline": _text("source of benign prompts that look harmful; '' to skip"),
+    "second_language": _text(
+        "source of harmful prompts in a second language, '' to skip; 'testbed' goes with harmful='testbed'"
     ),
-    "date": Parameter(str, "what the chat template takes for today, as YYYY-MM-DD"),
-    "batch_size": Parameter(int, "prompts per forward pass", low=1, high=4096),
-    "max_new_tokens": Parameter(
-        int, "longest answer in tokens; 0 = 40 on the embedded prompts, else 256", low=0, high=8192
+    "attacks": _text("wrapper attacks for the harmful prompts, comma-separated; '' = none"),
+    "judge": _text(
+        "judge of answers to given prompts: 'phrases', a classifier or a model, or 'phrases+' and one of these"
     ),
-    "harmful": Parameter(str, "source of harmful prompts; 'testbed' = the embedded ones, matched with the benign ones"),
-    "benign": Parameter(str, "source of benign prompts; 'testbed' = the embedded ones"),
-    "general": Parameter(str, "source of general text for foundation neurons; 'testbed' = the embedded one"),
-    "general_tokens": Parameter(int, "tokens that running text is cut to, template included", low=8, high=8192),
-    "harmful_test": Parameter(str, "source of harmful prompts to evaluate on; '' = rows of harmful not used to detect"),
-    "benign_test": Parameter(str, "source of benign prompts to evaluate on; '' = rows of benign not used to detect"),
-    "borderline": Parameter(str, "source of benign prompts that look harmful; '' to skip"),
-    "second_language": Parameter(
-        str, "source of harmful prompts in a second language, '' to skip; 'testbed' goes with harmful='testbed'"
-    ),
-    "attacks": Parameter(str, "wrapper attacks for the harmful prompts, comma-separated; '' = none"),
-    "judge": Parameter(
-        str, "judge of answers to given prompts: 'phrases', a classifier or a model, or 'phrases+' and one of these"
-    ),
-    "n_detect": Parameter(int, "prompts to find neurons with", low=4, presets=(16, 200, 200)),
-    "n_test": Parameter(int, "prompts of each kind to evaluate on", low=4, presets=(8, 120, 200)),
-    "n_dev": Parameter(int, "prompts of each kind to choose on (development split)", low=4, presets=(6, 32, 48)),
-    "top_share": Parameter(
-        float, "share of a projection's neurons that count as important on one prompt", low=1e-4, high=1
-    ),
-    "rho": Parameter(
-        float, "share of the prompts a neuron must be important for; 1 is the paper's rule", low=0.01, high=1
-    ),
-    "share": Parameter(
-        float, "share of the pool (FFN neurons and o_proj inputs) that is deactivated", low=1e-6, high=0.5
-    ),
-    "other_harmful": Parameter(str, "source of a second set of harmful prompts to evaluate on; '' to skip"),
-    "rules": Parameter(list, "rules of detection", items=str, choices=("as published", "as written", "contrast")),
-    "top_neurons": Parameter(int, "neurons that are looked at one by one", low=1, presets=(3, 10, 30)),
-    "factorial_dose": Parameter(
-        list,
+    "n_detect": _whole("prompts to find neurons with", 4, presets=(16, 200)),
+    "n_test": _whole("prompts of each kind to evaluate on", 4, presets=(8, 120, 200)),
+    "n_dev": _whole("prompts of each kind to choose on (development split)", 4, presets=(6, 32, 48)),
+    "top_share": _number("share of a projection's neurons that count as important on one prompt", 1e-4, 1),
+    "rho": _number("share of the prompts a neuron must be important for; 1 is the paper's rule", 0.01, 1),
+    "share": _number("share of the pool (FFN neurons and o_proj inputs) that is deactivated", 1e-6, 0.5),
+    "other_harmful": _text("source of a second set of harmful prompts to evaluate on; '' to skip"),
+    "rules": _many(str, "rules of detection", choices=("as published", "as written", "contrast")),
+    "top_neurons": _whole("neurons that are looked at one by one", 1, presets=(3, 10, 30)),
+    "factorial_dose": _many(
+        float,
         "shares of the pool at which what differs between the rules is tried; [] to skip",
-        items=float,
-        low=1e-6,
-        high=1,
+        1e-6,
+        1,
         presets=([0.01], [0.001, 0.01], [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1]),
         empty=True,
     ),
-    "draws": Parameter(int, "random control sets of each kind", low=2, high=1000, presets=(2, 8, 20)),
-    "dose": Parameter(
-        list,
+    "draws": _whole("random control sets of each kind", 2, 1000, presets=(2, 8, 20)),
+    "dose": _many(
+        float,
         "shares of the pool, for the dose curve",
-        items=float,
-        low=1e-6,
-        high=1,
-        presets=(
-            [0.003, 0.1],
-            [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1],
-            [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1],
-        ),
+        1e-6,
+        1,
+        presets=([0.003, 0.1], [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1]),
     ),
-    "dose_draws": Parameter(int, "random sets at each dose", low=0, high=1000, presets=(1, 2, 8)),
-    "direction_layers": Parameter(
-        int,
+    "dose_draws": _whole("random sets at each dose", 0, 1000, presets=(1, 2, 8)),
+    "direction_layers": _whole(
         "layers, evenly spread below .8 of the depth, that the refusal direction is chosen from; 0 = all, as its paper",
-        low=0,
+        0,
         presets=(4, 10, 0),
     ),
-    "direction_positions": Parameter(
-        int, "last template positions that it is chosen from; 0 = all, as its paper", low=0, presets=(1, 2, 0)
+    "direction_positions": _whole(
+        "last template positions that it is chosen from; 0 = all, as its paper", 0, presets=(1, 2, 0)
     ),
-    "subset_sizes": Parameter(list, "numbers of prompts, for the stability study", items=int, low=2),
-    "subset_draws": Parameter(int, "random prompt subsets of each size", low=2, high=1000, presets=(2, 10, 30)),
-    "n_calibrate": Parameter(int, "prompts of each kind to score units with", low=16, presets=(32, 512, 512)),
-    "unit_shares": Parameter(
-        list, "shares of the units that are SCU, UCU and RU; the rest is CU", items=float, low=1e-4, high=0.9
-    ),
-    "unit_contrast": Parameter(
-        str, "how scores on safety and utility data are compared", choices=("log ratio", "difference")
-    ),
-    "unit_score": Parameter(str, "a unit's score", choices=("weighted variance", "variance", "mean square")),
+    "subset_sizes": _many(int, "numbers of prompts, for the stability study", 2),
+    "subset_draws": _whole("random prompt subsets of each size", 2, 1000, presets=(2, 10, 30)),
+    "n_calibrate": _whole("prompts of each kind to score units with", 16, presets=(32, 512)),
+    "unit_shares": _many(float, "shares of the units that are SCU, UCU and RU; the rest is CU", 1e-4, 0.9),
+    "unit_contrast": _text("how scores on safety and utility data are compared", "log ratio", "difference"),
+    "unit_score": _text("a unit's score", "weighted variance", "variance", "mean square"),
     "heads": Parameter(bool, "attention heads as units; False for single channels"),
-    "replace_by": Parameter(
-        str, "what pruned units become: their mean on utility data, or zero", choices=("mean", "zero")
-    ),
-    "unit_draws": Parameter(int, "random sets of units for each category", low=2, high=1000, presets=(2, 6, 12)),
-    "growth": Parameter(
-        list,
+    "replace_by": _text("what pruned units become: their mean on utility data, or zero", "mean", "zero"),
+    "unit_draws": _whole("random sets of units for each category", 2, 1000, presets=(2, 6, 12)),
+    "growth": _many(
+        float,
         "shares along which each group is grown",
-        items=float,
-        low=1e-4,
-        high=0.9,
-        presets=([0.01, 0.2], [0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3], [0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3]),
+        1e-4,
+        0.9,
+        presets=([0.01, 0.2], [0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3]),
         empty=True,
     ),
-    "growth_limits": Parameter(
-        list,
-        "rise of direct ASR that ends SCU, fall of utility that ends UCU, change that RU must not pass",
-        items=float,
-        low=0,
-        high=1,
+    "growth_limits": _many(
+        float, "rise of direct ASR that ends SCU, fall of utility that ends UCU, change that RU must not pass", 0, 1
     ),
-    "top_cu": Parameter(
-        float, "share of the complex units that are frozen with SCU; the paper: 0.06", low=1e-4, high=1
+    "top_cu": _number("share of the complex units that are frozen with SCU; the paper: 0.06", 1e-4, 1),
+    "harmful_share": _number(
+        "share of harmful rows in the mixed fine-tuning set; 0 to skip it", 0, 0.9, presets=(0.0, 0.1)
     ),
-    "harmful_share": Parameter(
-        float,
-        "share of harmful rows in the mixed fine-tuning set; 0 to skip it",
-        low=0,
-        high=0.9,
-        presets=(0.0, 0.1, 0.1),
+    "sweep_rates": _rates(
+        "learning rates of the fine-tuning attack, all of them evaluated", presets=([3e-4], [1e-4, 3e-4])
     ),
-    "sweep_rates": Parameter(
-        list,
-        "learning rates of the fine-tuning attack, all of them evaluated",
-        items=float,
-        low=1e-9,
-        high=1,
-        presets=([3e-4], [1e-4, 3e-4], [1e-4, 3e-4]),
+    "sweep_steps": _steps("steps at which the attacked model is evaluated", presets=([2], [10, 30], [5, 15, 30])),
+    "utility_floor": _number("share of its utility that an attacked model must keep to count", 0, 1),
+    "align_rates": _rates(
+        "learning rates of alignment, chosen from on the development split", presets=([1e-3], [1e-3], [1e-3, 3e-3])
     ),
-    "sweep_steps": Parameter(
-        list, "steps at which the attacked model is evaluated", items=int, low=1, presets=([2], [10, 30], [5, 15, 30])
+    "align_steps": _whole("steps of alignment", 1, presets=(4, 40)),
+    "align_draws": _whole("random sets of units that are aligned with", 1, 100, presets=(1, 1, 2)),
+    "n_tune": _whole("harmful prompts that learn their refusal, and as many benign ones", 2, presets=(12, 50)),
+    "refusal": _text("refusal learnt for harmful prompts that come without one"),
+    "benign_share": _number("share of benign pairs in every batch; 0 = refusals alone", 0, 0.95),
+    "sides": _text("what of a neuron is trained: input rows, output columns or both", "input", "output", "both"),
+    "other_sides": _text(
+        "sides to compare with, comma-separated: input, output, both; '' = none", presets=("", "both", "input, both")
     ),
-    "utility_floor": Parameter(float, "share of its utility that an attacked model must keep to count", low=0, high=1),
-    "align_rates": Parameter(
-        list,
-        "learning rates of alignment, chosen from on the development split",
-        items=float,
-        low=1e-9,
-        high=1,
-        presets=([1e-3], [1e-3], [1e-3, 3e-3]),
+    "tune_steps": _steps("steps at which tuning is evaluated; the last one ends it", presets=([4], [4, 8, 16, 32])),
+    "tune_batch": _whole("pairs a training step", 1, 4096),
+    "rates": _rates(
+        "learning rates of neurons and LoRA, chosen from on the development split", presets=([0.01], [0.005, 0.02])
     ),
-    "align_steps": Parameter(int, "steps of alignment", low=1, presets=(4, 40, 40)),
-    "align_draws": Parameter(int, "random sets of units that are aligned with", low=1, high=100, presets=(1, 1, 2)),
-    "n_tune": Parameter(
-        int, "harmful prompts that learn their refusal, and as many benign ones", low=2, presets=(12, 50, 50)
+    "full_rates": _rates(
+        "learning rates of full fine-tuning, chosen from likewise", presets=([0.0005], [0.0003, 0.001])
     ),
-    "refusal": Parameter(str, "refusal learnt for harmful prompts that come without one"),
-    "benign_share": Parameter(float, "share of benign pairs in every batch; 0 = refusals alone", low=0, high=0.95),
-    "sides": Parameter(
-        str, "what of a neuron is trained: input rows, output columns or both", choices=("input", "output", "both")
+    "baselines": _text("other ways of tuning: full, lora, comma-separated; '' = none"),
+    "target": _number("harmful score on the development split that every way of tuning has to reach", 0, 1),
+    "tune_draws": _whole("random sets that are tuned, for each rule", 1, 100, presets=(1, 2, 3)),
+    "trainings": _whole("trainings with other orders of the rows", 1, 100, presets=(1, 2, 3)),
+    "compared": _many(
+        str, "definitions whose neurons are zeroed", choices=DEFINITIONS, presets=(["contrast"], list(DEFINITIONS))
     ),
-    "other_sides": Parameter(
+    "compared_further": _many(
         str,
-        "sides to compare with, comma-separated: input, output, both; '' = none",
-        presets=("", "both", "input, both"),
-    ),
-    "tune_steps": Parameter(
-        list,
-        "steps at which tuning is evaluated; the last one ends it",
-        items=int,
-        low=1,
-        presets=([4], [4, 8, 16, 32], [4, 8, 16, 32]),
-    ),
-    "tune_batch": Parameter(int, "pairs a training step", low=1, high=4096),
-    "rates": Parameter(
-        list,
-        "learning rates of neurons and LoRA, chosen from on the development split",
-        items=float,
-        low=1e-9,
-        high=1,
-        presets=([0.01], [0.005, 0.02], [0.005, 0.02]),
-    ),
-    "full_rates": Parameter(
-        list,
-        "learning rates of full fine-tuning, chosen from likewise",
-        items=float,
-        low=1e-9,
-        high=1,
-        presets=([0.0005], [0.0003, 0.001], [0.0003, 0.001]),
-    ),
-    "baselines": Parameter(str, "other ways of tuning: full, lora, comma-separated; '' = none"),
-    "target": Parameter(
-        float, "harmful score on the development split that every way of tuning has to reach", low=0, high=1
-    ),
-    "tune_draws": Parameter(int, "random sets that are tuned, for each rule", low=1, high=100, presets=(1, 2, 3)),
-    "trainings": Parameter(int, "trainings with other orders of the rows", low=1, high=100, presets=(1, 2, 3)),
-    "compared": Parameter(
-        list,
-        "definitions whose neurons are zeroed",
-        items=str,
-        choices=DEFINITIONS,
-        presets=(["contrast"], list(DEFINITIONS), list(DEFINITIONS)),
-    ),
-    "compared_further": Parameter(
-        list,
         "definitions whose neurons are amplified, trained and frozen too",
-        items=str,
         choices=DEFINITIONS,
         presets=(["contrast"], ["contrast", "SCU", "attribution", "activation change"], list(DEFINITIONS)),
     ),
-    "n_compare": Parameter(
-        int, "prompts of each kind where many interventions are compared", low=4, presets=(6, 40, 150)
-    ),
-    "halves": Parameter(int, "pairs of disjoint halves of the calibration prompts", low=2, presets=(2, 10, 30)),
-    "set_sizes": Parameter(
-        list, "sizes of the sets whose agreement is measured, shares of the pool", items=float, low=1e-4, high=0.5
-    ),
-    "utility_shares": Parameter(
-        list,
+    "n_compare": _whole("prompts of each kind where many interventions are compared", 4, presets=(6, 40, 150)),
+    "halves": _whole("pairs of disjoint halves of the calibration prompts", 2, presets=(2, 10, 30)),
+    "set_sizes": _many(float, "sizes of the sets whose agreement is measured, shares of the pool", 1e-4, 0.5),
+    "utility_shares": _many(
+        float,
         "shares that a set difference leaves out as useful, chosen from on the development split",
-        items=float,
-        low=0,
-        high=0.9,
+        0,
+        0.9,
         presets=([0.1], [0.05, 0.2], [0.05, 0.1, 0.2, 0.4]),
     ),
-    "factor": Parameter(float, "what amplified activations are multiplied by", low=1, high=10),
-    "control_draws": Parameter(int, "random control sets of each definition", low=1, high=1000, presets=(1, 2, 10)),
-    "exact_prompts": Parameter(
-        int, "prompts on which every neuron is zeroed alone; 0 = a first-order estimate", low=0, presets=(0, 0, 4)
+    "factor": _number("what amplified activations are multiplied by", 1, 10),
+    "control_draws": _whole("random control sets of each definition", 1, 1000, presets=(1, 2, 10)),
+    "exact_prompts": _whole(
+        "prompts on which every neuron is zeroed alone; 0 = a first-order estimate", 0, presets=(0, 0, 4)
     ),
-    "effort_rate": Parameter(float, "learning rate of training only one definition's neurons", low=1e-9, high=1),
-    "effort_steps": Parameter(int, "steps of it", low=1, presets=(2, 30, 40)),
-    "train_share": Parameter(float, "share of the pool that is trained alone", low=1e-4, high=0.5),
-    "freeze_share": Parameter(float, "share of the pool that is frozen under attack", low=1e-4, high=0.5),
-    "harmful_rows": Parameter(int, "of the attack's rows those that are harmful requests with their answers", low=0),
-    "attack_rate": Parameter(float, "learning rate of the fine-tuning attack on frozen neurons", low=1e-9, high=1),
-    "attack_steps": Parameter(int, "steps of it", low=1, presets=(2, 10, 20)),
-    "defended": Parameter(
-        list,
+    "effort_rate": _number("learning rate of training only one definition's neurons", 1e-9, 1),
+    "effort_steps": _whole("steps of it", 1, presets=(2, 30, 40)),
+    "train_share": _number("share of the pool that is trained alone", 1e-4, 0.5),
+    "freeze_share": _number("share of the pool that is frozen under attack", 1e-4, 0.5),
+    "harmful_rows": _whole("of the attack's rows those that are harmful requests with their answers", 0),
+    "attack_rate": _number("learning rate of the fine-tuning attack on frozen neurons", 1e-9, 1),
+    "attack_steps": _whole("steps of it", 1, presets=(2, 10, 20)),
+    "defended": _many(
+        str,
         "defences that are compared",
-        items=str,
         choices=DEFENCES,
-        presets=(["SN-Tune", "NeuronTune, safety-first"], list(DEFENCES), list(DEFENCES)),
+        presets=(["SN-Tune", "NeuronTune, safety-first"], list(DEFENCES)),
     ),
-    "defence_share": Parameter(
-        float, "share of the pool that SN-Tune and RSN-Tune train as a defence", low=1e-4, high=0.5
-    ),
-    "floor": Parameter(
-        float, "share of its utility that a model under a fine-tuning attack has to keep", low=0, high=1
-    ),
-    "n_defence": Parameter(
-        int, "harmful prompts of each attack class that defences learn from", low=8, presets=(8, 24, 60)
-    ),
-    "defence_rates": Parameter(
-        list,
+    "defence_share": _number("share of the pool that SN-Tune and RSN-Tune train as a defence", 1e-4, 0.5),
+    "floor": _number("share of its utility that a model under a fine-tuning attack has to keep", 0, 1),
+    "n_defence": _whole("harmful prompts of each attack class that defences learn from", 8, presets=(8, 24, 60)),
+    "defence_rates": _rates(
         "learning rates of neurons and LoRA as a defence, chosen from on the development split",
-        items=float,
-        low=1e-9,
-        high=1,
         presets=([3e-3], [3e-3], [3e-4, 1e-3, 3e-3, 1e-2]),
     ),
-    "defence_full_rates": Parameter(
-        list,
+    "defence_full_rates": _rates(
         "learning rates of full fine-tuning as a defence, chosen from likewise",
-        items=float,
-        low=1e-9,
-        high=1,
         presets=([3e-4], [3e-4], [1e-4, 3e-4, 1e-3]),
     ),
-    "defence_steps": Parameter(
-        list, "steps of it, chosen from likewise", items=int, low=1, presets=([2], [20], [20, 40])
-    ),
-    "strengths": Parameter(
-        list, "strengths of the refusal direction, chosen from likewise", items=float, low=0, high=10
-    ),
-    "defence_attacks": Parameter(
-        list,
+    "defence_steps": _steps("steps of it, chosen from likewise", presets=([2], [20], [20, 40])),
+    "strengths": _many(float, "strengths of the refusal direction, chosen from likewise", 0, 10),
+    "defence_attacks": _many(
+        int,
         "harmful rows in each fine-tuning attack on the defences; 0 = a harmless task alone",
-        items=int,
-        low=0,
-        presets=([0], [0, 4], [0, 4]),
+        0,
+        presets=([0], [0, 4]),
     ),
-    "defence_attack_rates": Parameter(
-        list,
-        "learning rates of it; the worst counts",
-        items=float,
-        low=1e-9,
-        high=1,
-        presets=([3e-4], [3e-4], [3e-4, 1e-3]),
-    ),
-    "defence_attack_steps": Parameter(
-        list, "steps of it; the worst counts", items=int, low=1, presets=([2], [10], [10, 20, 40])
-    ),
-    "new_task": Parameter(str, "source of the task of later fine-tuning; 'testbed' = subtraction; '' to skip"),
-    "n_task": Parameter(int, "rows of the new task", low=4),
-    "task_steps": Parameter(
-        list, "steps at which later fine-tuning is evaluated", items=int, low=1, presets=([3], [10, 30], [10, 20, 40])
-    ),
-    "task_rates": Parameter(
-        list,
+    "defence_attack_rates": _rates("learning rates of it; the worst counts", presets=([3e-4], [3e-4], [3e-4, 1e-3])),
+    "defence_attack_steps": _steps("steps of it; the worst counts", presets=([2], [10], [10, 20, 40])),
+    "new_task": _text("source of the task of later fine-tuning; 'testbed' = subtraction; '' to skip"),
+    "n_task": _whole("rows of the new task", 4),
+    "task_steps": _steps("steps at which later fine-tuning is evaluated", presets=([3], [10, 30], [10, 20, 40])),
+    "task_rates": _rates(
         "learning rates of later fine-tuning, of which the one that learns the task best is taken",
-        items=float,
-        low=1e-9,
-        high=1,
         presets=([0.001], [0.001], [0.0003, 0.001]),
     ),
-    "n_learn": Parameter(int, "harmful prompts of each attack class to learn alpha from", low=8, presets=(8, 60, 60)),
-    "n_attacked": Parameter(int, "prompts inside attacks to evaluate on", low=8, presets=(12, 360, 480)),
-    "steering_strengths": Parameter(
-        list, "multiples of the refusal direction", items=float, presets=([0.5], [0.25, 0.5], [0.25, 0.5, 1.0])
+    "n_learn": _whole("harmful prompts of each attack class to learn alpha from", 8, presets=(8, 60)),
+    "n_attacked": _whole("prompts inside attacks to evaluate on", 8, presets=(12, 360, 480)),
+    "steering_strengths": _many(
+        float, "multiples of the refusal direction", presets=([0.5], [0.25, 0.5], [0.25, 0.5, 1.0])
     ),
-    "layer_factors": Parameter(
-        list,
-        "factors of one whole layer",
-        items=float,
-        low=0,
-        high=3,
-        presets=([0.8], [0.8, 1.25], [0.7, 0.85, 1.2, 1.5]),
+    "layer_factors": _many(
+        float, "factors of one whole layer", 0, 3, presets=([0.8], [0.8, 1.25], [0.7, 0.85, 1.2, 1.5])
     ),
-    "n_attribution": Parameter(int, "requests to attribute, for each role", low=4, presets=(4, 12, 24)),
-    "attribution_steps": Parameter(int, "points on each attribution path", low=1, presets=(1, 4, 8)),
-    "iterations": Parameter(int, "outer steps of learning alpha", low=1, presets=(1, 16, 20)),
-    "inner_share": Parameter(float, "share by which the inner step should lower the support loss", low=0.01, high=0.9),
-    "learnt_draws": Parameter(int, "random neuron sets that alpha is learnt for", low=1, presets=(1, 2, 3)),
-    "unseen_classes": Parameter(int, "unseen attack classes to adapt to", low=1, presets=(1, 3, 8)),
-    "dial_shares": Parameter(
-        list,
+    "n_attribution": _whole("requests to attribute, for each role", 4, presets=(4, 12, 24)),
+    "attribution_steps": _whole("points on each attribution path", 1, presets=(1, 4, 8)),
+    "iterations": _whole("outer steps of learning alpha", 1, presets=(1, 16, 20)),
+    "inner_share": _number("share by which the inner step should lower the support loss", 0.01, 0.9),
+    "learnt_draws": _whole("random neuron sets that alpha is learnt for", 1, presets=(1, 2, 3)),
+    "unseen_classes": _whole("unseen attack classes to adapt to", 1, presets=(1, 3, 8)),
+    "dial_shares": _many(
+        float,
         "shares of the pool, for the dial's numbers of safety and of utility neurons",
-        items=float,
-        low=0,
-        high=0.2,
+        0,
+        0.2,
         presets=([0.0, 0.03], [0.0, 0.03, 0.07], [0.0, 0.015, 0.03, 0.07]),
     ),
-    "dial_strengths": Parameter(
-        list, "strengths of the dial", items=float, low=0, high=3, presets=([1.0], [1.0], [0.5, 1.0])
-    ),
+    "dial_strengths": _many(float, "strengths of the dial", 0, 3, presets=([1.0], [1.0], [0.5, 1.0])),
 }
 
 
