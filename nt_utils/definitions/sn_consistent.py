@@ -20,7 +20,7 @@ from nt_utils.scoring.importance import importance
 from nt_utils.selection import Ranking
 
 
-@definition("consistent", paper="SN")
+@definition("as written", paper="SN")
 def consistent(lm: LanguageModel, material: Material) -> Ranking:
     """Minus the worst rank of each neuron over the harmful prompts."""
     texts = material.harmful.texts

@@ -36,10 +36,10 @@ PRESETS = {
 }
 
 
-@definition("SN published", paper="SN")
+@definition("as published", paper="SN")
 def published(lm: LanguageModel, material: Material) -> Ranking:
     """Minus the worst relative rank of each FFN and attention channel in its list over the harmful prompts."""
-    scores = material.scores("SN published", lambda: published_scores(lm, material.harmful.texts))
+    scores = material.scores("as published", lambda: published_scores(lm, material.harmful.texts))
     return selection.consistency(scores, rho=1.0, kinds=POOL, per="projection", relative=True)
 
 
@@ -54,7 +54,7 @@ def published_scores(lm: LanguageModel, texts: Sequence[str]) -> NeuronScores:
         capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
         return (capped.masked_fill(~mask, -torch.inf).softmax(-1).to(value.dtype) @ value).transpose(1, 2)
 
-    meta = {"score": "SN published", "model": lm.name}
+    meta = {"score": "as published", "model": lm.name}
     sites = [(layer, kind) for layer in range(space.num_layers) for kind in ("o", "up")]
     with ScoreWriter(None, space, ("q", "o", "ffn"), len(texts), meta) as writer, torch.no_grad():
         for row, ids in enumerate(lm.tokenizer(list(texts))["input_ids"]):
@@ -94,4 +94,4 @@ def published_set(
             chosen = rows if target in ("k", "v") else entries
             masks[layer, target] = torch.zeros(view.space.width((layer, target)), dtype=torch.bool)
             masks[layer, target][chosen] = True
-    return NeuronSet(view.space, masks, meta={"rule": "SN published", "preset": preset})
+    return NeuronSet(view.space, masks, meta={"rule": "as published", "preset": preset})

@@ -177,12 +177,15 @@ def worst_points(
     return found
 
 
-def equal_loss_points(runs: Mapping[tuple[str, float], FineTuned]) -> tuple[float, dict[str, Point]]:
+def equal_loss_points(
+    runs: Mapping[tuple[str, float], FineTuned], target: float | None = None
+) -> tuple[float, dict[str, Point]]:
     """Each arm where it has learnt the task as far as all arms have: equal loss on held-out rows of the task.
 
     Every arm is taken at the rate that brings its held-out loss down furthest. The target is the loss that even the slowest
     arm reaches; an arm's point lies where its loss first comes down to the target, between two evaluated steps in a
-    straight line.
+    straight line. A ``target`` that is given (that of a training with more arms) stands, and an arm that does not reach it
+    has no point.
 
     Returns:
         The target in nats a token, and arm -> its point.
@@ -191,11 +194,14 @@ def equal_loss_points(runs: Mapping[tuple[str, float], FineTuned]) -> tuple[floa
     for (arm, rate), run in runs.items():
         if len(run.losses) > 1 and (arm not in best or min(run.losses.values()) < min(best[arm][1].losses.values())):
             best[arm] = (rate, run)
-    target = max(min(run.losses.values()) for _, run in best.values())
+    if target is None:
+        target = max(min(run.losses.values()) for _, run in best.values())
     found = {}
     for arm, (rate, run) in best.items():
         steps = sorted(run.losses)
-        at = next(i for i, step in enumerate(steps) if run.losses[step] <= target)
+        at = next((i for i, step in enumerate(steps) if run.losses[step] <= target), None)
+        if at is None:
+            continue
         weights = {steps[at]: 1.0}
         if at:
             above, below = run.losses[steps[at - 1]], run.losses[steps[at]]
@@ -233,9 +239,15 @@ def point_difference(
     return metrics.clustered_difference(controls, after, clusters_of(evaluation, measure.set), seed=seed)
 
 
-def by_arm(trainings: Sequence[Mapping[str, Point]]) -> dict[str, list[Point]]:
-    """Arm -> its point in each training, for arms that have one in every training."""
-    return {arm: [t[arm] for t in trainings] for arm in trainings[0] if all(arm in t for t in trainings)}
+def by_arm(
+    trainings: Sequence[Mapping[str, Point]], runs: Sequence[Mapping[tuple[str, float], FineTuned]]
+) -> dict[str, list[Point]]:
+    """Arm -> its point in each training that it was part of, for arms that have one in all of these."""
+    found = {
+        arm: [found.get(arm) for found, run in zip(trainings, runs, strict=True) if any(arm == a for a, _ in run)]
+        for arm in trainings[0]
+    }
+    return {arm: points for arm, points in found.items() if all(points)}
 
 
 def freezing_findings(

@@ -206,7 +206,7 @@ class Bench:
     batch_size: int | None = None
     judge: Any = None
     judges: Sequence[Any] = ()
-    _done: dict[tuple[str, str], Evaluation] = field(default_factory=dict, repr=False)
+    _done: dict[tuple[str, str], list[tuple[set, Evaluation]]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         self.suite = trimmed(self.suite, self.measures)
@@ -215,17 +215,21 @@ class Bench:
         """The evaluation of one set under this action (None: the model as it is)."""
         intervention = Deactivate(action) if isinstance(action, NeuronSet) else action
         key = (intervention.key if intervention is not None else "", name)
-        if key not in self._done:
-            self._done[key] = evaluate(
-                self.lm,
-                self.suite.only(name),
-                intervention=intervention,
-                judge=self.judge,
-                judges=self.judges,
-                batch_size=self.batch_size,
-                progress=False,
-            )
-        return self._done[key]
+        done, wanted = self._done.setdefault(key, []), set(self.suite[name].metrics)
+        for measured, found in done:
+            if wanted <= measured:
+                return found
+        found = evaluate(
+            self.lm,
+            self.suite.only(name),
+            intervention=intervention,
+            judge=self.judge,
+            judges=self.judges,
+            batch_size=self.batch_size,
+            progress=False,
+        )
+        done.append((wanted, found))
+        return found
 
     def __call__(self, action: Action = None) -> Evaluation:
         """The evaluation of all sets under this action."""
@@ -238,7 +242,7 @@ class Bench:
 
     def rate(self, measure: Measure, action: Action = None) -> Interval:
         """One rate under this action, with its interval."""
-        return self.on(measure.set, action).rate(measure.set, measure.metric)
+        return self.part(measure).on(measure.set, action).rate(measure.set, measure.metric)
 
     def part(self, *measures: Measure) -> Bench:
         """The bench of some measures, with their sets alone; without measures itself."""
@@ -265,8 +269,7 @@ class Bench:
 
     def excess(self, action: Action, controls: Sequence[Action], measure: Measure, seed: int = 0) -> Interval:
         """Rate under the action minus the mean rate of the controls, over topics and control draws."""
-        controls_found = [self.on(measure.set, c) for c in controls]
-        return difference(controls_found, self.on(measure.set, action), measure, seed)
+        return self.against([action], controls, measure, seed)
 
     def jailbroken(
         self, action: Action, controls: Sequence[Action], harm: Measure, useful: Measure, seed: int = 0
@@ -280,7 +283,8 @@ class Bench:
 
     def mean_values(self, actions: Sequence[Action], measure: Measure) -> np.ndarray:
         """One value a prompt: its outcome, averaged over the actions (several trainings of one arm)."""
-        found = [self.on(measure.set, a).values(measure.set, measure.metric).to_numpy(float) for a in actions]
+        part = self.part(measure)
+        found = [part.on(measure.set, a).values(measure.set, measure.metric).to_numpy(float) for a in actions]
         return np.mean(found, axis=0)
 
     def against(
@@ -292,7 +296,7 @@ class Bench:
         """
         after = self.mean_values(actions, measure)
         rows = [np.zeros_like(after)] if controls is None else [self.mean_values([c], measure) for c in controls]
-        return metrics.clustered_difference(rows, after, clusters_of(self.on(measure.set), measure.set), seed=seed)
+        return metrics.clustered_difference(rows, after, clusters_of(self.part(measure).on(measure.set), measure.set), seed=seed)
 
     def harmful_score(
         self, actions: Sequence[Action], controls: Sequence[Action] | None, measures: Sequence[Measure], seed: int = 0

@@ -313,6 +313,27 @@ def nothing(like: NeuronSet) -> NeuronSet:
 # ------------------------------------------------------------------------------------------------------ baselines
 
 
+def learn_layers(
+    lm: LanguageModel, found: Material, by: Ranking, share: float, recipe: Recipe = RECIPE, name: str = "one factor a layer"
+) -> Learnt:
+    """One factor for each layer, which all of its neurons of the pool share, learnt as NeuronTune's factors are.
+
+    A layer has no role: every factor begins at 1. Its gradient is the sum over the layer's neurons, so that the inner rate is
+    found anew by the same rule (``share``, see :func:`inner_rate`), where the recipe has an inner step.
+    """
+    whole = whole_layers(by, by.space.num_layers)
+    recipe = dataclasses.replace(recipe, tied="layer", safety_start=1.0)
+    sets = whole, nothing(whole)
+    rates = tuple(2.0**k for k in range(-12, 7))
+    rate, _ = learning.find_inner_rate(lm, *sets, found.tasks, found.benign, recipe, share=share, rates=rates)
+    return learn_sets(lm, found, *sets, dataclasses.replace(recipe, inner_rate=rate), name)
+
+
+def trainings(recipe: Recipe, times: int) -> list[Recipe]:
+    """The recipe with other draws of its prompts, as often as something is learnt; the first is the recipe itself."""
+    return [dataclasses.replace(recipe, seed=recipe.seed + 1000 * i) for i in range(times)]
+
+
 def layer_scaling(by: Ranking, factors: Sequence[float], measure: Callable[[Intervention], float]) -> Modulation:
     """One factor for every neuron of the best layer, the factor chosen by ``measure`` (smaller is better)."""
     whole = whole_layers(by, 1)
@@ -486,13 +507,14 @@ def key_roles(measures: Mapping[str, Measure]) -> tuple[str, str, str]:
 def arms_table(bench: Bench, arms: Mapping[str, Intervention | Sequence[Intervention] | None]) -> pd.DataFrame:
     """Every rate of every arm: columns arm, group (none, chosen, control), metric, value, low, high, n.
 
-    An arm that is a list holds draws of a random control: the mean, with the smallest and the largest draw.
+    An arm that is a list holds trainings, or draws of a random control: the mean, with the smallest and the largest; one
+    alone has its own interval.
     """
     rows = []
     for name, arm in arms.items():
         group = "none" if arm is None else "chosen" if name.startswith("NeuronTune") else "control"
-        if not isinstance(arm, (list, tuple)):
-            rows += bench.rates(arm, arm=name, group=group)
+        if not isinstance(arm, (list, tuple)) or len(arm) == 1:
+            rows += bench.rates(arm[0] if isinstance(arm, (list, tuple)) else arm, arm=name, group=group)
             continue
         rows += bench.mean_rates(arm, arm=f"{name}, mean of {len(arm)}", group=group)
     return pd.DataFrame(rows)
@@ -607,7 +629,7 @@ def adapted_difference(
 
 def findings(
     bench: Bench,
-    tuned: Modulation,
+    tuned: Sequence[Modulation],
     measures: Mapping[str, Measure],
     roles: dict[str, Measure],
     rivals: Mapping[str, tuple[str, str, Sequence[Intervention]]],
@@ -616,21 +638,22 @@ def findings(
     """What is said of N1 to N4 and N6: the modulated model against the untouched one and against other neurons.
 
     Args:
+        tuned: NeuronTune's trainings, whose outcomes are averaged;
         measures: :func:`roles` of the suite; roles: measures of ``experiments.bench`` for utility;
         rivals: name -> (claim, part, its interventions) whose unseen-attack ASR plus over-refusal is compared.
     """
     attack, needless, _ = key_roles(measures)
     both = [measures[attack], measures[needless]]
     for claim, part, others in rivals.values():
-        yield Finding(claim, "", part, total(*(bench.excess(tuned, others, m, seed) for m in both)))
-    after, before = (bench.against([a], None, measures[attack], seed) for a in (tuned, None))
+        yield Finding(claim, "", part, total(*(bench.against(tuned, others, m, seed) for m in both)))
+    after, before = (bench.against(some, None, measures[attack], seed) for some in (tuned, [None]))
     yield Finding("N2", "", "asr", ratio(after, before) or "attacks may never succeed on the untouched model")
     for part, role in (("over-refusal", "over"), ("benign", "refusal")):
         found: metrics.Interval | str = "the study has no borderline prompts"
         if role in measures:
-            found = bench.change(tuned, measures[role], seed)
+            found = bench.against(tuned, [None], measures[role], seed)
         yield Finding("N3", "", part, found)
-    yield from bench.utility_findings("N4", [tuned], roles, seed)
+    yield from bench.utility_findings("N4", tuned, roles, seed)
 
 
 def spread_findings(ranked: Rankings, sizes: Mapping[str, int], draws: int, seed: int) -> Iterator[Finding]:

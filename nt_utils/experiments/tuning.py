@@ -296,7 +296,7 @@ def curve_table(bench: Bench, arms: Mapping[str, Sequence[Arm]], measures: Seque
     metric, value, low, high, n, chosen (the step is the one chosen on the development split, of the first draw). Steps that a
     draw did not reach, since it diverged, have no value.
     """
-    rows = []
+    rows, bench = [], bench.part(*measures)
     for name, draws in arms.items():
         for step in sorted({step for draw in draws for step in draw.steps}):
             found = [bench(draw.steps[step]) if step in draw.steps else None for draw in draws]
@@ -394,24 +394,6 @@ def class_table(before: Evaluation, after: Mapping[str, Evaluation], name: str =
 # ------------------------------------------------------------------------------------------------------ comparisons
 
 
-def along(bench: Bench, arm: Arm, measure: Measure) -> np.ndarray:
-    """One value a prompt: its outcome, averaged over the evaluated steps after step 0."""
-    outcomes = [
-        bench(delta).values(measure.set, measure.metric).to_numpy(float) for step, delta in arm.steps.items() if step
-    ]
-    return np.mean(outcomes, axis=0)
-
-
-def faster(bench: Bench, arm: Arm, controls: Sequence[Arm], measure: Measure, seed: int = 0) -> metrics.Interval:
-    """A rate averaged over the evaluated steps, minus the controls'; resampled over topics and draws.
-
-    Steps are equal effort: one number for the whole curve instead of one step picked from it.
-    """
-    values = [along(bench, control, measure) for control in controls]
-    found = bench(arm.delta)
-    return metrics.clustered_difference(values, along(bench, arm, measure), clusters_of(found, measure.set), seed=seed)
-
-
 def crossing(bench: Bench, arm: Arm, harm: Measure, level: float) -> dict[int, float] | None:
     """Where an arm's harmful score first comes down to a level: step -> weight, between two evaluated steps.
 
@@ -419,7 +401,7 @@ def crossing(bench: Bench, arm: Arm, harm: Measure, level: float) -> dict[int, f
     """
     last = None
     for step, delta in arm.steps.items():
-        value = bench(delta).rate(harm.set, harm.metric).value
+        value = bench.rate(harm, delta).value
         if value <= level:
             if last is None or value == level:
                 return {step: 1.0}
@@ -437,23 +419,8 @@ def at_level(bench: Bench, arms: Sequence[Arm], harm: Measure, level: float, mea
         weights = crossing(bench, arm, harm, level)
         if weights is None:
             return None
-        found.append(
-            sum(w * bench(arm.steps[s]).values(measure.set, measure.metric).to_numpy(float) for s, w in weights.items())
-        )
+        found.append(sum(w * bench.mean_values([arm.steps[s]], measure) for s, w in weights.items()))
     return np.mean(found, axis=0)
-
-
-def equal_difference(
-    bench: Bench, arms: Sequence[Arm], controls: Sequence[Arm], goal: Goal, measure: Measure, seed: int = 0
-) -> metrics.Interval | None:
-    """A rate of the arms minus the controls', both where their harmful score comes down to the goal's target.
-
-    Resampled over topics; where the curves cross is taken as it was measured. None when one never comes down.
-    """
-    values = [at_level(bench, some, goal.harm, goal.target, measure) for some in (controls, arms)]
-    if any(v is None for v in values):
-        return None
-    return metrics.clustered_difference([values[0]], values[1], clusters_of(bench(None), measure.set), seed=seed)
 
 
 def equal_table(
@@ -472,27 +439,11 @@ def equal_table(
             places = [crossing(bench, draw, goal.harm, goal.target) for draw in draws]
             step = float(np.mean([sum(s * w for s, w in place.items()) for place in places]))
             interval = metrics.clustered_difference(
-                [np.zeros_like(values)], values, clusters_of(bench(None), m.set), seed=seed
+                [np.zeros_like(values)], values, clusters_of(bench.on(m.set), m.set), seed=seed
             )
             labels = {"arm": name, "step": step, "target": goal.target, "metric": m.label}
             rows.append({**labels, **interval._asdict()})
     return pd.DataFrame(rows, columns=["arm", "step", "target", "metric", "value", "low", "high", "n"])
-
-
-def gap_change(
-    bench: Bench,
-    pair: tuple[Arm, Sequence[Arm]],
-    other: tuple[Arm, Sequence[Arm]],
-    measure: Measure,
-    seed: int = 0,
-) -> metrics.Interval:
-    """How much further (arm, controls) lie apart than another such pair: the difference of two :func:`faster`."""
-
-    def gap(arm, controls):
-        return np.mean([along(bench, c, measure) for c in controls], axis=0) - along(bench, arm, measure)
-
-    found = bench(pair[0].delta)
-    return metrics.clustered_difference([gap(*other)], gap(*pair), clusters_of(found, measure.set), seed=seed)
 
 
 def rise(run: FineTuned, measure: Measure, control: FineTuned | None = None, seed: int = 0) -> metrics.Interval:

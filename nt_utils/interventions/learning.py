@@ -37,6 +37,7 @@ from nt_utils.scoring.attribution import Responses, frozen
 from nt_utils.work import track
 
 METHODS = ("first", "second", "joint")
+TIES = ("", "layer")
 #: What :func:`find_inner_rate` tries: 1/16 to 256.
 RATES = tuple(2.0**k for k in range(-4, 9))
 STATE = "nt_utils.learning.3"
@@ -55,6 +56,7 @@ class Recipe:
             shows by how much the inner step moves the support loss, :func:`find_inner_rate` finds one.
         support, query: attacked prompts drawn from each attack class, and as many benign ones, for the inner and outer loss.
         balance: lambda; the loss is ``balance * safety + (1 - balance) * utility``.
+        tied: "" for a factor of its own for every neuron, "layer" for one factor that all neurons of a layer share.
         train_dtype: what training computes in, as in :func:`nt_utils.interventions.tuning.tune`.
         validate_every: iterations between validations; patience: validations without gain before it stops (0: never).
     """
@@ -73,11 +75,14 @@ class Recipe:
     validate_every: int = 5
     patience: int = 3
     seed: int = 0
+    tied: str = ""
     train_dtype: str = "auto"
 
     def __post_init__(self):
         check_train_dtype(self.train_dtype)
         check_bounds(self.bounds)
+        if self.tied not in TIES:
+            raise InputError(f"tied: got {self.tied!r}; allowed: {', '.join(map(repr, TIES))}")
         if self.method not in METHODS:
             raise InputError(f"method: got {self.method!r}; allowed: {', '.join(METHODS)}")
         low, high = self.bounds
@@ -181,8 +186,9 @@ def adapt(
     learner = Learner(lm, modulation.safety, modulation.utility, {}, benign, recipe)
     batch = learner.batch(attacked, benign)
     with frozen(learner.lm.model):
-        alpha = learner.adapted(learner.leaf(modulation.alpha), batch, second=False)
-    return replace(modulation, alpha=alpha.detach().clamp(*modulation.bounds), name=f"{modulation.name}, adapted")
+        alpha = learner.adapted(learner.leaf(modulation.alpha[learner.firsts]), batch, second=False)
+    alpha = learner.spread(alpha.detach().cpu()).clamp(*modulation.bounds)
+    return replace(modulation, alpha=alpha, name=f"{modulation.name}, adapted")
 
 
 def find_inner_rate(
@@ -218,6 +224,7 @@ class Learner:
 
     Attributes:
         lm: what is computed with (see ``Recipe.train_dtype``); base: the model that was given.
+        owners: of each neuron its factor, int [neurons]; firsts: of each factor its first neuron, int [factors].
     """
 
     def __init__(
@@ -236,7 +243,8 @@ class Learner:
             raise InputError("model: it is in training mode; call model.eval() first")
         self.base, self.safety, self.utility, self.recipe = lm, safety, utility, recipe
         self.tasks, self.benign = dict(tasks), benign
-        self.places = places(safety, utility)
+        self.owners, self.firsts = _owners(safety, utility, recipe.tied)
+        self.places = {s: (c, self.owners[p], w) for s, (c, p, w) in places(safety, utility).items()}
         _check_targets(self.tasks, benign)
         _check_counts(self.tasks, benign, recipe)
         self.lm = training_copy(lm, recipe.train_dtype)
@@ -250,7 +258,11 @@ class Learner:
     def start(self) -> Tensor:
         """Alpha before the first step."""
         values = [self.recipe.safety_start] * len(self.safety) + [self.recipe.utility_start] * len(self.utility)
-        return self.leaf(torch.tensor(values, dtype=torch.float64))
+        return self.leaf(torch.tensor(values, dtype=torch.float64)[self.firsts])
+
+    def spread(self, alpha: Tensor) -> Tensor:
+        """One factor a neuron, [neurons], of the factors that are learnt, [factors]."""
+        return alpha[self.owners.to(alpha.device)]
 
     # -- data
 
@@ -342,7 +354,7 @@ class Learner:
         """The modulation with these factors, and how they were learnt in its meta."""
         weights = self.base.weights_fingerprint
         meta = {"recipe": asdict(self.recipe), **meta}
-        return Modulation(self.safety, self.utility, alpha, self.recipe.bounds, name, weights, meta)
+        return Modulation(self.safety, self.utility, self.spread(alpha), self.recipe.bounds, name, weights, meta)
 
     def result(self, state: _State, name: str, validated: bool) -> Learnt:
         """What was learnt: the validated factors where there were any to keep, else the last ones."""
@@ -462,6 +474,17 @@ def _check_counts(tasks: Tasks, benign: PromptSet, recipe: Recipe) -> None:
             )
     if tasks and len(benign) < need:
         raise InputError(f"benign: {len(benign)} prompts; a split into support and query needs {need}")
+
+
+def _owners(safety: NeuronSet, utility: NeuronSet, tied: str) -> tuple[Tensor, Tensor]:
+    """Of each neuron, safety first, the number of its factor (its own, or its role's in its layer), and each factor's first."""
+    neurons = [(role, layer) for role, chosen in enumerate((safety, utility)) for layer, _, _ in chosen]
+    groups = neurons if tied else range(len(neurons))
+    firsts: dict = {}
+    for position, group in enumerate(groups):
+        firsts.setdefault(group, position)
+    numbers = {group: i for i, group in enumerate(firsts)}
+    return torch.tensor([numbers[group] for group in groups]), torch.tensor(list(firsts.values()))
 
 
 def _picks(label: str, size: int, count: int) -> list[int]:

@@ -31,9 +31,7 @@ NAMED = {
     "random": GREY,
     "refusal direction": "#CC79A7",
     "as published": "#56B4E9",
-    "SN published": "#56B4E9",
     "as written": "#0072B2",
-    "consistent": "#0072B2",
     "contrast": "#D55E00",
     "system prompt": "#E69F00",
 }

@@ -180,7 +180,7 @@ PARAMETERS: dict[str, Parameter] = {
         "judge of answers to given prompts: 'phrases', a classifier or a model, or 'phrases+' and one of these"
     ),
     "n_detect": _whole("prompts to find neurons with", 4, presets=(16, 200)),
-    "n_test": _whole("prompts of each kind to evaluate on", 4, presets=(8, 120, 200)),
+    "n_test": _whole("prompts of each kind to evaluate on", 4, presets=(8, 80, 200)),
     "n_dev": _whole("prompts of each kind to choose on (development split)", 4, presets=(6, 32, 48)),
     "top_share": _number("share of a projection's neurons that count as important on one prompt", 1e-4, 1),
     "rho": _number("share of the prompts a neuron must be important for; 1 is the paper's rule", 0.01, 1),
@@ -193,7 +193,7 @@ PARAMETERS: dict[str, Parameter] = {
         "shares of the pool at which what differs between the rules is tried; [] to skip",
         1e-6,
         1,
-        presets=([0.01], [0.001, 0.01], [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1]),
+        presets=([0.01], [0.01], [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1]),
         empty=True,
     ),
     "draws": _whole("random control sets of each kind", 2, 1000, presets=(2, 8, 20)),
@@ -202,7 +202,7 @@ PARAMETERS: dict[str, Parameter] = {
         "shares of the pool, for the dose curve",
         1e-6,
         1,
-        presets=([0.003, 0.1], [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1]),
+        presets=([0.003, 0.1], [0.001, 0.003, 0.01, 0.03, 0.1], [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1]),
     ),
     "dose_draws": _whole("random sets at each dose", 0, 1000, presets=(1, 2, 8)),
     "direction_layers": _whole(
@@ -214,14 +214,14 @@ PARAMETERS: dict[str, Parameter] = {
         "last template positions that it is chosen from; 0 = all, as its paper", 0, presets=(1, 2, 0)
     ),
     "subset_sizes": _many(int, "numbers of prompts, for the stability study", 2),
-    "subset_draws": _whole("random prompt subsets of each size", 2, 1000, presets=(2, 10, 30)),
-    "n_calibrate": _whole("prompts of each kind to score units with", 16, presets=(32, 512)),
+    "subset_draws": _whole("random prompt subsets of each size", 2, 1000, presets=(2, 6, 30)),
+    "n_calibrate": _whole("prompts of each kind to score units with", 16, presets=(32, 256, 512)),
     "unit_shares": _many(float, "shares of the units that are SCU, UCU and RU; the rest is CU", 1e-4, 0.9),
     "unit_contrast": _text("how scores on safety and utility data are compared", "log ratio", "difference"),
     "unit_score": _text("a unit's score", "weighted variance", "variance", "mean square"),
     "heads": Parameter(bool, "attention heads as units; False for single channels"),
     "replace_by": _text("what pruned units become: their mean on utility data, or zero", "mean", "zero"),
-    "unit_draws": _whole("random sets of units for each category", 2, 1000, presets=(2, 6, 12)),
+    "unit_draws": _whole("random sets of units for each category", 2, 1000, presets=(2, 8, 12)),
     "growth": _many(
         float,
         "shares along which each group is grown",
@@ -238,14 +238,14 @@ PARAMETERS: dict[str, Parameter] = {
         "share of harmful rows in the mixed fine-tuning set; 0 to skip it", 0, 0.9, presets=(0.0, 0.1)
     ),
     "sweep_rates": _rates(
-        "learning rates of the fine-tuning attack, all of them evaluated", presets=([3e-4], [1e-4, 3e-4])
+        "learning rates of the fine-tuning attack, all of them evaluated", presets=([3e-4], [3e-4], [1e-4, 3e-4])
     ),
     "sweep_steps": _steps("steps at which the attacked model is evaluated", presets=([2], [10, 30], [5, 15, 30])),
     "utility_floor": _number("share of its utility that an attacked model must keep to count", 0, 1),
     "align_rates": _rates(
         "learning rates of alignment, chosen from on the development split", presets=([1e-3], [1e-3], [1e-3, 3e-3])
     ),
-    "align_steps": _whole("steps of alignment", 1, presets=(4, 40)),
+    "align_steps": _whole("steps of alignment", 1, presets=(4, 24, 40)),
     "align_draws": _whole("random sets of units that are aligned with", 1, 100, presets=(1, 1, 2)),
     "n_tune": _whole("harmful prompts that learn their refusal, and as many benign ones", 2, presets=(12, 50)),
     "refusal": _text("refusal learnt for harmful prompts that come without one"),
@@ -254,7 +254,9 @@ PARAMETERS: dict[str, Parameter] = {
     "other_sides": _text(
         "sides to compare with, comma-separated: input, output, both; '' = none", presets=("", "both", "input, both")
     ),
-    "tune_steps": _steps("steps at which tuning is evaluated; the last one ends it", presets=([4], [4, 8, 16, 32])),
+    "tune_steps": _steps(
+        "steps at which tuning is evaluated; the last one ends it", presets=([4], [6, 12, 24], [4, 8, 16, 32])
+    ),
     "tune_batch": _whole("pairs a training step", 1, 4096),
     "rates": _rates(
         "learning rates of neurons and LoRA, chosen from on the development split", presets=([0.01], [0.005, 0.02])
@@ -264,8 +266,8 @@ PARAMETERS: dict[str, Parameter] = {
     ),
     "baselines": _text("other ways of tuning: full, lora, comma-separated; '' = none"),
     "target": _number("harmful score on the development split that every way of tuning has to reach", 0, 1),
-    "tune_draws": _whole("random sets that are tuned, for each rule", 1, 100, presets=(1, 2, 3)),
-    "trainings": _whole("trainings with other orders of the rows", 1, 100, presets=(1, 2, 3)),
+    "tune_draws": _whole("random sets that are tuned, for each rule", 1, 100, presets=(1, 1, 3)),
+    "trainings": _whole("trainings with other orders of the rows", 1, 100, presets=(1, 1, 3)),
     "compared": _many(
         str, "definitions whose neurons are zeroed", choices=DEFINITIONS, presets=(["contrast"], list(DEFINITIONS))
     ),
@@ -273,10 +275,10 @@ PARAMETERS: dict[str, Parameter] = {
         str,
         "definitions whose neurons are amplified, trained and frozen too",
         choices=DEFINITIONS,
-        presets=(["contrast"], ["contrast", "SCU", "attribution", "activation change"], list(DEFINITIONS)),
+        presets=(["contrast"], ["contrast", "SCU", "attribution"], list(DEFINITIONS)),
     ),
     "n_compare": _whole("prompts of each kind where many interventions are compared", 4, presets=(6, 40, 150)),
-    "halves": _whole("pairs of disjoint halves of the calibration prompts", 2, presets=(2, 10, 30)),
+    "halves": _whole("pairs of disjoint halves of the calibration prompts", 2, presets=(2, 6, 30)),
     "set_sizes": _many(float, "sizes of the sets whose agreement is measured, shares of the pool", 1e-4, 0.5),
     "utility_shares": _many(
         float,
@@ -291,7 +293,7 @@ PARAMETERS: dict[str, Parameter] = {
         "prompts on which every neuron is zeroed alone; 0 = a first-order estimate", 0, presets=(0, 0, 4)
     ),
     "effort_rate": _number("learning rate of training only one definition's neurons", 1e-9, 1),
-    "effort_steps": _whole("steps of it", 1, presets=(2, 30, 40)),
+    "effort_steps": _whole("steps of it", 1, presets=(2, 20, 40)),
     "train_share": _number("share of the pool that is trained alone", 1e-4, 0.5),
     "freeze_share": _number("share of the pool that is frozen under attack", 1e-4, 0.5),
     "harmful_rows": _whole("of the attack's rows those that are harmful requests with their answers", 0),
@@ -332,7 +334,7 @@ PARAMETERS: dict[str, Parameter] = {
         presets=([0.001], [0.001], [0.0003, 0.001]),
     ),
     "n_learn": _whole("harmful prompts of each attack class to learn alpha from", 8, presets=(8, 60)),
-    "n_attacked": _whole("prompts inside attacks to evaluate on", 8, presets=(12, 360, 480)),
+    "n_attacked": _whole("prompts inside attacks to evaluate on", 8, presets=(12, 240, 480)),
     "steering_strengths": _many(
         float, "multiples of the refusal direction", presets=([0.5], [0.25, 0.5], [0.25, 0.5, 1.0])
     ),
@@ -341,10 +343,10 @@ PARAMETERS: dict[str, Parameter] = {
     ),
     "n_attribution": _whole("requests to attribute, for each role", 4, presets=(4, 12, 24)),
     "attribution_steps": _whole("points on each attribution path", 1, presets=(1, 4, 8)),
-    "iterations": _whole("outer steps of learning alpha", 1, presets=(1, 16, 20)),
+    "iterations": _whole("outer steps of learning alpha", 1, presets=(1, 10, 20)),
     "inner_share": _number("share by which the inner step should lower the support loss", 0.01, 0.9),
-    "learnt_draws": _whole("random neuron sets that alpha is learnt for", 1, presets=(1, 2, 3)),
-    "unseen_classes": _whole("unseen attack classes to adapt to", 1, presets=(1, 3, 8)),
+    "learnt_draws": _whole("random neuron sets that alpha is learnt for", 1, presets=(1, 1, 3)),
+    "unseen_classes": _whole("unseen attack classes to adapt to", 1, presets=(1, 2, 8)),
     "dial_shares": _many(
         float,
         "shares of the pool, for the dial's numbers of safety and of utility neurons",

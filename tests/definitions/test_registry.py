@@ -9,7 +9,7 @@ from nt_utils import definitions
 def test_names_read_from_text_equal_the_registered_ones():
     assert definitions.names() == tuple(definitions.REGISTRY)
     assert [found.name for found in definitions.REGISTRY.values()] == list(definitions.names())
-    assert definitions.names()[0] == "consistent"
+    assert definitions.names()[0] == "as written"
 
 
 def test_every_definition_names_its_paper_formula_and_steps():

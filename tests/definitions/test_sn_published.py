@@ -96,7 +96,7 @@ def test_the_set_is_the_intersection_of_the_tops_and_maps_to_rows():
 def test_ranking_holds_the_set_of_every_share():
     """The neurons in the top share of their list on every prompt are those whose value reaches minus the share."""
     lm = tiny_lm()
-    ranking = REGISTRY["SN published"](lm, Material(PromptSet.of(TEXTS, "raw", kind="harmful")))
+    ranking = REGISTRY["as published"](lm, Material(PromptSet.of(TEXTS, "raw", kind="harmful")))
     scores = published_scores(lm, TEXTS)
     chosen = ranking.at_least(-0.5)
     for site in lm.view.space.sites(POOL):

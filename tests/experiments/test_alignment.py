@@ -120,7 +120,7 @@ def test_tables_of_a_sweep(runs):
     assert table[table["step"] == 0]["loss"].nunique() == 1
     _, equal = alignment.equal_loss_points(swept)
     assert set(equal) == {arm for arm, _ in swept}
-    both = alignment.by_arm([equal, equal])
+    both = alignment.by_arm([equal, equal], [swept, swept])
     chosen = alignment.points_table(both, [ASR], compared="equal held-out loss", rows="benign")
     assert len(chosen) == 6
     assert figures.attack_curves(table).axes
@@ -170,13 +170,25 @@ def test_the_bounded_attacker_keeps_utility_and_equal_losses_are_interpolated():
     assert {arm: p.step for arm, p in equal.items()} == {"full": 1.5, "slow": 2}
     assert equal["full"].rate(ASR) == pytest.approx(0.3), "half way between 10 and 50%"
     assert equal["full"].values(ASR).mean() == pytest.approx(0.3)
-    found = alignment.point_difference(alignment.by_arm([equal, equal]), "full", "slow", ASR, 0)
+    found = alignment.point_difference(alignment.by_arm([equal, equal], [swept, swept]), "full", "slow", ASR, 0)
     assert found.value == pytest.approx(0.1)
     assert alignment.point_difference({arm: [p] for arm, p in worst.items()}, "full", "slow", ASR, 0) is None
-    findings = list(alignment.freezing_findings({"benign rows": alignment.by_arm([equal])}, "slow", ASR, 0))
+    findings = list(alignment.freezing_findings({"benign rows": alignment.by_arm([equal], [swept])}, "slow", ASR, 0))
     assert [f.row for f in findings] == ["benign rows", "10% harmful rows", ""]
     assert findings[0].found.value == pytest.approx(-0.1)
     assert isinstance(findings[1].found, str)
+
+
+def test_arms_of_a_further_training_come_down_to_the_first_ones_loss():
+    first = fake_runs({"full": [(3.0, 0.0, 1.0), (1.0, 0.5, 0.9)], "slow": [(3.0, 0.0, 1.0), (2.0, 0.2, 0.5)]})
+    second = fake_runs({"full": [(3.0, 0.0, 1.0), (1.5, 0.6, 0.9)]})
+    target, points = alignment.equal_loss_points(first)
+    again = alignment.equal_loss_points(second, target)[1]
+    assert again["full"].loss == target == 2.0 and again["full"].step == pytest.approx(2 / 3)
+    found = alignment.by_arm([points, again], [first, second])
+    assert {arm: len(some) for arm, some in found.items()} == {"full": 2, "slow": 1}
+    assert alignment.equal_loss_points(second, 1.2) == (1.2, {}), "an arm that does not come down has no point"
+    assert list(alignment.by_arm([points, {}], [first, second])) == ["slow"]
 
 
 def test_flows_and_their_noise(calibration):

@@ -9,14 +9,16 @@ import torch
 
 from nt_utils.data.attacks import ATTACKS
 from nt_utils.data.records import Prompt, PromptSet
+from nt_utils.errors import InputError
 from nt_utils.evaluation import metrics
 from nt_utils.evaluation.suite import Suite, SuiteSet
 from nt_utils.experiments import dial_panel
 from nt_utils.experiments import modulation as study
 from nt_utils.experiments.bench import Bench, ratio, with_prose
 from nt_utils.experiments.bench import measures as quantities
-from nt_utils.interventions import steering
-from nt_utils.interventions.learning import Recipe
+from nt_utils.interventions import learning, steering
+from nt_utils.interventions.dial import whole_layers
+from nt_utils.interventions.learning import Learner, Recipe
 from nt_utils.interventions.modulation import Modulation
 from nt_utils.neurons import POOL
 from nt_utils.selection import Ranking
@@ -164,6 +166,47 @@ def test_learning_adapting_and_their_tables(lm, found, ranked, suite):
     assert rate > 0 and np.isfinite(moved)
 
 
+def test_a_layers_factor_has_the_sum_of_its_neurons_gradients(lm, found, ranked):
+    whole = whole_layers(ranked.safety, ranked.safety.space.num_layers)
+    assert len(whole) == lm.view.space.size(POOL), "every neuron of the pool"
+    sets = whole, study.nothing(whole), found.tasks, found.benign
+    free, tied = (Learner(lm, *sets, dataclasses.replace(QUICK, tied=tied)) for tied in ("", "layer"))
+    layers = torch.tensor([layer for layer, _, _ in whole])
+    values = torch.linspace(0.8, 1.3, lm.view.space.num_layers)
+    support, query = tied.draw("direct", 0)
+    assert torch.equal(tied.spread(values), values[layers])
+    single = free.leaf(values[layers])
+    (wanted,) = torch.autograd.grad(free.loss(single, support), single)
+    factors = tied.leaf(values)
+    (slope,) = torch.autograd.grad(tied.loss(factors, support), factors)
+    by_layer = torch.zeros_like(slope).index_add(0, layers, wanted)
+    assert torch.allclose(slope, by_layer, rtol=1e-6, atol=1e-9) and slope.abs().min() > 1e-4
+    outer, _ = tied.gradient(tied.start(), support, query)
+    assert outer.shape == (lm.view.space.num_layers,) and outer.abs().max() > 0
+
+
+def test_one_factor_a_layer_is_learnt_and_adapted(lm, found, ranked):
+    learnt = study.learn_layers(lm, found, ranked.safety, 0.01, dataclasses.replace(QUICK, outer_rate=0.05)).modulation
+    assert len(learnt.alpha) == lm.view.space.size(POOL)
+    by_layer: dict[int, set] = {}
+    for (layer, _, _), factor in zip(learnt.safety, learnt.alpha.tolist(), strict=True):
+        by_layer.setdefault(layer, set()).add(factor)
+    assert all(len(factors) == 1 for factors in by_layer.values()), "tied"
+    assert all(abs(factor - 1) > 1e-3 for (factor,) in by_layer.values()), "every layer's factor moved from 1"
+    recipe = dataclasses.replace(QUICK, tied="layer", inner_rate=0.01)
+    after = learning.adapt(lm, learnt, found.unseen["persona"], found.benign, recipe)
+    moved = {(layer, float(a - b)) for (layer, _, _), a, b in zip(after.safety, after.alpha, learnt.alpha, strict=True)}
+    assert len(moved) == lm.view.space.num_layers and any(step for _, step in moved)
+    with pytest.raises(InputError, match="tied: got 'head'"):
+        dataclasses.replace(QUICK, tied="head")
+
+
+def test_trainings_differ_in_their_draws_alone():
+    first, second = study.trainings(QUICK, 2)
+    assert first is not second and first == QUICK
+    assert dataclasses.replace(second, seed=QUICK.seed) == QUICK and second.seed != QUICK.seed
+
+
 def test_baselines_are_chosen_by_the_cost(lm, found, ranked, suite):
     scaled = study.layer_scaling(ranked.safety, (0.5, 2.0), lambda m: abs(float(m.alpha[0]) - 2))
     assert set(scaled.alpha.tolist()) == {2.0} and len({layer for layer, _, _ in scaled.safety}) == 1
@@ -186,6 +229,9 @@ class Fixed(Bench):
 
     def __init__(self):
         self.measures = [study.Measure("s", "asr", m) for m in ("asr", "over", "useful")]
+
+    def part(self, *measures):
+        return self
 
     def on(self, name, action=None):
         values = pd.Series(np.arange(20) < round(20 * (0.8 if action is None else action))).astype(float)
@@ -289,8 +335,13 @@ def test_claims_of_the_dial_and_of_the_modulated_model(lm, found, ranked, suite)
     quality = quantities(suite, "over", "useful", "perplexity", "kl", "likelihood")
     bench = Bench(lm, suite, [*measures.values(), *quality.values()])
     tuned = Modulation(*study.preset_sets(ranked, "safety-first"), torch.full((14,), 1.5))
+    other = Modulation(*study.preset_sets(ranked, "safety-first"), torch.full((14,), 2.5))
     rivals = {"x": ("N1", "random", [tuned]), "y": ("N6", "cost", [None])}
-    rows = {(f.claim, f.part): f.found for f in study.findings(bench, tuned, measures, quality, rivals, 0)}
+    both = {(f.claim, f.part): f.found for f in study.findings(bench, [tuned, other], measures, quality, rivals, 0)}
+    useful = measures["refusal"]
+    mean = np.mean([bench.rate(useful, a).value for a in (tuned, other)]) - bench.rate(useful).value
+    assert both["N3", "benign"].value == pytest.approx(mean), "two trainings are averaged"
+    rows = {(f.claim, f.part): f.found for f in study.findings(bench, [tuned], measures, quality, rivals, 0)}
     assert {claim for claim, _ in rows} == {"N1", "N2", "N3", "N4", "N6"}
     assert rows["N1", "random"].value == 0, "against itself"
     kl = bench.on(quality["kl"].set, tuned).values(quality["kl"].set, "kl").mean()

@@ -51,9 +51,23 @@ def fake_arm(name, hits, step=2):
     return tuning.Arm(name, None, 0.1, step, True, tuned, pd.DataFrame())
 
 
-def look(action):
+class Look(Bench):
     """A bench whose interventions are evaluations."""
-    return action if action is not None else Fake({"asr": 10})
+
+    def __init__(self):
+        self.measures = (ASR,)
+
+    def on(self, name, action=None):
+        return action if action is not None else Fake({"asr": 10})
+
+    def part(self, *measures):
+        return self
+
+    def __call__(self, action=None):
+        return self.on("direct", action)
+
+
+look = Look()
 
 
 def test_a_goal_takes_the_cheapest_point_that_reaches_the_target():
@@ -82,18 +96,6 @@ def test_curves_average_draws_and_mark_the_chosen_step():
     assert stops.loc["SN", "low"] == 0 < stops.loc["SN", "high"], "one training has Wilson's interval"
 
 
-def test_whole_curves_are_compared():
-    sn, random = fake_arm("SN", [10, 4, 0]), fake_arm("r", [10, 10, 8])
-    found = tuning.faster(look, sn, [random], ASR)
-    assert found.value == pytest.approx(0.2 - 0.9)
-    assert found.low < found.value < found.high <= 0
-    assert found.n == 10
-    assert tuning.faster(look, sn, [sn], ASR).value == 0
-    change = tuning.gap_change(look, (sn, [random]), (random, [random]), ASR)
-    assert change.value == pytest.approx(0.7)
-    assert tuning.gap_change(look, (sn, [random]), (sn, [random]), ASR).value == 0
-
-
 def test_equal_harmful_scores_are_met_between_steps():
     goal = tuning.Goal(ASR, target=0.1)
     sn, random, never = fake_arm("SN", [10, 3, 0]), fake_arm("r", [10, 9, 1]), fake_arm("n", [10, 9, 5])
@@ -104,8 +106,7 @@ def test_equal_harmful_scores_are_met_between_steps():
     assert tuning.crossing(look, never, ASR, 0.1) is None
     assert tuning.crossing(look, sn, ASR, 1.0) == {0: 1.0}
     assert tuning.at_level(look, [sn, random], ASR, 0.1, ASR).sum() == pytest.approx(1)
-    assert tuning.equal_difference(look, [sn], [random], goal, ASR).value == pytest.approx(0)
-    assert tuning.equal_difference(look, [sn], [random, never], goal, ASR) is None
+    assert tuning.at_level(look, [random, never], ASR, 0.1, ASR) is None
     table = tuning.equal_table(look, {"SN": [sn], "never": [never]}, goal, [ASR])
     assert table["arm"].tolist() == ["SN"]
     assert (table["step"][0], table["value"][0]) == pytest.approx((5 / 3, 0.1))
