@@ -11,8 +11,9 @@ import os
 import resource
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import tqdm as bars
 from tqdm.auto import tqdm
@@ -22,7 +23,10 @@ COUNTS: Counter[str] = Counter()
 #: Set in the steps of a batch: progress goes, as lines, to the kernel's error stream, which is the step's log.
 IN_BATCH = "NT_BATCH_STEP"
 MARK, SECONDS = "progress: ", 30.0
+#: Seconds before a loop shows a bar in a live notebook: thousands are shorter.
+DELAY = 2.0
 _parts: list[str] = []
+T = TypeVar("T")
 
 
 def count(**amounts: float) -> None:
@@ -69,12 +73,19 @@ def part(name: str) -> Iterator[None]:
         _parts.pop()
 
 
+def parts(named: Mapping[Any, T]) -> Iterator[tuple[Any, T]]:
+    """The items of a mapping, each while :func:`part` says its name."""
+    for name, value in named.items():
+        with part(str(name)):
+            yield name, value
+
+
 def track(items=None, desc: str = "", **options):
     """tqdm(items, desc, total=..., unit=..., disable=...), as said above; takes its place away at the end."""
     options = {"leave": False} | options
     desc = ", ".join([*_parts, desc])
     if IN_BATCH not in os.environ:
-        return tqdm(items, desc=desc, **options)
+        return tqdm(items, desc=desc, **({"delay": DELAY} | options))
     options |= {"file": sys.__stderr__, "mininterval": SECONDS, "maxinterval": 2 * SECONDS, "delay": SECONDS}
     form = MARK + "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} so far, {remaining} to go\n"
     return bars.tqdm(items, desc=desc, bar_format=form, **options)

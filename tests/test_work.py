@@ -28,8 +28,21 @@ def test_a_batch_gets_lines_with_part_and_time_left_and_the_notebook_nothing(mon
     assert shown.out == shown.err == ""
 
 
+def test_each_item_of_a_mapping_is_a_part(monkeypatch):
+    seen = []
+    for name, value in work.parts({"SN": 1, 0.5: 2}):
+        seen.append((name, value, list(work._parts)))
+        if value == 2:
+            break
+    assert seen == [("SN", 1, ["SN"]), (0.5, 2, ["0.5"])] and not work._parts
+
+
 def test_without_a_batch_it_is_a_bar_and_can_be_switched_off(monkeypatch, capsys):
     monkeypatch.delenv(work.IN_BATCH, raising=False)
+    with work.track(total=3, desc="short") as bar:
+        bar.update(2)
+    assert capsys.readouterr().err == "", "a short loop shows nothing"
+    monkeypatch.setattr(work, "DELAY", 0.0)
     with work.track(total=3, desc="scoring", disable=True) as bar:
         bar.update(2)
     assert capsys.readouterr().err == ""

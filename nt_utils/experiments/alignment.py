@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from nt_utils import work
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError
 from nt_utils.evaluation import metrics
@@ -94,10 +95,11 @@ def attack(
     """
     found: dict[tuple[str, float], FineTuned] = {}
     start = None
-    for arm, scope in scopes.items():
+    for arm, scope in work.parts(scopes):
         for rate in learning_rates:
             used = rate * LORA_FACTOR if isinstance(scope, LoRA) else rate
-            found[arm, used] = finetune(lm, rows, suite, learning_rate=used, scope=scope, start=start, **options)
+            with work.part(f"rate {used:g}"):
+                found[arm, used] = finetune(lm, rows, suite, learning_rate=used, scope=scope, start=start, **options)
             start = found[arm, used].evaluations[0]
             if arm not in keep or rate != max(learning_rates):
                 found[arm, used].tuned.final = None
@@ -350,10 +352,10 @@ def align(
         return dev.rate(utility, delta).value - dev.rate(asr, delta).value
 
     found = {}
-    for name, scope in scopes.items():
+    for name, scope in work.parts(scopes):
         tried: list[tuple[float, float, Tuned, Delta]] = []
         for rate in learning_rates:
-            more = {"steps": steps, "every": stops, "snapshots": True, "progress": False, **options}
+            more = {"steps": steps, "every": stops, "snapshots": True, **options}
             tuned = tune(dev.lm, scope, harmful=harmful, benign=benign, learning_rate=rate, **more)
             tried += [(score(delta), rate, tuned, delta) for step, delta in tuned.snapshots.items() if step]
         if tried:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from nt_utils import work
 from nt_utils.data import corpus
 from nt_utils.data.records import PromptSet
 from nt_utils.evaluation import metrics
@@ -219,15 +220,15 @@ class Bench:
         for measured, found in done:
             if wanted <= measured:
                 return found
-        found = evaluate(
-            self.lm,
-            self.suite.only(name),
-            intervention=intervention,
-            judge=self.judge,
-            judges=self.judges,
-            batch_size=self.batch_size,
-            progress=False,
-        )
+        with work.part(name):
+            found = evaluate(
+                self.lm,
+                self.suite.only(name),
+                intervention=intervention,
+                judge=self.judge,
+                judges=self.judges,
+                batch_size=self.batch_size,
+            )
         done.append((wanted, found))
         return found
 
@@ -259,7 +260,9 @@ class Bench:
         """One row a measure: the mean over the actions (random draws), with the smallest and largest as low and high."""
         rows = []
         for m in measures or self.measures:
-            found = [self.rate(m, action) for action in actions]
+            found = [
+                self.rate(m, a) for _, a in work.parts({f"{i} of {len(actions)}": a for i, a in enumerate(actions, 1)})
+            ]
             rows.append({**labels, "metric": m.label, **spread([f.value for f in found], found[0].n)})
         return rows
 
@@ -296,7 +299,9 @@ class Bench:
         """
         after = self.mean_values(actions, measure)
         rows = [np.zeros_like(after)] if controls is None else [self.mean_values([c], measure) for c in controls]
-        return metrics.clustered_difference(rows, after, clusters_of(self.part(measure).on(measure.set), measure.set), seed=seed)
+        return metrics.clustered_difference(
+            rows, after, clusters_of(self.part(measure).on(measure.set), measure.set), seed=seed
+        )
 
     def harmful_score(
         self, actions: Sequence[Action], controls: Sequence[Action] | None, measures: Sequence[Measure], seed: int = 0

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from scipy import stats
 
-from nt_utils import selection
+from nt_utils import selection, work
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError
 from nt_utils.evaluation import metrics
@@ -197,10 +197,7 @@ def looking_again(
 
     def found_anew(action: Action) -> NeuronSet:
         with action.active(lm) if action is not None else nullcontext():
-            scores = [
-                importance(lm, prompts.texts, kinds=POOL, positions="last", progress=False)
-                for prompts in (harmful, benign)
-            ]
+            scores = [importance(lm, prompts.texts, kinds=POOL, positions="last") for prompts in (harmful, benign)]
         return selection.contrast(*scores).top_share(share)
 
     undefended = Deactivate(found_anew(None))
@@ -209,8 +206,7 @@ def looking_again(
             "asr": bench.excess(then(d.action, Deactivate(found_anew(d.action))), [undefended], asr, seed),
             "utility": bench.change(d.action, useful, seed),
         }
-        for d in defences
-        if d.action is not None
+        for _, d in work.parts({d.name: d for d in defences if d.action is not None})
     }
 
 
@@ -295,7 +291,7 @@ def effect_table(
     Columns: labels, definition, set (chosen, the control's name, or "no neurons"), metric, value, low, high, n.
     """
     rows = bench.rates(untouched, measures, **labels, definition="untouched", set="chosen")
-    for name, neurons in chosen.sets.items():
+    for name, neurons in work.parts(chosen.sets):
         rows += bench.rates(act(neurons), measures, **labels, definition=name, set="chosen")
         for control, draws in chosen.controls[name].items():
             labels_here = {**labels, "definition": name, "set": control}
@@ -424,7 +420,6 @@ def trained(
         steps=effort.steps,
         batch_size=effort.batch_size,
         seed=effort.seed,
-        progress=False,
     ).delta
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from nt_utils import work
 from nt_utils.data.records import PromptSet
 from nt_utils.evaluation.suite import Evaluation
 from nt_utils.experiments import alignment, tuning
@@ -154,7 +155,8 @@ def build(
     ways["refusal direction"] = direction
     ways["system prompt"] = lambda: Defence("system prompt", SystemPrompt(neurontune.DEFENCE))
     ways |= {name: partial(Defence, name, frozen=units) for name, units in frozen.items()}
-    return [Defence(NONE), *(make() for name, make in ways.items() if name in setting.wanted or not setting.wanted)]
+    wanted = {name: make for name, make in ways.items() if name in setting.wanted or not setting.wanted}
+    return [Defence(NONE), *(make() for _, make in work.parts(wanted))]
 
 
 def frozen_units(units: UnitMap, scores: UnitScores, share: float, head_dim: int) -> dict[str, NeuronSet]:
@@ -241,7 +243,6 @@ def _attacked(lm: LanguageModel, defence: Defence, attack: FineTuning, rate: flo
             snapshots=True,
             batch_size=attack.batch_size,
             seed=attack.seed,
-            progress=False,
         )
         return {step: delta for step, delta in found.snapshots.items() if step}
 
@@ -263,7 +264,7 @@ def defence_table(
     whose learning diverged has no values.
     """
     rows = []
-    for defence in defences:
+    for _, defence in work.parts({d.name: d for d in defences}):
         labels = {"defence": defence.name, "rate": 0.0, "step": 0}
         rows += rates(None, bench.measures, **labels) if defence.diverged else bench.rates(defence.action, **labels)
         for attack in attacks:
@@ -271,7 +272,8 @@ def defence_table(
             if defence.diverged:
                 rows += rates(None, after, **labels)
                 continue
-            worst, where = worst_case(bench.part(asr, useful), defence, attack, asr, useful)
+            with work.part(attack.name):
+                worst, where = worst_case(bench.part(asr, useful), defence, attack, asr, useful)
             rows += rates(worst, after, defence=defence.name, **where)
     return pd.DataFrame(rows)
 

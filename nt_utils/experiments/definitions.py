@@ -118,7 +118,7 @@ def define(
         raise InputError(f"n_detect: {n} prompts cannot be cut into {blocks} blocks; give more prompts")
     responses: list[str] = []
     if base is not None:
-        responses = [r.text or " " for r in generate(lm, harmful, max_new_tokens=max_new_tokens, progress=False)]
+        responses = [r.text or " " for r in generate(lm, harmful, max_new_tokens=max_new_tokens)]
     material = Material(
         harmful,
         benign,
@@ -127,7 +127,7 @@ def define(
         study_attacks(harmful) if attacks is None else attacks,
         per_class,
         n,
-        options={"batch_size": batch_size, "progress": False},
+        options={"batch_size": batch_size},
         blocks=blocks,
     )
     found = Definitions(lm, material)
@@ -143,5 +143,5 @@ def single_effects(lm: LanguageModel, prompts: PromptSet, *, exact: bool, batch_
     """
     cases = [Case(p, p, p.refusal, p.helpful) for p in answered(prompts)]
     method, rows = ("exact", 256) if exact else ("patching", 64)
-    scores = attribution(lm, cases, method=method, target="zero", batch_size=batch_size, rows=rows, progress=False)
+    scores = attribution(lm, cases, method=method, target="zero", batch_size=batch_size, rows=rows)
     return selection.attributed(scores, name="effect of zeroing one neuron")

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from nt_utils import hooks, selection
+from nt_utils import hooks, selection, work
 from nt_utils.errors import InputError
 from nt_utils.evaluation.generation import generate
 from nt_utils.evaluation.metrics import Interval
@@ -169,9 +169,9 @@ def control_table(
     (none, chosen, control), metric, value, low, high, n.
     """
     rows = bench.rates(None, condition=NONE, group="none")
-    for name, neurons in chosen.items():
+    for name, neurons in work.parts(chosen):
         rows += bench.rates(neurons, condition=name, group="chosen")
-    for name, control in controls.items():
+    for name, control in work.parts(controls):
         if isinstance(control, NeuronSet):
             rows += bench.rates(control, condition=name, group="control")
         else:
@@ -186,7 +186,7 @@ def primary_doses(
     dev: Bench, rankings: Mapping[str, Ranking], shares: Sequence[float], harm: Measure, fluent: Measure
 ) -> pd.DataFrame:
     """:func:`primary_dose` of every rule, as one table."""
-    rows = [row for rule, r in rankings.items() for row in primary_dose(dev, rule, r, shares, harm, fluent)]
+    rows = [row for rule, r in work.parts(rankings) for row in primary_dose(dev, rule, r, shares, harm, fluent)]
     return pd.DataFrame(rows)
 
 
@@ -252,7 +252,7 @@ def dose_table(
         return bool(fluent and np.mean([bench.rate(fluent, a).value for a in actions]) > BROKEN * plain)
 
     rows = bench.rates(None, rule=NONE, share=0.0, neurons=0, broken=False)
-    for rule, ranking in rankings.items():
+    for rule, ranking in work.parts(rankings):
         for share in sorted(shares):
             chosen = top_of_pool(ranking, share)
             labels = {"rule": rule, "share": share, "neurons": len(chosen), "broken": broken([chosen])}
@@ -260,7 +260,7 @@ def dose_table(
             if drawn := controls.get((rule, share)):
                 labels |= {"rule": f"random, matched to {rule}", "broken": broken(drawn)}
                 rows += bench.mean_rates(drawn, **labels)
-    for name, action in others.items():
+    for name, action in work.parts(others):
         rows += bench.rates(action, rule=name, share=np.nan, neurons=0, broken=broken([action]))
     return pd.DataFrame(rows)
 
@@ -279,7 +279,7 @@ def part_table(
     comparison of which one part is empty has n = 0 where both are.
     """
     rows = []
-    for rule, neurons in chosen.items():
+    for rule, neurons in work.parts(chosen):
         halves = {
             ("attention", "FFN"): by_block(neurons),
             ("first third", "last third"): thirds(neurons, rankings[rule]),
@@ -351,7 +351,7 @@ def factorial_table(
     plain = bench.rate(fluent).value if fluent else np.nan
     rows = []
     for share in sorted(shares):
-        for name, ranking in rankings.items():
+        for name, ranking in work.parts(rankings):
             chosen = top_of_pool(ranking, share)
             controls: Sequence[Action] = selection.matched_random(chosen, draws, seed) if draws else []
             found = bench.jailbroken(chosen, controls or [None], harm, useful, seed)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
+from nt_utils import work
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.evaluation.likelihood import response_likelihood
 from nt_utils.evaluation.suite import Evaluation, Suite, evaluate, make_suite
@@ -93,7 +94,8 @@ def finetune(
         if held_out:
             losses[step] = task_loss(model, held_out)
         if step or start is None:
-            found[step] = evaluate(model, suite, base=reference, batch_size=eval_batch_size, progress=False)
+            with work.part(f"step {step}"):
+                found[step] = evaluate(model, suite, base=reference, batch_size=eval_batch_size)
 
     stops = [step for step in steps if step]
     tuned = tune(
@@ -106,7 +108,7 @@ def finetune(
         callback=measure,
         batch_size=batch_size,
         seed=seed,
-        **{"progress": False, **options},
+        **options,
     )
     return FineTuned(found, tuned, losses)
 
@@ -132,17 +134,10 @@ def choose_rate(
         where the training diverged), chosen.
     """
     losses = []
+    more = {"steps": steps, "batch_size": batch_size, "seed": seed, **options}
     for rate in learning_rates:
-        tuned = tune(
-            lm,
-            scope or Everything(),
-            benign=rows,
-            learning_rate=rate,
-            steps=steps,
-            batch_size=batch_size,
-            seed=seed,
-            **{"progress": False, **options},
-        )
+        with work.part(f"rate {rate:g}"):
+            tuned = tune(lm, scope or Everything(), benign=rows, learning_rate=rate, **more)
         if tuned.diverged is not None:
             losses.append(math.inf)
             continue

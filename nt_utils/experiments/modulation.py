@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from nt_utils import hooks, selection
+from nt_utils import hooks, selection, work
 from nt_utils.data import corpus, splits
 from nt_utils.data.attacks import ATTACKS, FULL_LENGTH, Attack, attacks
 from nt_utils.data.records import PromptSet
@@ -154,7 +154,7 @@ def given_material(
     def known(benign: PromptSet) -> PromptSet:
         answers = [""] * len(benign)
         if not all(benign.column("helpful")):
-            options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": False, "cache": True}
+            options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "cache": True}
             answers = [response.text for response in generate(lm, benign, **options)]
         kept = [
             p.replace(helpful=p.helpful or own, refusal=p.refusal or REFUSAL)
@@ -217,7 +217,7 @@ def rankings(
         n: harmful requests, and benign ones; utility: scores of another call, not to be made again; folder: where the score files go (default: a temporary one).
     """
     folder = Path(folder) if folder is not None else Path(tempfile.mkdtemp(prefix="nt_attribution_"))
-    options = {"method": method, "steps": steps, "batch_size": 16, "rows": 128, "progress": False}
+    options = {"method": method, "steps": steps, "batch_size": 16, "rows": 128}
     cases = safety_cases(found.plain[:n], found.wrappers)
     if not attack_aware:
         cases = [c for c in cases if c.group == cases[0].group]  # the plain request once, not once an attack
@@ -273,9 +273,8 @@ def learn_sets(
     lm: LanguageModel, found: Material, safety: NeuronSet, utility: NeuronSet, recipe: Recipe = RECIPE, name: str = ""
 ) -> Learnt:
     """Alpha for given sets, learnt on the material and stopped by its validation part."""
-    return learning.learn(
-        lm, safety, utility, found.tasks, found.benign, recipe, validation=found.dev, name=name, progress=False
-    )
+    with work.part(name):
+        return learning.learn(lm, safety, utility, found.tasks, found.benign, recipe, validation=found.dev, name=name)
 
 
 def learn_preset(
@@ -314,7 +313,12 @@ def nothing(like: NeuronSet) -> NeuronSet:
 
 
 def learn_layers(
-    lm: LanguageModel, found: Material, by: Ranking, share: float, recipe: Recipe = RECIPE, name: str = "one factor a layer"
+    lm: LanguageModel,
+    found: Material,
+    by: Ranking,
+    share: float,
+    recipe: Recipe = RECIPE,
+    name: str = "one factor a layer",
 ) -> Learnt:
     """One factor for each layer, which all of its neurons of the pool share, learnt as NeuronTune's factors are.
 
@@ -324,7 +328,7 @@ def learn_layers(
     whole = whole_layers(by, by.space.num_layers)
     recipe = dataclasses.replace(recipe, tied="layer", safety_start=1.0)
     sets = whole, nothing(whole)
-    rates = tuple(2.0**k for k in range(-12, 7))
+    rates = tuple(4.0**k for k in range(-5, 4))
     rate, _ = learning.find_inner_rate(lm, *sets, found.tasks, found.benign, recipe, share=share, rates=rates)
     return learn_sets(lm, found, *sets, dataclasses.replace(recipe, inner_rate=rate), name)
 
@@ -511,7 +515,7 @@ def arms_table(bench: Bench, arms: Mapping[str, Intervention | Sequence[Interven
     alone has its own interval.
     """
     rows = []
-    for name, arm in arms.items():
+    for name, arm in work.parts(arms):
         group = "none" if arm is None else "chosen" if name.startswith("NeuronTune") else "control"
         if not isinstance(arm, (list, tuple)) or len(arm) == 1:
             rows += bench.rates(arm[0] if isinstance(arm, (list, tuple)) else arm, arm=name, group=group)
@@ -545,8 +549,7 @@ def dial_table(
             row |= {m.label: value, f"{m.label} low": low, f"{m.label} high": high, f"{m.label} n": n}
         return row
 
-    options = {"learnt": learnt, "progress": False}
-    table = dial.sweep(ranked.safety, ranked.utility, counts, counts, strengths, measure, **options)
+    table = dial.sweep(ranked.safety, ranked.utility, counts, counts, strengths, measure, learnt=learnt)
     asr, refusals, useful = (m.label for m in bench.measures[:3])
     return dial.mark_dominated(table, lower=[asr, refusals], higher=[useful])
 
@@ -600,8 +603,8 @@ def class_measures(classes: Sequence[str]) -> list[Measure]:
 def adaptation_table(bench: Bench, adapted: Adapted, over: Measure) -> pd.DataFrame:
     """Columns method, attack, stage (before, after the adaptation), metric (ASR of the class, over-refusal), value, low, high, n."""
     rows = []
-    for method, by_class in adapted.items():
-        for name, pair in by_class.items():
+    for method, by_class in work.parts(adapted):
+        for name, pair in work.parts(by_class):
             for stage, alpha in zip(("before", "after"), pair, strict=True):
                 rows += bench.rates(alpha, [*class_measures([name]), over], method=method, attack=name, stage=stage)
     return pd.DataFrame(rows)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 
+from nt_utils import work
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError
 from nt_utils.evaluation import metrics
@@ -133,7 +134,7 @@ def train_arm(lm: LanguageModel, scope: Scope, pairs: Pairs, rate: float, steps:
         snapshots=True,
         batch_size=pairs.batch_size,
         seed=pairs.seed,
-        **{"progress": False, **options},
+        **options,
     )
 
 
@@ -154,7 +155,7 @@ def choose(
     """
     best, rows = None, []
     harmful, rest = dev.part(goal.harm), dev.part(*goal.keep, *goal.avoid)
-    for rate in learning_rates:
+    for _, rate in work.parts({f"{name}, rate {rate:g}": rate for rate in learning_rates}):
         tuned = train_arm(lm, scope, pairs, rate, steps)
         for step in sorted(steps):
             if step not in tuned.snapshots:
@@ -275,9 +276,7 @@ def answered(lm: LanguageModel, prompts: PromptSet, max_new_tokens: int, batch_s
     bare = [i for i, prompt in enumerate(prompts) if not prompt.helpful]
     if not bare:
         return prompts
-    texts = generate(
-        lm, prompts[bare], max_new_tokens=max_new_tokens, batch_size=batch_size, progress=False, cache=True
-    )
+    texts = generate(lm, prompts[bare], max_new_tokens=max_new_tokens, batch_size=batch_size, cache=True)
     own = {i: response.text for i, response in zip(bare, texts, strict=True)}
     filled: list[Prompt] = [p.replace(helpful=own[i]) if own.get(i) else p for i, p in enumerate(prompts)]
     found = PromptSet((p for p in filled if p.helpful), prompts.name)
@@ -297,7 +296,7 @@ def curve_table(bench: Bench, arms: Mapping[str, Sequence[Arm]], measures: Seque
     draw did not reach, since it diverged, have no value.
     """
     rows, bench = [], bench.part(*measures)
-    for name, draws in arms.items():
+    for name, draws in work.parts(arms):
         for step in sorted({step for draw in draws for step in draw.steps}):
             found = [bench(draw.steps[step]) if step in draw.steps else None for draw in draws]
             rows += _mean_rates(found, measures, arm=name, step=step, chosen=step == draws[0].step)
