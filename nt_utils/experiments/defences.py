@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pandas as pd
@@ -129,10 +129,12 @@ def build(
     def tuned(name: str, scope, learning_rates: Sequence[float]) -> Defence:
         return _made(name, lambda: tuning.choose(lm, name, scope, learning_rates, pairs, setting.steps, dev, goal))
 
+    ranked = cache(lambda: neurontune.rankings(lm, found, method="patching"))
+
     def preset(name: str) -> Defence:
         recipe = dataclasses.replace(neurontune.RECIPE, iterations=setting.iterations, seed=setting.seed)
-        ranked = neurontune.rankings(lm, found, method="patching")
-        return _made(f"NeuronTune, {name}", lambda: neurontune.learn_preset(lm, found, ranked, name, recipe).modulation)
+        learn = partial(neurontune.learn_preset, lm, found, ranked(), name, recipe)
+        return _made(f"NeuronTune, {name}", lambda: learn().modulation)
 
     def direction() -> Defence:
         cost = neurontune.cost(dev, {"direct": measures[1], "seen": measures[0], "useful": measures[2]})

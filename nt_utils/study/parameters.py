@@ -277,7 +277,7 @@ PARAMETERS: dict[str, Parameter] = {
         choices=DEFINITIONS,
         presets=(["contrast"], ["contrast", "SCU", "attribution"], list(DEFINITIONS)),
     ),
-    "n_compare": _whole("prompts of each kind where many interventions are compared", 4, presets=(6, 40, 150)),
+    "n_compare": _whole("prompts of each kind where many interventions are compared", 4, presets=(6, 32, 150)),
     "halves": _whole("pairs of disjoint halves of the calibration prompts", 2, presets=(2, 6, 30)),
     "set_sizes": _many(float, "sizes of the sets whose agreement is measured, shares of the pool", 1e-4, 0.5),
     "utility_shares": _many(
@@ -293,12 +293,12 @@ PARAMETERS: dict[str, Parameter] = {
         "prompts on which every neuron is zeroed alone; 0 = a first-order estimate", 0, presets=(0, 0, 4)
     ),
     "effort_rate": _number("learning rate of training only one definition's neurons", 1e-9, 1),
-    "effort_steps": _whole("steps of it", 1, presets=(2, 20, 40)),
+    "effort_steps": _whole("steps of it", 1, presets=(2, 16, 40)),
     "train_share": _number("share of the pool that is trained alone", 1e-4, 0.5),
     "freeze_share": _number("share of the pool that is frozen under attack", 1e-4, 0.5),
     "harmful_rows": _whole("of the attack's rows those that are harmful requests with their answers", 0),
     "attack_rate": _number("learning rate of the fine-tuning attack on frozen neurons", 1e-9, 1),
-    "attack_steps": _whole("steps of it", 1, presets=(2, 10, 20)),
+    "attack_steps": _whole("steps of it", 1, presets=(2, 8, 20)),
     "defended": _many(
         str,
         "defences that are compared",
@@ -316,7 +316,7 @@ PARAMETERS: dict[str, Parameter] = {
         "learning rates of full fine-tuning as a defence, chosen from likewise",
         presets=([3e-4], [3e-4], [1e-4, 3e-4, 1e-3]),
     ),
-    "defence_steps": _steps("steps of it, chosen from likewise", presets=([2], [20], [20, 40])),
+    "defence_steps": _steps("steps of it, chosen from likewise", presets=([2], [16], [20, 40])),
     "strengths": _many(float, "strengths of the refusal direction, chosen from likewise", 0, 10),
     "defence_attacks": _many(
         int,
@@ -325,7 +325,7 @@ PARAMETERS: dict[str, Parameter] = {
         presets=([0], [0, 4]),
     ),
     "defence_attack_rates": _rates("learning rates of it; the worst counts", presets=([3e-4], [3e-4], [3e-4, 1e-3])),
-    "defence_attack_steps": _steps("steps of it; the worst counts", presets=([2], [10], [10, 20, 40])),
+    "defence_attack_steps": _steps("steps of it; the worst counts", presets=([2], [8], [10, 20, 40])),
     "new_task": _text("source of the task of later fine-tuning; 'testbed' = subtraction; '' to skip"),
     "n_task": _whole("rows of the new task", 4),
     "task_steps": _steps("steps at which later fine-tuning is evaluated", presets=([3], [10, 30], [10, 20, 40])),

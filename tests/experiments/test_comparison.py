@@ -272,11 +272,17 @@ def test_an_attacker_who_looks_again_detects_in_the_defended_model(monkeypatch, 
 
     monkeypatch.setattr(comparison, "importance", fake)
     monkeypatch.setattr(comparison.selection, "contrast", contrast)
-    compared = []
-    bench = type("B", (), {"excess": lambda self, a, b, m, seed: compared.append((a, b))})()
+    compared, changed = [], []
+    fakes = {
+        "excess": lambda self, a, b, m, seed: compared.append((a, b)),
+        "change": lambda self, a, m, seed: changed.append(a),
+    }
+    bench = type("B", (), fakes)()
     prompts = PromptSet([Prompt(text="x")], "p")
     made = [Defence("none"), Defence("tuned", Defended())]
-    assert list(comparison.looking_again(lm, bench, made, prompts, prompts, 0.1, None, 0)) == ["tuned"]
+    found = comparison.looking_again(lm, bench, made, prompts, prompts, 0.1, None, None, 0)
+    assert {name: list(parts) for name, parts in found.items()} == {"tuned": ["asr", "utility"]}
+    assert changed == [made[1].action], "the defence's own price, without the attack"
     assert seen == ["score", "score", "in", "score", "score", "out"]
     (action, (undefended,)) = compared[0]
     assert action.first.key == "defended" and action.second.neurons == chosen[5] and undefended.neurons == chosen[2]
