@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
+from typing import Any
 
 
 class InputError(ValueError):
@@ -21,6 +24,28 @@ class ModelError(InputError):
 
 class DivergedError(InputError):
     """A training's loss is no longer finite: its learning rate is too high."""
+
+
+def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
+    """Raise InputError unless the value of this parameter is one of those allowed."""
+    if value not in allowed:
+        raise InputError(f"{name}: got {value!r}; allowed: {', '.join(allowed)}")
+
+
+def check_count(name: str, value: Any, least: int = 1, most: int | None = None, what: str = "") -> None:
+    """Raise InputError unless the value of this parameter is a whole number from ``least`` to ``most`` (None: no end)."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        end = "" if most is None else f" to {most}"
+        raise InputError(f"{name}: got {value!r}; allowed: a whole number from {least}{end}{what}")
+
+
+def package(name: str, why: str) -> Any:
+    """An optional package, imported; InputError says ``why`` and how it is installed where it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(why) from error
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:

@@ -76,17 +76,6 @@ def attached(hooks: Iterable[Hook], name: str = "hooks", must_run: bool = True) 
             handle.remove()
 
 
-def registered(model: nn.Module) -> list[tuple[str, Callable]]:
-    """The project's hooks on a model at this moment: (name of the module, hook)."""
-    return [
-        (name, hook)
-        for name, module in model.named_modules()
-        for hooks in (module._forward_pre_hooks, module._forward_hooks)
-        for hook in hooks.values()
-        if getattr(hook, "__module__", "") == __name__
-    ]
-
-
 def refuse_compiled(model: nn.Module) -> None:
     """Raise ModelError where a module is compiled (torch.compile) or scripted (torch.jit): hooks may not run there."""
     for name, module in model.named_modules():
@@ -146,13 +135,11 @@ def edit(source: LanguageModel | DecoderView, edits: Mapping[Site, Edit], name: 
 def observe(calls: Iterable[tuple[nn.Module, Callable]]) -> Iterator[None]:
     """Call ``function(args, kwargs)`` before each call of a module (for readers outside the sites)."""
 
-    def hook(module: nn.Module, function: Callable) -> Hook:
-        def read(_module, args, kwargs):
-            function(args, kwargs)
+    def read(_module, args, kwargs, function: Callable) -> None:
+        function(args, kwargs)
 
-        return _before_with_keywords(module, read)
-
-    with attached([hook(module, function) for module, function in calls], "observe"):
+    hooks = [_before_with_keywords(module, partial(read, function=function)) for module, function in calls]
+    with attached(hooks, "observe"):
         yield
 
 
@@ -168,13 +155,10 @@ def capture(source: LanguageModel | DecoderView, sites: Iterable[Site]) -> Itera
     """
     seen: dict[Site, Tensor] = {}
 
-    def keep(site: Site) -> Edit:
-        def store(activation: Tensor) -> None:
-            seen[site] = activation
+    def keep(activation: Tensor, site: Site) -> None:
+        seen[site] = activation
 
-        return store
-
-    with edit(source, {site: keep(site) for site in sites}, "capture"):
+    with edit(source, {site: partial(keep, site=site) for site in sites}, "capture"):
         yield seen
 
 
@@ -195,10 +179,7 @@ def scale(source: LanguageModel | DecoderView, factors: Mapping[Site, Tensor], n
     for site, values in factors.items():
         _check_width(view, site, values, "factors")
 
-    def times(values: Tensor) -> Edit:
-        return lambda x: x * _like(values, x)
-
-    with edit(view, {site: times(values) for site, values in factors.items()}, name):
+    with edit(view, {site: lambda x, factor=v: x * _like(factor, x) for site, v in factors.items()}, name):
         yield
 
 
@@ -210,15 +191,10 @@ def ablate(source: LanguageModel | DecoderView, neurons: NeuronSet, name: str = 
         InputError: the set is empty or belongs to another architecture.
     """
     view = _view(source)
-    if neurons.space.architecture != view.space.architecture:
-        raise InputError(
-            f"neurons: found on architecture {neurons.space.architecture}; the model at hand is {view.space.architecture}"
-        )
-
-    def zero(mask: Tensor) -> Edit:
-        return lambda x: x.masked_fill(mask.to(x.device), 0)
-
-    with edit(view, {site: zero(mask) for site, mask in neurons.masks.items()}, name):
+    neurons.space.check("neurons: found on", view.space)
+    with edit(
+        view, {site: lambda x, mask=m: x.masked_fill(mask.to(x.device), 0) for site, m in neurons.masks.items()}, name
+    ):
         yield
 
 
@@ -238,10 +214,10 @@ def replace(
         if not mask.any():
             raise InputError(f"mask: selects no channel of {site}")
 
-    def put(mask: Tensor, new: Tensor) -> Edit:
-        return lambda x: torch.where(mask.to(x.device), _like(new, x), x)
+    def put(x: Tensor, mask: Tensor, new: Tensor) -> Tensor:
+        return torch.where(mask.to(x.device), _like(new, x), x)
 
-    with edit(view, {site: put(*pair) for site, pair in values.items()}, name):
+    with edit(view, {site: partial(put, mask=mask, new=new) for site, (mask, new) in values.items()}, name):
         yield
 
 

@@ -21,12 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
-from nt_utils.errors import InputError, first_line
-from nt_utils.files import atomic, digest_of_file, read_header, sealed
+from nt_utils.errors import InputError
+from nt_utils.files import digest_of_file, read_header, read_sealed, sealed, understanding, write_sealed
 
 KINDS = ("q", "k", "v", "o", "ffn")
 #: The channels that write to the residual stream: the pool of every ranking across kinds. A value row and its
@@ -90,6 +89,11 @@ class NeuronSpace:
             raise InputError(f"flat: last axis has {flat.shape[-1]} entries, the model has {self.size(kinds)} neurons")
         return dict(zip(sites, flat.split([self.width(s) for s in sites], dim=-1), strict=True))
 
+    def check(self, what: str, at_hand: NeuronSpace | None) -> None:
+        """Raise InputError, which begins with ``what``, unless this is the architecture at hand (None: whatever it is)."""
+        if at_hand is not None:
+            same_architecture(what, self.architecture, at_hand.architecture)
+
     def to_json(self) -> str:
         """As text, for file headers."""
         return json.dumps(
@@ -106,6 +110,18 @@ class NeuronSpace:
     def from_json(cls, text: str) -> NeuronSpace:
         """From :meth:`to_json`'s text."""
         return cls(**json.loads(text))
+
+
+def same_architecture(what: str, found: str, at_hand: str) -> None:
+    """Raise InputError, which begins with ``what``, unless two fingerprints of architectures are one."""
+    if found != at_hand:
+        raise InputError(f"{what} architecture {found}; the model at hand is {at_hand}")
+
+
+def site_of(name: str) -> Site:
+    """The site of a tensor's name in a file, "layer.kind"."""
+    layer, kind = name.split(".")
+    return int(layer), kind
 
 
 def check_kinds(kinds: Sequence[str]) -> None:
@@ -226,15 +242,10 @@ class NeuronScores:
         path = Path(path)
         meta = read_header(path, "nt_utils.scores.")
         found = NeuronSpace.from_json(meta["space"])
-        _check_architecture(path, found, space)
+        found.check(f"{path}: made for", space)
         kinds = tuple(json.loads(meta["kinds"]))
-        try:
-            with safe_open(path, "pt") as file:
-                n = _check_shapes(path, file, found, kinds)
-        except (SafetensorError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path}: damaged score file ({first_line(error)})") from error
+        with understanding(path), safe_open(path, "pt") as file:
+            n = _check_shapes(path, file, found, kinds)
         with open(path, "rb") as file:
             digest = digest_of_file(file)
         if digest != meta.get("digest"):
@@ -404,52 +415,28 @@ class NeuronSet:
 
     def save(self, path) -> Path:
         """Write safetensors with the space, the fingerprints and ``meta`` in the header; atomic."""
-        path = Path(path)
         tensors = {f"{layer}.{kind}": m.to(torch.uint8) for (layer, kind), m in self.masks.items()}
-        header = sealed(
-            {
-                "format": "nt_utils.neurons.1",
-                "space": self.space.to_json(),
-                "weights": self.weights,
-                "fingerprint": self.fingerprint,
-                "meta": json.dumps(dict(self.meta), sort_keys=True),
-            }
-        )
-        with atomic(path) as tmp:
-            save_file(tensors, tmp, metadata=header)
-        return path
+        header = {
+            "format": "nt_utils.neurons.1",
+            "space": self.space.to_json(),
+            "weights": self.weights,
+            "fingerprint": self.fingerprint,
+            "meta": json.dumps(dict(self.meta), sort_keys=True),
+        }
+        return write_sealed(path, tensors, header)
 
     @classmethod
     def load(cls, path, space: NeuronSpace | None = None) -> NeuronSet:
         """Read a set; raises InputError when the file is damaged or, given ``space``, of another architecture."""
-        path = Path(path)
-        header = read_header(path, "nt_utils.neurons.")
-        try:
+        header, tensors = read_sealed(path, "nt_utils.neurons.")
+        with understanding(path):
             found = NeuronSpace.from_json(header["space"])
-            _check_architecture(path, found, space)
-            masks = {}
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
-                    layer, kind = name.split(".")
-                    values = file.get_tensor(name)
-                    if values.dtype != torch.uint8 or values.max() > 1:
-                        raise InputError(f"{path}: damaged neuron file: {name} is not a mask of zeros and ones")
-                    masks[int(layer), kind] = values.bool()
+            found.check(f"{path}: made for", space)
+            masks = {site_of(name): values.bool() for name, values in tensors.items()}
             loaded = cls(found, masks, header["weights"], json.loads(header["meta"]))
-        except (KeyError, ValueError, TypeError, SafetensorError) as error:
-            if isinstance(error, InputError) and str(error).startswith(str(path)):
-                raise
-            raise InputError(f"{path}: damaged neuron file ({first_line(error)})") from error
         if loaded.fingerprint != header.get("fingerprint"):
-            raise InputError(f"{path}: damaged neuron file: its masks do not match its fingerprint")
+            raise InputError(f"{path}: damaged file: its masks do not match its fingerprint")
         return loaded
-
-
-def _check_architecture(path: Path, found: NeuronSpace, wanted: NeuronSpace | None) -> None:
-    if wanted is not None and found.architecture != wanted.architecture:
-        raise InputError(
-            f"{path}: made for another architecture ({found.architecture}); the model at hand is {wanted.architecture}"
-        )
 
 
 def _check_shapes(path: Path, file, space: NeuronSpace, kinds: Sequence[str]) -> int:

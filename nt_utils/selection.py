@@ -15,7 +15,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from nt_utils.errors import InputError
+from nt_utils.errors import InputError, check_choice, check_count
 from nt_utils.neurons import KINDS, POOL, NeuronScores, NeuronSet, NeuronSpace, Site
 from nt_utils.scoring.attribution import aggregate
 from nt_utils.scoring.fluctuation import Fluctuation
@@ -34,8 +34,7 @@ class Ranking:
     def top(self, n: int) -> NeuronSet:
         """The ``n`` neurons with the highest values (ties: the earlier neuron)."""
         size = self.values.numel()
-        if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= size:
-            raise InputError(f"n: got {n!r}; allowed: a whole number from 1 to {size}, the neurons of {self.kinds}")
+        check_count("n", n, 1, size, f", the neurons of {self.kinds}")
         order = torch.sort(self.values, descending=True, stable=True).indices
         return self._set(order[:n])
 
@@ -202,8 +201,7 @@ class UnitScores:
     contrast: str = "difference"
 
     def __post_init__(self):
-        if self.contrast not in CONTRASTS:
-            raise InputError(f"contrast: got {self.contrast!r}; allowed: {', '.join(CONTRASTS)}")
+        check_choice("contrast", self.contrast, CONTRASTS)
 
     @property
     def difference(self) -> Tensor:
@@ -273,8 +271,7 @@ def unit_scores(
     Raises:
         InputError: an unknown name, or statistics of two architectures.
     """
-    if score not in SCORES:
-        raise InputError(f"score: got {score!r}; allowed: {', '.join(SCORES)}")
+    check_choice("score", score, SCORES)
     if safety.space.architecture != utility.space.architecture:
         raise InputError("utility: its statistics are of another architecture than safety's")
     head_dim = safety.head_dim if heads else 1
@@ -451,8 +448,7 @@ def importance_matched(chosen: NeuronSet, benign: NeuronScores) -> NeuronSet:
 def _check_control(chosen: NeuronSet, draws: int) -> None:
     if not len(chosen):
         raise InputError("chosen: the neuron set is empty; nothing to match")
-    if not isinstance(draws, int) or draws < 1:
-        raise InputError(f"draws: got {draws!r}; allowed: a whole number, at least 1")
+    check_count("draws", draws)
 
 
 def _matched(

@@ -13,13 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from nt_utils.errors import InputError, first_line
-from nt_utils.files import atomic, read_header, sealed
-from nt_utils.neurons import POOL, NeuronSet, NeuronSpace, Site, _check_architecture
+from nt_utils.errors import InputError
+from nt_utils.files import read_sealed, understanding, write_sealed
+from nt_utils.neurons import POOL, NeuronSet, NeuronSpace, Site, site_of
 
 CATEGORIES = ("SCU", "UCU", "CU", "RU")
 OLDER_NAMES = {"ESU": "SCU", "EUU": "UCU"}
@@ -140,21 +138,16 @@ class UnitMap:
 
     def save(self, path) -> Path:
         """Write safetensors with space, categories and fingerprints in a checksummed header; atomic."""
-        path = Path(path)
-        header = sealed(
-            {
-                "format": FORMAT,
-                "space": self.space.to_json(),
-                "categories": json.dumps(CATEGORIES),
-                "head_dim": str(self.head_dim),
-                "weights": self.weights,
-                "fingerprint": self.fingerprint,
-                "meta": json.dumps(dict(self.meta), sort_keys=True),
-            }
-        )
-        with atomic(path) as tmp:
-            save_file({f"{layer}.{kind}": v for (layer, kind), v in self.labels.items()}, tmp, metadata=header)
-        return path
+        header = {
+            "format": FORMAT,
+            "space": self.space.to_json(),
+            "categories": json.dumps(CATEGORIES),
+            "head_dim": str(self.head_dim),
+            "weights": self.weights,
+            "fingerprint": self.fingerprint,
+            "meta": json.dumps(dict(self.meta), sort_keys=True),
+        }
+        return write_sealed(path, {f"{layer}.{kind}": v for (layer, kind), v in self.labels.items()}, header)
 
     @classmethod
     def load(cls, path, space: NeuronSpace | None = None) -> UnitMap:
@@ -162,22 +155,15 @@ class UnitMap:
 
         Raises InputError when the file is damaged or, given ``space``, of another architecture.
         """
-        path = Path(path)
-        header = read_header(path, "nt_utils.units.")
-        try:
+        header, tensors = read_sealed(path, "nt_utils.units.")
+        with understanding(path):
             found = NeuronSpace.from_json(header["space"])
-            _check_architecture(path, found, space)
+            found.check(f"{path}: made for", space)
             order = torch.tensor([CATEGORIES.index(category(n)) for n in json.loads(header["categories"])])
-            with safe_open(path, "pt") as file:
-                stored = {s: file.get_tensor(f"{s[0]}.{s[1]}").long() for s in found.sites(POOL)}
-            labels = {site: order[values] for site, values in stored.items()}
+            labels = {site_of(name): order[values.long()] for name, values in tensors.items()}
             loaded = cls(found, labels, int(header["head_dim"]), header["weights"], json.loads(header["meta"]))
-        except (KeyError, IndexError, ValueError, TypeError, SafetensorError) as error:
-            if isinstance(error, InputError) and "made for another" in str(error):
-                raise
-            raise InputError(f"{path}: damaged unit file ({first_line(error)})") from error
-        if loaded.fingerprint != header["fingerprint"]:
-            raise InputError(f"{path}: damaged unit file: its labels do not match its fingerprint")
+        if loaded.fingerprint != header.get("fingerprint"):
+            raise InputError(f"{path}: damaged file: its labels do not match its fingerprint")
         return loaded
 
 

@@ -9,25 +9,10 @@ import torch
 from nt_utils import hooks
 from nt_utils.errors import InputError, ModelError
 from nt_utils.neurons import NeuronSet
+from tests.common import logits_of, refused, some_neurons
 from tests.tiny import hooks_left, neuron_entries, tiny_lm
 
 IDS = torch.randint(3, 300, (2, 7), generator=torch.Generator().manual_seed(0))
-
-
-def _logits(lm):
-    with torch.no_grad():
-        return lm.model(IDS, use_cache=False).logits
-
-
-def _some(view, count=3, seed=0):
-    """A few neurons of every kind in every layer."""
-    generator = torch.Generator().manual_seed(seed)
-    masks = {}
-    for site in view.space.sites():
-        mask = torch.zeros(view.space.width(site), dtype=torch.bool)
-        mask[torch.randperm(len(mask), generator=generator)[:count]] = True
-        masks[site] = mask
-    return NeuronSet(view.space, masks)
 
 
 def test_capture_sees_the_projections(any_lm):
@@ -35,47 +20,47 @@ def test_capture_sees_the_projections(any_lm):
     sites = view.space.sites()
     with hooks.capture(any_lm, sites) as seen:
         assert not seen
-        _logits(any_lm)
+        logits_of(any_lm.model, IDS)
     assert set(seen) == set(sites)
     for site in sites:
         assert seen[site].shape == (2, 7, view.space.width(site))
     assert hooks_left(any_lm.model) == 0
     with hooks.capture(view, [(0, "v")]) as again:
-        _logits(any_lm)
+        logits_of(any_lm.model, IDS)
     assert torch.equal(again[0, "v"], seen[0, "v"])
 
 
 def test_ablation_equals_zeroed_weights(any_lm):
     """Channels set to 0 by hooks = a model whose weights and biases of those neurons are 0."""
-    chosen = _some(any_lm.view)
-    plain = _logits(any_lm)
+    chosen = some_neurons(any_lm.view)
+    plain = logits_of(any_lm.model, IDS)
     with hooks.ablate(any_lm, chosen):
-        hooked = _logits(any_lm)
+        hooked = logits_of(any_lm.model, IDS)
     saved = []
     with torch.no_grad():
         for layer, kind, index in chosen:
             for parameter, at in neuron_entries(any_lm.view, layer, kind, index):
                 saved.append((parameter, at, parameter[at].clone()))
                 parameter[at] = 0
-        edited = _logits(any_lm)
+        edited = logits_of(any_lm.model, IDS)
         for parameter, at, values in reversed(saved):
             parameter[at] = values
     assert torch.allclose(hooked, edited, atol=1e-4)
     assert not torch.allclose(plain, hooked, atol=1e-2)
-    assert torch.equal(plain, _logits(any_lm))
+    assert torch.equal(plain, logits_of(any_lm.model, IDS))
 
 
 def test_scaling_by_one_and_zero(lm):
-    chosen = _some(lm.view)
+    chosen = some_neurons(lm.view)
     ones = {site: torch.ones(lm.view.space.width(site)) for site in lm.view.space.sites()}
     with hooks.scale(lm, ones):
-        assert torch.equal(_logits(lm), _logits(lm))
-        same = _logits(lm)
-    assert torch.equal(same, _logits(lm))
+        assert torch.equal(logits_of(lm.model, IDS), logits_of(lm.model, IDS))
+        same = logits_of(lm.model, IDS)
+    assert torch.equal(same, logits_of(lm.model, IDS))
     with hooks.scale(lm, {site: (~mask).float() for site, mask in chosen.masks.items()}):
-        scaled = _logits(lm)
+        scaled = logits_of(lm.model, IDS)
     with hooks.ablate(lm, chosen):
-        assert torch.allclose(scaled, _logits(lm), atol=1e-6)
+        assert torch.allclose(scaled, logits_of(lm.model, IDS), atol=1e-6)
 
 
 def test_gradients_flow_into_the_factors(lm):
@@ -87,15 +72,15 @@ def test_gradients_flow_into_the_factors(lm):
 
 
 def test_replace_by_own_values_changes_nothing_and_by_others_does(any_lm):
-    view, plain = any_lm.view, _logits(any_lm)
-    chosen = _some(view)
+    view, plain = any_lm.view, logits_of(any_lm.model, IDS)
+    chosen = some_neurons(view)
     with hooks.capture(any_lm, view.space.sites()) as seen:
-        _logits(any_lm)
+        logits_of(any_lm.model, IDS)
     with hooks.replace(any_lm, {site: (mask, seen[site]) for site, mask in chosen.masks.items()}):
-        assert torch.allclose(_logits(any_lm), plain, atol=1e-5)
+        assert torch.allclose(logits_of(any_lm.model, IDS), plain, atol=1e-5)
     constant = {site: (mask, torch.full((view.space.width(site),), 0.7)) for site, mask in chosen.masks.items()}
     with hooks.replace(any_lm, constant), hooks.capture(any_lm, [(1, "ffn")]) as after:
-        assert not torch.allclose(_logits(any_lm), plain, atol=1e-2)
+        assert not torch.allclose(logits_of(any_lm.model, IDS), plain, atol=1e-2)
     assert torch.all(after[1, "ffn"][..., chosen.masks[1, "ffn"]] == 0.7)
     assert not torch.any(after[1, "ffn"][..., ~chosen.masks[1, "ffn"]] == 0.7)
 
@@ -108,14 +93,14 @@ def test_the_outer_hook_acts_first(lm):
         hooks.scale(lm, {(0, "ffn"): torch.full((width,), 3.0)}),
         hooks.capture(lm, [(0, "ffn")]) as seen,
     ):
-        _logits(lm)
+        logits_of(lm.model, IDS)
     assert torch.all(seen[0, "ffn"] == 6.0)
 
 
 def test_hooks_are_gone_after_nested_exceptions(lm):
     with (
         pytest.raises(RuntimeError, match="inside"),
-        hooks.ablate(lm, _some(lm.view)),
+        hooks.ablate(lm, some_neurons(lm.view)),
         hooks.capture(lm, lm.view.space.sites()),
     ):
         assert hooks_left(lm.model) > 0
@@ -141,7 +126,7 @@ def test_a_failing_registration_leaves_nothing(lm):
 def test_captured_tensors_are_freed():
     lm = tiny_lm("llama")
     with hooks.capture(lm, [(0, "ffn"), (1, "q")]) as seen:
-        _logits(lm)
+        logits_of(lm.model, IDS)
     references = [weakref.ref(tensor) for tensor in seen.values()]
     assert all(reference() is not None for reference in references)
     seen.clear()
@@ -150,35 +135,29 @@ def test_captured_tensors_are_freed():
 
 
 def test_activations_are_not_edited_in_place(lm):
-    with hooks.capture(lm, [(0, "o"), (0, "ffn"), (0, "v")]) as seen, hooks.ablate(lm, _some(lm.view)):
-        _logits(lm)
+    with hooks.capture(lm, [(0, "o"), (0, "ffn"), (0, "v")]) as seen, hooks.ablate(lm, some_neurons(lm.view)):
+        logits_of(lm.model, IDS)
     with hooks.capture(lm, [(0, "o"), (0, "ffn"), (0, "v")]) as clean:
-        _logits(lm)
+        logits_of(lm.model, IDS)
     assert torch.equal(seen[0, "v"], clean[0, "v"])  # captured before the ablation acted, and untouched by it
-    mask = _some(lm.view).masks[0, "v"]
+    mask = some_neurons(lm.view).masks[0, "v"]
     assert seen[0, "v"][..., mask].abs().min() > 0
 
 
 def test_empty_and_foreign_selections_are_errors(lm):
-    with pytest.raises(InputError, match="empty"), hooks.ablate(lm, NeuronSet(lm.view.space, {})):
-        pass
-    with pytest.raises(InputError, match="empty"), hooks.capture(lm, []):
-        pass
-    with pytest.raises(InputError, match="empty"), hooks.scale(lm, {}):
-        pass
+    refused("empty", lambda: hooks.ablate(lm, NeuronSet(lm.view.space, {})))
+    refused("empty", lambda: hooks.capture(lm, []))
+    refused("empty", lambda: hooks.scale(lm, {}))
     other = tiny_lm("qwen2")
-    with pytest.raises(InputError, match="architecture"), hooks.ablate(lm, _some(other.view)):
-        pass
-    with pytest.raises(InputError, match="channels"), hooks.scale(lm, {(0, "q"): torch.ones(5)}):
-        pass
+    refused("architecture", lambda: hooks.ablate(lm, some_neurons(other.view)))
+    refused("channels", lambda: hooks.scale(lm, {(0, "q"): torch.ones(5)}))
     nothing = torch.zeros(32, dtype=torch.bool)
-    with pytest.raises(InputError, match="no channel"), hooks.replace(lm, {(0, "q"): (nothing, torch.ones(32))}):
-        pass
+    refused("no channel", lambda: hooks.replace(lm, {(0, "q"): (nothing, torch.ones(32))}))
 
 
 def _contexts(lm):
     """Every way to put hooks on, none of which runs."""
-    some, width = _some(lm.view), lm.view.space.width((0, "o"))
+    some, width = some_neurons(lm.view), lm.view.space.width((0, "o"))
     mask, values = torch.ones(width, dtype=torch.bool), torch.zeros(width)
     return {
         "edit": hooks.edit(lm, {(0, "o"): lambda x: x}),
@@ -201,35 +180,23 @@ def test_a_context_none_of_whose_hooks_ran_is_an_error(lm):
         with pytest.raises(KeyError, match="inside"), context:
             raise KeyError("inside")
     assert hooks_left(lm.model) == 0
-    with hooks.ablate(lm, _some(lm.view)):
-        _logits(lm)
-
-
-def test_the_projects_hooks_are_listed_apart_from_others(lm):
-    other = lm.view.layers[0].register_forward_hook(lambda *_: None)
-    assert hooks.registered(lm.model) == []
-    with hooks.capture(lm, [(0, "o"), (1, "ffn")]):
-        assert len(hooks.registered(lm.model)) == 2
-        assert all("o_proj" in name or "down_proj" in name for name, _ in hooks.registered(lm.model))
-        _logits(lm)
-    other.remove()
+    with hooks.ablate(lm, some_neurons(lm.view)):
+        logits_of(lm.model, IDS)
 
 
 @pytest.mark.parametrize("part", ["model", "layer", "forward"])
 def test_compiled_models_are_refused(part):
     lm = tiny_lm()
-    chosen = _some(lm.view)
+    chosen = some_neurons(lm.view)
     if part == "model":
         lm.model = torch.compile(lm.model, backend="eager")
     elif part == "forward":
         lm.model.forward = torch.compile(lm.model.forward, backend="eager")
     else:
         lm.view.layers[1].compile(backend="eager")
-    with pytest.raises(ModelError, match="compiled by torch.compile"), hooks.ablate(lm, chosen):
-        pass
+    refused("compiled by torch.compile", lambda: hooks.ablate(lm, chosen), kind=ModelError)
 
 
 def test_scripted_modules_are_refused(lm):
     scripted = torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2))
-    with pytest.raises(ModelError, match="torch.jit"), hooks.attached([hooks.after(scripted, print)]):
-        pass
+    refused("torch.jit", lambda: hooks.attached([hooks.after(scripted, print)]), kind=ModelError)

@@ -13,6 +13,7 @@ from nt_utils.interventions.modulation import Modulation
 from nt_utils.neurons import KINDS, NeuronScores, NeuronSet, NeuronSpace, ScoreWriter
 from nt_utils.scoring.fluctuation import Fluctuation
 from nt_utils.units import CATEGORIES, UnitMap
+from tests.common import refused
 
 #: Layers of different widths, as after pruning.
 SPACE = NeuronSpace(
@@ -49,8 +50,9 @@ def test_neuron_sets_are_sets(a, b, c):
     assert x - (y | z) == (x - y) & (x - z)
     assert len(x | y) == len(x) + len(y) - len(x & y)
     assert (x == y) == (a == b) == (x.fingerprint == y.fingerprint)
+    assert x.flat().nonzero().flatten().tolist() == sorted(a)
     assert x.jaccard(y) == (len(a & b) / len(a | b) if a | b else 1.0)
-    assert sum(x.per_layer()) == sum(x.per_kind().values()) == len(a) == len(list(x))
+    assert sum(x.counts().values()) == sum(x.per_layer()) == sum(x.per_kind().values()) == len(a) == len(list(x))
     assert sum(len(x.only([kind])) for kind in KINDS) == len(a)
 
 
@@ -205,6 +207,20 @@ def test_files_come_back(kind, tmp_path):
         assert state(kind.load(tmp_path / f"{seed}.safetensors")) == before
     assert states[0] != states[1]
     assert not [p for p in tmp_path.iterdir() if p.suffix == ".tmp"]
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_files_of_another_kind_or_architecture_are_refused(kind, tmp_path):
+    path, other = tmp_path / "good.safetensors", tmp_path / "other.safetensors"
+    saved(kind, 0, path)
+    saved(Delta if kind is NeuronSet else NeuronSet, 0, other)
+    refused("none: no such file", lambda: kind.load(tmp_path / "none"))
+    refused("other.safetensors: not a nt_utils", lambda: kind.load(other))
+    other.write_text('{"layers": [1]}')
+    refused("other.safetensors: damaged or not a safetensors file", lambda: kind.load(other))
+    if kind is not Delta:  # it is checked against a model
+        elsewhere = NeuronSpace(SPACE.widths, SPACE.parameters_per_neuron, 999, "tiny-2")
+        refused("made for architecture tiny-1; the model at hand is tiny-2", lambda: kind.load(path, elsewhere))
 
 
 def damage(content, generator):

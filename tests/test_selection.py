@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from nt_utils import selection
-from nt_utils.errors import InputError
 from nt_utils.neurons import POOL, NeuronScores, NeuronSet, NeuronSpace, ScoreWriter
+from tests.common import refused
 
 SPACE = NeuronSpace(
     {"q": (5, 7), "k": (3, 3), "v": (3, 3), "o": (12, 10), "ffn": (20, 16)},
@@ -96,8 +96,7 @@ def test_contrast_normalises_each_prompt_by_its_pool_mean(tmp_path):
 
 
 def test_contrast_refuses_scores_taken_at_different_positions(tmp_path):
-    with pytest.raises(InputError, match="positions"):
-        selection.contrast(scored(tmp_path, 1), scored(tmp_path, 1, positions="last"))
+    refused("positions", lambda: selection.contrast(scored(tmp_path, 1), scored(tmp_path, 1, positions="last")))
 
 
 def test_rankings_are_nested_and_ties_go_to_the_earlier_neuron():
@@ -202,22 +201,3 @@ def test_chance_overlap_agrees_with_drawing():
         total += a.jaccard(NeuronSet(SPACE, masks))
     assert selection.expected_jaccard(a, b) == pytest.approx(total / 400, abs=0.02)
     assert 0 < selection.expected_jaccard(a, b) < 1
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda s: selection.consistent(s, 0), "k: got 0"),
-        (lambda s: selection.consistent(s, 3, rho=0), "rho"),
-        (lambda s: selection.consistent(s, 3, per="layer"), "per"),
-        (lambda s: selection.threshold(s, float("nan")), "epsilon"),
-        (lambda s: selection.mean_importance(s).top(10_000), "from 1 to 58"),
-        (lambda s: selection.mean_importance(s).top_share(1.2), "share"),
-        (lambda s: selection.matched_random(NeuronSet(SPACE, {}), 2), "empty"),
-        (lambda s: selection.matched_random(CHOSEN, 0), "draws"),
-    ],
-)
-def test_bad_requests_get_one_line(tmp_path, call, message):
-    with pytest.raises(InputError, match=message) as error:
-        call(scored(tmp_path))
-    assert "\n" not in str(error.value)

@@ -76,16 +76,11 @@ CONFIGS = {
         **SHAPE, **HEAD, sliding_window=5, query_pre_attn_scalar=10, attn_logit_softcapping=3.0
     ),
     "gemma3_text": lambda: Gemma3TextConfig(
-        **SHAPE,
-        **HEAD,
-        sliding_window=5,
-        query_pre_attn_scalar=10,
-        layer_types=["sliding_attention", "full_attention"],
+        **SHAPE, **HEAD, sliding_window=5, query_pre_attn_scalar=10, layer_types=["sliding_attention", "full_attention"]
     ),
     "phi3": lambda: Phi3Config(**SHAPE),
     "phi3-partial-rope": lambda: Phi3Config(
-        **SHAPE,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        **SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
     ),
     "olmo2": lambda: Olmo2Config(**SHAPE),
     "granite": lambda: GraniteConfig(

@@ -154,10 +154,7 @@ def wrap(prompt: Prompt, attack: Attack) -> Prompt:
 
 
 def corpus(
-    kind: str = "harmful",
-    split: str = "train",
-    language: str = "en",
-    attack: str | Sequence[Attack] = "",
+    kind: str = "harmful", split: str = "train", language: str = "en", attack: str | Sequence[Attack] = ""
 ) -> PromptSet:
     """Every request of a kind, split and language: acts x templates, acts varying fastest.
 

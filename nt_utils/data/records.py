@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nt_utils.errors import InputError
+from nt_utils.errors import InputError, check_choice
 
 if TYPE_CHECKING:
     import pandas
@@ -64,8 +64,7 @@ class Prompt:
             for field, value in zip(PROMPT_FIELDS, values, strict=True):
                 if not isinstance(value, str):
                     raise InputError(f"prompt field {field} must be text, got {type(value).__name__}")
-        if self.kind not in PROMPT_KINDS:
-            raise InputError(f"prompt kind {self.kind!r} is unknown: use one of {', '.join(PROMPT_KINDS)}")
+        check_choice("kind", self.kind, PROMPT_KINDS)
 
     def replace(self, **changes: str) -> Prompt:
         """A copy with some fields changed."""

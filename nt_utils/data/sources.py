@@ -35,7 +35,7 @@ from nt_utils.data.prose import passages
 from nt_utils.data.records import PROMPT_KINDS, Prompt, PromptSet
 from nt_utils.data.registry import REGISTRY, Columns, Entry, Place, entry
 from nt_utils.data.tables import SUFFIXES, SURROGATE, Row, read_rows
-from nt_utils.errors import InputError, first_line
+from nt_utils.errors import InputError, check_choice, check_count, first_line
 from nt_utils.files import atomic, cache_folder
 
 HUB = ("datasets", "huggingface_hub", "huggingface_hub.utils._http")  # whose retries and cache notices are kept out
@@ -55,10 +55,10 @@ def load_prompts(
     """
     if isinstance(source, PromptSet):
         return source.take(limit, seed)
-    if kind is not None and kind not in PROMPT_KINDS:
-        raise InputError(f"kind {kind!r} is unknown: use one of {', '.join(PROMPT_KINDS)}")
-    if limit is not None and limit < 1:
-        raise InputError(f"limit must be 1 or more, got {limit}")
+    if kind is not None:
+        check_choice("kind", kind, PROMPT_KINDS)
+    if limit is not None:
+        check_count("limit", limit)
     if not isinstance(source, str) or not source.strip():
         raise InputError(
             "a prompt source must be a name, a file with a column or hub:org/name:split:column; got nothing"
@@ -106,7 +106,8 @@ def _read(source: str, limit: int | None, seed: int) -> tuple[Iterable[Row], Col
         return _read_hub_source(source, limit, seed)
     known, at, path = source.partition("@")
     if at and known in REGISTRY:
-        return _read_original(entry(known), path)
+        original = Path(path).expanduser()
+        return *_as_original(entry(known), read_rows(original), original), entry(known)
     file, column = _split_file(source)
     if file is not None:
         content = read_rows(file)
@@ -150,12 +151,6 @@ def _recognised(path: Path, rows: list[Row]) -> tuple[list[Row], Columns, None]:
             if place.is_file and not place.where and len(place.columns) > 1 and _needed(place.columns) <= set(columns):
                 return rows, place.columns, None
     raise InputError(f"{path}: say which column holds the prompts as {path.name}:column; it has {', '.join(columns)}")
-
-
-def _read_original(found: Entry, path: str) -> tuple[list[Row], Columns, Entry]:
-    """A set of the registry from its project's file, or from a hub copy saved as a file."""
-    file = Path(path).expanduser()
-    return *_as_original(found, read_rows(file), file), found
 
 
 def _as_original(found: Entry, rows: list[Row], path: Path) -> tuple[list[Row], Columns]:
@@ -433,7 +428,7 @@ def _needed(columns: Columns) -> set[str]:
     return {name for column in columns.values() for name in _as_tuple(column)}
 
 
-def _as_tuple(column: str | tuple[str, ...]) -> tuple[str, ...]:
+def _as_tuple(column: str | Sequence[str]) -> tuple[str, ...]:
     return (column,) if isinstance(column, str) else tuple(column)
 
 

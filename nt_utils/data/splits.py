@@ -19,7 +19,7 @@ from pathlib import Path
 
 from nt_utils.data import corpus, sources, tasks
 from nt_utils.data.records import Prompt, PromptSet
-from nt_utils.errors import InputError
+from nt_utils.errors import InputError, check_choice
 
 #: use -> share of the texts of a source that serve it.
 SHARES = {"test": 0.4, "develop": 0.15, "tune": 0.15, "detect": 0.3}
@@ -74,8 +74,7 @@ def use_of(prompt: Prompt, seed: int = 0) -> str:
 
 def rows(prompts: PromptSet, use: str, n: int | None = None, seed: int = 0) -> PromptSet:
     """The prompts that serve a use, in their order: all, or the n whose numbers are smallest."""
-    if use not in USES:
-        raise InputError(f"use: got {use!r}; allowed: {', '.join(USES)}")
+    check_choice("use", use, USES)
     return smallest(PromptSet([p for p in prompts if use_of(p, seed) == use], f"{prompts.name} ({use})"), n, seed)
 
 

@@ -6,7 +6,7 @@ import random
 
 from nt_utils.data.corpus import SOURCE, SPLITS
 from nt_utils.data.records import Prompt, PromptSet
-from nt_utils.errors import InputError
+from nt_utils.errors import check_choice, check_count
 
 DIFFERENCES = (
     ("What is {a} minus {b}?", "Take {b} from {a}.", "Subtract {b} from {a}.", "{a} - {b} = ?"),
@@ -22,10 +22,9 @@ def differences(n: int | None = None, split: str = "train", seed: int = 0) -> Pr
 
     Wordings and pairs of numbers both belong to one split. Raises InputError for an unknown split or n < 1.
     """
-    if split not in SPLITS:
-        raise InputError(f"split: got {split!r}; allowed: {', '.join(SPLITS)}")
-    if n is not None and n < 1:
-        raise InputError(f"n: got {n}; allowed: 1 or more")
+    check_choice("split", split, SPLITS)
+    if n is not None:
+        check_count("n", n)
     cells = [(a, b) for a in range(2, 20) for b in range(1, a)]
     found = [
         Prompt(

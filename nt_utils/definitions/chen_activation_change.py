@@ -19,8 +19,9 @@ from nt_utils.selection import Ranking
 @definition("activation change", paper="Chen et al. 2024", needs=("base", "responses"))
 def change_by_alignment(lm: LanguageModel, material: Material) -> Ranking:
     """Root mean square change of each activation from the unaligned to the aligned model."""
+    base, prompts, responses = material.base, material.harmful, material.responses
+    assert base is not None, "the definition needs it"
     change = material.scores(
-        "activation change",
-        lambda: activation_change(lm, material.base, material.harmful, material.responses, **material.options),
+        "activation change", lambda: activation_change(lm, base, prompts, responses, **material.options)
     )
     return selection.root_mean_square(change)

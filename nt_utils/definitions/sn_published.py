@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nt_utils import hooks, selection
 from nt_utils.definitions import Material, definition
-from nt_utils.errors import InputError
+from nt_utils.errors import check_choice
 from nt_utils.models import DecoderView, LanguageModel, decoder
 from nt_utils.neurons import POOL, NeuronScores, NeuronSet, ScoreWriter
 from nt_utils.scoring.attention import attention_through
@@ -81,8 +81,7 @@ def published_set(
     Args:
         division: find key/value rows by dividing an index by the group size; cap: only so many lowest indices of a list.
     """
-    if preset not in PRESETS:
-        raise InputError(f"preset: got {preset!r}; allowed: {', '.join(PRESETS)}")
+    check_choice("preset", preset, PRESETS)
     d, group, masks = view.head_dim, view.num_heads // view.num_kv_heads, {}
     for layer, kind in view.space.sites(("q", "o", "ffn")):
         values = scores.get(layer, kind)

@@ -13,6 +13,7 @@
 from nt_utils import selection
 from nt_utils.definitions import Material, definition
 from nt_utils.models import LanguageModel
+from nt_utils.neurons import NeuronScores
 from nt_utils.scoring.saliency import saliency
 from nt_utils.selection import Ranking
 
@@ -20,13 +21,17 @@ from nt_utils.selection import Ranking
 @definition("SNIP difference", paper="Wei et al. 2024", needs=("benign", "utility_share"))
 def snip_difference(lm: LanguageModel, material: Material) -> Ranking:
     """First-order weight importance on harmful prompts, without what is useful on benign ones."""
+    return difference(lm, material, "snip", material.utility_share["SNIP difference"])
 
-    def scores(side: str, response: str):
+
+def difference(lm: LanguageModel, material: Material, metric: str, share: float) -> Ranking:
+    """The set difference by a weight score, "snip" or "wanda"; ``share``: of the pool, left out as useful."""
+
+    def scores(side: str, response: str) -> NeuronScores:
         prompts = getattr(material, side)
+        responses = prompts.column(response)
         return material.scores(
-            f"SNIP, {side}",
-            lambda: saliency(lm, prompts, [getattr(p, response) for p in prompts], metric="snip", **material.options),
+            f"{metric}, {side}", lambda: saliency(lm, prompts, responses, metric=metric, **material.options)
         )
 
-    share = material.utility_share["SNIP difference"]
     return selection.set_difference(scores("harmful", "refusal"), scores("benign", "helpful"), share)

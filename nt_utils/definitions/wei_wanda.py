@@ -10,23 +10,13 @@
 **Ours**: neurons in place of single weights; p is chosen on development prompts (``Material.utility_share``).
 """
 
-from nt_utils import selection
 from nt_utils.definitions import Material, definition
+from nt_utils.definitions.wei_snip import difference
 from nt_utils.models import LanguageModel
-from nt_utils.scoring.saliency import saliency
 from nt_utils.selection import Ranking
 
 
 @definition("Wanda difference", paper="Wei et al. 2024", needs=("benign", "utility_share"))
 def wanda_difference(lm: LanguageModel, material: Material) -> Ranking:
     """Weight times input norm on harmful prompts, without what is useful on benign ones."""
-
-    def scores(side: str, response: str):
-        prompts = getattr(material, side)
-        return material.scores(
-            f"Wanda, {side}",
-            lambda: saliency(lm, prompts, [getattr(p, response) for p in prompts], metric="wanda", **material.options),
-        )
-
-    share = material.utility_share["Wanda difference"]
-    return selection.set_difference(scores("harmful", "refusal"), scores("benign", "helpful"), share)
+    return difference(lm, material, "wanda", material.utility_share["Wanda difference"])

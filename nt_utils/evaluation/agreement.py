@@ -16,7 +16,8 @@ from typing import NamedTuple
 import pandas as pd
 
 from nt_utils.data.records import Prompt
-from nt_utils.errors import InputError, command, first_line
+from nt_utils.data.tables import read_rows
+from nt_utils.errors import InputError, command
 from nt_utils.evaluation import metrics
 from nt_utils.evaluation.judges import Judge
 
@@ -33,23 +34,19 @@ class Labelled(NamedTuple):
 
 
 def read_labelled(source: str | Path, *, prompt: str, response: str, label: str, refused: Sequence[str]) -> Labelled:
-    """A CSV file of labelled answers; the arguments name its columns and the labels that mean a refusal.
+    """A table of labelled answers (any format of `data.tables`); its columns, and the labels that mean a refusal.
 
     Raises InputError naming a column that is missing, or a label that no row has.
     """
-    try:
-        frame = pd.read_csv(source, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (ValueError, OSError) as error:
-        raise InputError(f"FILE: {source} cannot be read as CSV ({first_line(error)})") from error
+    rows = read_rows(Path(source))
     for column in (prompt, response, label):
-        if column not in frame.columns:
-            raise InputError(f"FILE: {source} has no column {column!r}; it has {', '.join(frame.columns)}")
-    if unknown := set(refused) - set(frame[label]):
-        raise InputError(
-            f"--refused: no row is labelled {sorted(unknown)[0]!r}; labels are {sorted(set(frame[label]))}"
-        )
-    texts = [Prompt(text) for text in frame[prompt]]
-    return Labelled(Path(source).stem, texts, list(frame[response]), list(frame[label].isin(refused)))
+        if column not in rows[0]:
+            raise InputError(f"FILE: {source} has no column {column!r}; it has {', '.join(rows[0])}")
+    labels = [row[label] for row in rows]
+    if unknown := set(refused) - set(labels):
+        raise InputError(f"--refused: no row is labelled {sorted(unknown)[0]!r}; labels are {sorted(set(labels))}")
+    texts, responses = [Prompt(row[prompt]) for row in rows], [row[response] for row in rows]
+    return Labelled(Path(source).stem, texts, responses, [found in refused for found in labels])
 
 
 def agreement(labelled: Labelled, judge: Judge) -> tuple:

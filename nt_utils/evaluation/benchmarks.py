@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from nt_utils.data.records import PromptSet
 from nt_utils.data.sources import quiet
-from nt_utils.errors import InputError
+from nt_utils.errors import InputError, package
 from nt_utils.evaluation.metrics import wilson
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def run_benchmarks(
         raise InputError("tasks must be a list with at least one name")
     if task_folder is not None and not Path(task_folder).is_dir():
         raise InputError(f"task_folder: there is no folder {task_folder}")
-    harness = _harness()
+    missing = 'benchmarks need lm-evaluation-harness: pip install "nt-utils[benchmarks]"'
+    harness, *_ = (package(name, missing) for name in ("lm_eval", "lm_eval.models.huggingface", "lm_eval.tasks"))
     with quiet(*_HARNESS):  # its warnings about plain choices stay out of notebooks
         manager = _manager(harness, tasks, task_folder)
         model = harness.models.huggingface.HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=batch_size)
@@ -153,24 +154,8 @@ def _manager(harness: Any, tasks: Sequence[str], task_folder: str | Path | None)
         if set(tasks) <= set(manager.all_tasks):
             return manager
     manager = harness.tasks.TaskManager(include_path=str(task_folder) if task_folder else None)
-    _check_tasks(tasks, manager.all_tasks)
+    known = manager.all_tasks
+    if unknown := [task for task in tasks if task not in known]:
+        near = ", ".join(difflib.get_close_matches(unknown[0], known, n=5, cutoff=0.4) or sorted(known)[:5])
+        raise InputError(f"unknown task {unknown[0]!r}: the harness has {len(known)} tasks, the nearest are {near}")
     return manager
-
-
-def _check_tasks(tasks: Sequence[str], known: Sequence[str]) -> None:
-    for task in tasks:
-        if task not in known:
-            near = difflib.get_close_matches(task, known, n=5, cutoff=0.4) or sorted(known)[:5]
-            raise InputError(
-                f"unknown task {task!r}: the harness has {len(known)} tasks, the nearest are {', '.join(near)}"
-            )
-
-
-def _harness() -> Any:
-    try:
-        import lm_eval
-        import lm_eval.models.huggingface
-        import lm_eval.tasks
-    except ImportError as error:
-        raise InputError('benchmarks need lm-evaluation-harness: pip install "nt-utils[benchmarks]"') from error
-    return lm_eval

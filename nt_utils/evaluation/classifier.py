@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nt_utils.data.records import Prompt
-from nt_utils.errors import InputError
+from nt_utils.errors import InputError, check_choice
 from nt_utils.evaluation.judges import NOT_JUDGED, VERDICTS, Verdict, answer_of, is_degenerate
 from nt_utils.work import track
 
@@ -52,8 +52,7 @@ class _ModelJudge(ABC):
     unparseable: int = 0
 
     def __post_init__(self) -> None:
-        if self.negative not in VERDICTS:
-            raise InputError(f"negative must be one of {', '.join(VERDICTS)}, got {self.negative!r}")
+        check_choice("negative", self.negative, VERDICTS)
         missing = [part for part in ("{prompt}", "{response}") if self.template and part not in self.template]
         if missing:
             raise InputError(f"template must hold {missing[0]}")
@@ -68,7 +67,8 @@ class _ModelJudge(ABC):
         starts = range(0, len(asked), self.batch_size)
         for start in track(starts, desc=self.name, unit="batch", disable=not self.progress):
             rows = asked[start : start + self.batch_size]
-            pairs = [(prompts[i].text, self._cut(prompts[i].prefill + str(answer_of(responses[i])))) for i in rows]
+            said = (prompts[i].prefill + str(answer_of(responses[i])) for i in rows)
+            pairs = [(prompts[i].text, shortened(text, self.tokenizer)) for i, text in zip(rows, said, strict=True)]
             for i, positive in zip(rows, self._ask(pairs), strict=True):
                 verdicts[i] = NOT_JUDGED if positive is None else "compliance" if positive else self.negative
                 self.unparseable += positive is None
@@ -82,15 +82,15 @@ class _ModelJudge(ABC):
         parts = re.split(r"(\{prompt\}|\{response\})", self.template)
         return "".join({"{prompt}": prompt, "{response}": response}.get(part, part) for part in parts)
 
-    def _cut(self, response: str) -> str:
-        ids = self.tokenizer(response, add_special_tokens=False)["input_ids"]
-        if len(ids) <= RESPONSE_TOKENS:
-            return response
-        return self.tokenizer.decode(ids[:RESPONSE_TOKENS], skip_special_tokens=True)
-
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+
+def shortened(response: str, tokenizer: Any) -> str:
+    """A response without what is behind its first RESPONSE_TOKENS tokens."""
+    ids = tokenizer(response, add_special_tokens=False)["input_ids"]
+    return response if len(ids) <= RESPONSE_TOKENS else str(tokenizer.decode(ids[:RESPONSE_TOKENS]))
 
 
 def without_model(response: object) -> Verdict | None:
@@ -280,10 +280,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def preset(name: str, **options: Any) -> CausalJudge:
     """A published judge by name; options (source, template, batch_size, ...) replace the preset's."""
-    if name not in PRESETS:
-        raise InputError(
-            f"unknown judge {name!r}: use one of {', '.join(PRESETS)}, or load a model by folder or hub id"
-        )
+    check_choice("judge", name, PRESETS)
     given = {"name": name, "negative": "other", **PRESETS[name], **options}
     return CausalJudge.load(given.pop("source"), **given)
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from nt_utils.data.records import Prompt, PromptSet
-from nt_utils.errors import InputError
+from nt_utils.errors import check_count, package
 from nt_utils.work import track
 
 if TYPE_CHECKING:
@@ -47,15 +47,10 @@ def gcg_attack(
     intervention                active while the suffix is sought: the attacker knows the model that is attacked
     Raises InputError when nanogcg is not installed. The global random state and torch's settings are put back.
     """
-    for name, value in (
-        ("steps", steps),
-        ("search_width", search_width),
-        ("topk", topk),
-        ("suffix_length", suffix_length),
-    ):
-        if value < 1:
-            raise InputError(f"{name} must be 1 or more, got {value}")
-    nanogcg = _nanogcg()
+    counts = {"steps": steps, "search_width": search_width, "topk": topk, "suffix_length": suffix_length}
+    for name, value in counts.items():
+        check_count(name, value)
+    nanogcg = package("nanogcg", 'attack gcg needs nanogcg: pip install "nt-utils[attacks]"')
     budget = {"num_steps": steps, "search_width": search_width, "topk": topk, "early_stop": True}
     start = " ".join("x" * suffix_length)
     found = []
@@ -83,14 +78,6 @@ def random_suffixes(lm: LanguageModel, prompts: PromptSet, *, suffix_length: int
         )  # "x x" is two tokens in most vocabularies
         found.append(prompt.replace(text=f"{prompt.text} {suffix.strip()}", attack="random-suffix"))
     return PromptSet(found, f"{prompts.name}-random-suffix")
-
-
-def _nanogcg() -> Any:
-    try:
-        import nanogcg
-    except ImportError as error:
-        raise InputError('attack gcg needs nanogcg: pip install "nt-utils[attacks]"') from error
-    return nanogcg
 
 
 class _Tokenizer:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nt_utils.data.records import Prompt, PromptSet
-from nt_utils.errors import InputError, ModelError
+from nt_utils.errors import InputError, ModelError, check_count
 from nt_utils.evaluation import batching
 from nt_utils.evaluation.judges import THINKING_MARK
 from nt_utils.files import atomic, cache_folder
@@ -92,14 +92,12 @@ def generate(
     Raises:
         InputError: a prompt that leaves no room for the answer. ModelError: logits that are not numbers, with the prompt.
     """
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"batch_size must be 1 or more, got {batch_size}")
+    size = batching.BATCH_SIZE if batch_size is None else batch_size
+    check_count("max_new_tokens", max_new_tokens)
+    check_count("batch_size", size)
     records = as_prompts(prompts)
     if not records:
         return []
-    size = batch_size or batching.BATCH_SIZE
     path = None
     if cache:
         if identity == "":
@@ -186,11 +184,6 @@ class _NotANumber(Exception):
     """Row args[0] of a batch has logits that are not numbers."""
 
 
-def stop_token_ids(lm: LanguageModel) -> list[int]:
-    """Every id that ends an answer: end of text and end of turn."""
-    return list(lm.stop_ids)
-
-
 def _greedy(
     lm: LanguageModel,
     rows: Sequence[Sequence[int]],
@@ -199,7 +192,7 @@ def _greedy(
     early_end: EarlyEnd | None = None,
 ) -> list[Response]:
     """One batch: token ids in, responses out. Finished rows are dropped from the cache as soon as it pays."""
-    stops = torch.tensor(stop_token_ids(lm), dtype=torch.long, device=lm.device)
+    stops = torch.tensor(lm.stop_ids, dtype=torch.long, device=lm.device)
     ids, mask = batching.left_padded(lm, rows, prefix)
     past = prefix.cache(len(rows))
     written: list[list[int]] = [[] for _ in rows]
@@ -265,7 +258,7 @@ def _cache_path(
     settings = {
         "identity": identity,
         "prompts": [(text, p.prefill) for text, p in zip(lm.render([p.text for p in prompts]), prompts, strict=True)],
-        "decoding": {"method": "greedy", "max_new_tokens": max_new_tokens, "stops": stop_token_ids(lm)},
+        "decoding": {"method": "greedy", "max_new_tokens": max_new_tokens, "stops": list(lm.stop_ids)},
         "batch": [batch_size, batching.BATCH_TOKENS, batching.PADDING, batching.SAVED],
         "end": [early_end.key, early_end.every] if early_end else None,
         "form": 2,

@@ -10,7 +10,7 @@ import pandas as pd
 from nt_utils.data.records import Prompt
 from nt_utils.errors import InputError
 from nt_utils.evaluation import metrics
-from nt_utils.evaluation.generation import as_prompts, stop_token_ids, text_of
+from nt_utils.evaluation.generation import as_prompts, text_of
 from nt_utils.evaluation.judges import Judge, PhraseJudge
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def verdicts_by_length(
                 f"responses: number {i} breaks off after {len(r.tokens)} tokens; lengths go to {max(lengths)}"
             )
     found, records = {}, as_prompts(prompts)
-    stops = set(stop_token_ids(lm))
+    stops = set(lm.stop_ids)
     written = [r.tokens[:-1] if r.tokens and r.tokens[-1] in stops else r.tokens for r in responses]
     for n in sorted(lengths):
         found[n] = (judge or PhraseJudge())(records, [text_of(lm, ids[:n]) for ids in written])

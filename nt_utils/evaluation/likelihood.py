@@ -76,25 +76,11 @@ def refusal_margin(lm: LanguageModel, prompts: PromptSet, **options: Any) -> np.
     return margin
 
 
-def response_perplexity(
-    lm: LanguageModel, prompts: PromptSet | Sequence[Prompt | str], responses: Sequence[str], **options: Any
-) -> np.ndarray:
-    """Perplexity of each response given its prompt under this model; NaN for an empty response."""
-    totals, counts = response_likelihood(lm, prompts, responses, **options)
-    empty = np.array([not text.strip() for text in responses], dtype=bool)
-    return np.where(empty | (counts == 0), math.nan, np.exp(-totals / np.maximum(counts, 1)))
-
-
 class TextLikelihood(NamedTuple):
     """Per text: the summed negative log-likelihood (nats) and the number of predicted tokens."""
 
     nll: np.ndarray
     tokens: np.ndarray
-
-    @property
-    def perplexity(self) -> float:
-        """exp of the mean negative log-likelihood per token over all texts; NaN without tokens."""
-        return math.exp(self.nll.sum() / self.tokens.sum()) if self.tokens.sum() else math.nan
 
 
 def text_likelihood(

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from nt_utils.data.records import Prompt
 from nt_utils.errors import InputError, first_line
 from nt_utils.evaluation.batching import tail_logits
-from nt_utils.evaluation.classifier import PRESETS, RESPONSE_TOKENS, ClassifierJudge, preset, without_model
+from nt_utils.evaluation.classifier import PRESETS, ClassifierJudge, preset, shortened, without_model
 from nt_utils.evaluation.judges import JUDGES, NOT_JUDGED, Judge, PhraseJudge, Verdict, answer_of
 from nt_utils.models import LanguageModel, load, located
 
@@ -62,7 +62,7 @@ class ModelJudge:
     def log_odds(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
         """log p(Refused) - log p(Answered), one value a reply (nats); NaN for what needs no model or is no answer."""
         asked = [i for i, response in enumerate(responses) if without_model(response) is None]
-        said = [self._cut(prompts[i].prefill + str(answer_of(responses[i]))) for i in asked]
+        said = [shortened(prompts[i].prefill + str(answer_of(responses[i])), self.lm.tokenizer) for i in asked]
         before, between, after = self.question.replace("{response}", "{prompt}").split("{prompt}")
         texts = [before + prompts[i].text + between + text + after for i, text in zip(asked, said, strict=True)]
         odds = np.full(len(responses), math.nan)
@@ -71,10 +71,6 @@ class ModelJudge:
             for row, logits, _ in tail_logits(self.lm, heads, [self._ids[:1]] * len(heads), batch_size=self.batch_size):
                 odds[asked[row]] = float(logits[0, self._ids[0]].float() - logits[0, self._ids[1]].float())
         return odds
-
-    def _cut(self, response: str) -> str:
-        ids = self.lm.tokenizer(response, add_special_tokens=False)["input_ids"]
-        return response if len(ids) <= RESPONSE_TOKENS else str(self.lm.tokenizer.decode(ids[:RESPONSE_TOKENS]))
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
         """refusal or compliance; degenerate and unfinished replies are never shown to the model."""

@@ -7,6 +7,7 @@ figure can be inspected) and one tidy table: set, metric, rate, low, high, n, co
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import re
 import time
@@ -15,8 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pandas
+
 from nt_utils.data.records import Prompt, PromptSet
-from nt_utils.errors import InputError
+from nt_utils.errors import InputError, check_choice
 from nt_utils.evaluation import likelihood, metrics, utility
 from nt_utils.evaluation.batching import BATCH_SIZE
 from nt_utils.evaluation.generation import EarlyEnd, Response, generate, prompt_ids
@@ -33,8 +37,6 @@ from nt_utils.evaluation.judges import (
 )
 
 if TYPE_CHECKING:
-    import pandas
-
     from nt_utils.models import LanguageModel
 
 IMPROBABLE = 500.0
@@ -107,14 +109,13 @@ class SuiteSet:
 
     def __post_init__(self) -> None:
         known = [*METRICS, *dict.fromkeys((*MEANS, *PERPLEXITY))]
-        if unknown := [name for name in self.metrics if name not in known]:
-            raise InputError(f"metric {unknown[0]!r} is unknown: use some of {', '.join(known)}")
-        if isinstance(self.judge, str) and self.judge not in JUDGES:
-            raise InputError(f"judge {self.judge!r} is unknown: use one of {', '.join(JUDGES)}, or a judge object")
-        if unknown := [name for name in self.groups if name not in GROUPS]:
-            raise InputError(f"group {unknown[0]!r} is unknown: use some of {', '.join(GROUPS)}")
-        if self.correct not in ("", "known", "number"):
-            raise InputError(f"correct {self.correct!r} is unknown: use known, number or an empty string")
+        for name in self.metrics:
+            check_choice("metrics", name, known)
+        if isinstance(self.judge, str):
+            check_choice("judge", self.judge, JUDGES)
+        for name in self.groups:
+            check_choice("groups", name, GROUPS)
+        check_choice("correct", self.correct, ("", "known", "number"))
         if not len(self.prompts):
             raise InputError(f"set {self.name!r} has no prompts")
         if self.is_answered and set(PERPLEXITY) & set(self.metrics):
@@ -182,8 +183,7 @@ def corpus_suite(split: str = "test", *, seed: int = 0, size: str = "full") -> S
     """
     from nt_utils.data.corpus import corpus, general, utility
 
-    if size not in ("full", "quick"):
-        raise InputError(f"size {size!r} is unknown: use full or quick")
+    check_choice("size", size, ("full", "quick"))
     part = 1 if size == "full" else 4
 
     def some(n: int, kind: str, **where: str) -> PromptSet:
@@ -246,7 +246,8 @@ def make_suite(
             continue
         prompts = _loaded(given, kind, limit, seed)
         label = {"harmful": "direct", "general": "text"}.get(kind, kind)
-        correct = "known" if judge == "known" else "number" if _all_numbers(prompts) else ""
+        sums = all(p.answer and final_number(p.answer) is not None for p in prompts)
+        correct = "known" if judge == "known" else "number" if sums else ""
         wanted = DEFAULT_METRICS[kind] + (("helpful",) if correct and kind != "harmful" else ())
         sets.append(SuiteSet(label, prompts, wanted, judge, correct=correct))
         if kind == "harmful" and wrappers:
@@ -262,10 +263,6 @@ def _loaded(given: str | PromptSet, kind: str, limit: int | None, seed: int) -> 
     from nt_utils.data.sources import load_prompts
 
     return load_prompts(given, limit=limit, seed=seed, kind=kind)
-
-
-def _all_numbers(prompts: PromptSet) -> bool:
-    return all(p.answer and final_number(p.answer) is not None for p in prompts)
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
@@ -306,20 +303,6 @@ class Evaluation:
             raise InputError(f"the rows have no set {set_name!r}: they have {', '.join(self.rows['set'].unique())}")
         return _values(part, metric)
 
-    def save(self, folder: str | Path, stem: str) -> tuple[Path, Path]:
-        """<stem>_table.csv and <stem>_rows.csv in a folder, written whole or not at all."""
-        import os
-
-        paths = []
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for frame, label in ((self.table, "table"), (self.rows, "rows")):
-            path = Path(folder) / f"{stem}_{label}.csv"
-            temporary = path.with_name(path.name + ".tmp")
-            frame.to_csv(temporary, index=False, float_format="%.6g")
-            os.replace(temporary, path)
-            paths.append(path)
-        return paths[0], paths[1]
-
 
 def evaluate(
     lm: LanguageModel,
@@ -353,8 +336,6 @@ def evaluate(
 
     A prompt that several sets share is answered once.
     """
-    import pandas
-
     start = time.perf_counter()
     reference = base if base is not None else lm
     limit = min(IMPROBABLE, reference.model.config.vocab_size / 4) if isinstance(improbable, str) else improbable
@@ -368,8 +349,8 @@ def evaluate(
     for member in suite.sets:
         frame = _prompt_rows(member)
         if member.is_answered:
-            own, beside = _judges_of(member, judge, judges)
-            end = EARLY_END if early_end and own.name == "phrases" and not beside and not member.needs_whole else None
+            chief, others = _judges_of(member, judge, judges)
+            end = EARLY_END if early_end and chief.name == "phrases" and not others and not member.needs_whole else None
             length = max_new_tokens or member.max_new_tokens or suite.max_new_tokens
             keys = [(p.text, p.prefill, length, end) for p in member.prompts]
             asked = {k: p for k, p in zip(keys, member.prompts, strict=True) if k not in answers}
@@ -377,7 +358,7 @@ def evaluate(
             given = generate(lm, list(asked.values()), max_new_tokens=length, early_end=end, **options)
             answers |= zip(asked, given, strict=True)
             responses = [answers[k] for k in keys]
-            _judge(frame, member, responses, own, beside, _thought_begun(lm))
+            _judge(frame, member, responses, chief, others, _thought_begun(lm))
             if limit is not None:
                 _mark_improbable(frame, member, responses, None if itself else reference, limit, batch_size)
         frames.append(frame)
@@ -417,11 +398,11 @@ EARLY_END = EarlyEnd(decided, "phrases-1")
 
 
 def _judges_of(member: SuiteSet, judge: Judge | None, judges: Sequence[Judge]) -> tuple[Judge, list[Judge]]:
-    """The judge of a set and those that run beside it."""
-    own = JUDGES[member.judge]() if isinstance(member.judge, str) else member.judge
-    if judge is not None and isinstance(own, PhraseJudge):
-        return judge, [own, *judges]
-    return own, list(judges)
+    """The judge whose verdicts count in a set, and those that run beside it."""
+    named = JUDGES[member.judge]() if isinstance(member.judge, str) else member.judge
+    if judge is not None and isinstance(named, PhraseJudge):
+        return judge, [named, *judges]
+    return named, list(judges)
 
 
 def _thought_begun(lm: LanguageModel) -> str:
@@ -434,7 +415,7 @@ def _judge(
     frame: pandas.DataFrame,
     member: SuiteSet,
     responses: Sequence[Response],
-    own: Judge,
+    chief: Judge,
     judges: Sequence[Judge],
     begun: str,
 ) -> None:
@@ -443,12 +424,11 @@ def _judge(
     frame["response"] = texts
     frame["hit_limit"] = [response.hit_limit for response in responses]
     frame["cut"] = [response.cut for response in responses]
-    frame["judge"] = own.name
+    frame["judge"] = chief.name
     frame["correct"] = [_correct(member.correct, p, text) for p, text in zip(member.prompts, texts, strict=True)]
-    frame["verdict"] = pandas_object(checked_verdicts(own, own(member.prompts, texts), len(texts)))
-    for judge in judges:
+    for judge, column in ((chief, "verdict"), *((j, f"verdict_{j.name}") for j in judges)):
         verdicts = checked_verdicts(judge, judge(member.prompts, texts), len(texts))
-        frame[f"verdict_{judge.name}"] = pandas_object(verdicts)
+        frame[column] = pandas.Series(verdicts, dtype=object)  # text and NaN side by side
 
 
 def _measure(
@@ -466,13 +446,6 @@ def _measure(
         found = likelihood.text_likelihood(lm, member.prompts.texts, max_tokens=member.max_tokens, **wanted)
         frame["tokens"] = found.tokens
         frame["log_perplexity"] = found.nll / found.tokens
-
-
-def pandas_object(values: Sequence[Any]) -> pandas.Series:
-    """A column that keeps text and NaN side by side."""
-    import pandas
-
-    return pandas.Series(list(values), dtype=object)
 
 
 def checked_verdicts(judge: Judge, verdicts: Sequence[Verdict], n: int) -> list[Verdict]:
@@ -547,23 +520,18 @@ def _mark_improbable(
 
 def _values(rows: pandas.DataFrame, metric: str) -> pandas.Series:
     """One value a prompt. Of perplexity it is that of each text; the table's is over all their tokens."""
-    import numpy as np
-
     if metric == "perplexity" and "log_perplexity" in rows:
         return np.exp(rows["log_perplexity"])
     if metric in MEANS and metric in rows:
         return rows[metric].astype(float)
-    beside = re.fullmatch(r"(\w+) \((.+)\)", metric)
-    if beside and f"verdict_{beside[2]}" in rows:
-        rows, metric = rows.assign(verdict=rows[f"verdict_{beside[2]}"]), beside[1]
-    if metric not in METRICS:
-        raise InputError(f"metric {metric!r} is unknown: use one of {', '.join([*METRICS, *MEANS, 'perplexity'])}")
+    of_judge = re.fullmatch(r"(\w+) \((.+)\)", metric)
+    if of_judge and f"verdict_{of_judge[2]}" in rows:
+        rows, metric = rows.assign(verdict=rows[f"verdict_{of_judge[2]}"]), of_judge[1]
+    check_choice("metric", metric, [*METRICS, *MEANS, "perplexity"])
     return METRICS[metric](rows)
 
 
 def _table(frame: pandas.DataFrame, member: SuiteSet) -> pandas.DataFrame:
-    import pandas
-
     lines = _lines(frame, member.name, member.metrics)
     for group in member.groups:
         for value, part in frame.groupby(group, sort=False):
@@ -592,8 +560,6 @@ def _lines(frame: pandas.DataFrame, name: str, wanted: Iterable[str]) -> list[tu
 
 def clusters_of(rows: pandas.DataFrame) -> Any:
     """Cluster of each row, 0, 1, ...: its topic, or itself where it has none."""
-    import pandas
-
     return pandas.factorize(rows["topic"].where(rows["topic"] != "", rows["number"].astype(str)))[0]
 
 
@@ -605,10 +571,6 @@ def perplexity(nll: Any, tokens: Any) -> metrics.Interval:
 
 def _agreement(rows: pandas.DataFrame) -> pandas.DataFrame:
     """Cohen's kappa and plain agreement of every pair of judges on "compliance or not", by set."""
-    import itertools
-
-    import pandas
-
     columns = _verdict_columns(rows)
     lines = []
     for name, part in rows.groupby("set", sort=False):
@@ -616,7 +578,7 @@ def _agreement(rows: pandas.DataFrame) -> pandas.DataFrame:
         for first, second in itertools.combinations(columns, 2):
             if first not in part or second not in part:
                 continue
-            a, b = (_complied(part[c]) for c in (first, second))
+            a, b = ([None if metrics.is_missing(v) else v == "compliance" for v in part[c]] for c in (first, second))
             kappa = metrics.cohen_kappa(a, b)
             both = [x == y for x, y in zip(a, b, strict=True) if not (metrics.is_missing(x) or metrics.is_missing(y))]
             share = sum(both) / len(both) if both else math.nan
@@ -625,18 +587,12 @@ def _agreement(rows: pandas.DataFrame) -> pandas.DataFrame:
     return pandas.DataFrame(lines, columns=["set", "first", "second", "agreement", "kappa", "low", "high", "n"])
 
 
-def _complied(verdicts: pandas.Series) -> list[bool | None]:
-    return [None if metrics.is_missing(v) else v == "compliance" for v in verdicts]
-
-
 def compare(before: Evaluation, after: Evaluation, *, seed: int = 0, draws: int = 10_000) -> pandas.DataFrame:
     """Paired differences after - before for every set and rate that both hold, over the same prompts.
 
     Columns: set, metric, before, after, difference, low, high, n, p, p_holm, comparisons. Intervals are over topics and
     are not corrected; `p_holm` is Holm's correction of the sign-flip tests over all comparisons of the table.
     """
-    import pandas
-
     lines = []
     for name, metric in before.table[["set", "metric"]].itertuples(index=False):
         shared = ((after.table["set"] == name) & (after.table["metric"] == metric)).any()

@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import pandas
+
 from nt_utils.evaluation.judges import VERDICTS
 
 if TYPE_CHECKING:
-    import pandas
-
     from nt_utils.evaluation.suite import Evaluation
 
 #: What is shown of a set: the first metric of these that the set has, and its name in figures.
-HEADLINES = {
-    "asr": "ASR",
-    "over_refusal": "over-refusal",
-    "helpful": "correct answers",
-    "refusal": "refusal",
-}
+HEADLINES = {"asr": "ASR", "over_refusal": "over-refusal", "helpful": "correct answers", "refusal": "refusal"}
 
 
 def answered(found: Evaluation) -> pandas.DataFrame:
@@ -31,7 +26,6 @@ def behaviour_table(evaluations: Mapping[str, Evaluation], groups: bool = False)
 
     ``groups``: also the rates of a set's parts ("wrapped/seen").
     """
-    import pandas
 
     rows = []
     for model, found in evaluations.items():
@@ -48,7 +42,6 @@ def behaviour_table(evaluations: Mapping[str, Evaluation], groups: bool = False)
 
 def verdict_table(evaluations: Mapping[str, Evaluation]) -> pandas.DataFrame:
     """Share of every verdict in every set: columns model, set, verdict, share, n. Unjudged rows are left out of n."""
-    import pandas
 
     rows = []
     for model, found in evaluations.items():
@@ -61,7 +54,6 @@ def verdict_table(evaluations: Mapping[str, Evaluation]) -> pandas.DataFrame:
 
 def example_table(evaluations: Mapping[str, Evaluation], per_set: int = 2) -> pandas.DataFrame:
     """The first prompts of every set with each model's answer and its verdict."""
-    import pandas
 
     first = answered(next(iter(evaluations.values()))).groupby("set", sort=False).head(per_set)
     table = first[["set", "text"]].reset_index(drop=True)

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nt_utils.errors import InputError
-from nt_utils.files import read_sealed, write_sealed
+from nt_utils.files import read_sealed, understanding, write_sealed
 from nt_utils.models import LanguageModel, is_sharded
+from nt_utils.neurons import same_architecture
 
 FORMAT = "nt_utils.delta.2"
 
@@ -219,10 +220,7 @@ class Delta:
         """Raise InputError unless `lm` is the base model, by architecture and by weights, whole in this process."""
         if is_sharded(lm.model):
             raise InputError("delta: the model is sharded over processes; allowed: the same model loaded plainly")
-        if lm.view.space.architecture != self.architecture:
-            raise InputError(
-                f"delta: made for architecture {self.architecture}; the model at hand is {lm.view.space.architecture}"
-            )
+        same_architecture("delta: made for", self.architecture, lm.view.space.architecture)
         found = lm.weights_fingerprint
         if found != self.weights:
             raise InputError(f"delta: made on weights {self.weights}; the model at hand has weights {found}")
@@ -309,7 +307,7 @@ class Delta:
             InputError: no file, damaged, or made on another architecture or other weights.
         """
         header, tensors = read_sealed(path, FORMAT)
-        try:
+        with understanding(path):
             low = json.loads(header["low_rank"])
             parts: dict[str, Part | LowRank] = {}
             for name, axis in json.loads(header["axes"]).items():
@@ -326,10 +324,8 @@ class Delta:
                 meta=json.loads(header["meta"]),
                 name=header["name"],
             )
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: damaged delta file ({str(error).splitlines()[0]})") from error
         if found.fingerprint != header.get("fingerprint"):
-            raise InputError(f"{path}: damaged delta file: its values do not match its fingerprint")
+            raise InputError(f"{path}: damaged file: its values do not match its fingerprint")
         if lm is not None:
             found.check(lm)
         return found

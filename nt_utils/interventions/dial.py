@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from nt_utils.errors import InputError
+from nt_utils.errors import InputError, check_choice, check_count
 from nt_utils.interventions.modulation import BOUNDS, Modulation
 from nt_utils.neurons import POOL, NeuronSet
 from nt_utils.selection import Ranking
@@ -32,10 +32,7 @@ def assign(safety: Ranking, utility: Ranking, n_safety: int, n_utility: int) -> 
     _check_rankings(safety, utility)
     size = safety.values.numel()
     for name, count in (("n_safety", n_safety), ("n_utility", n_utility)):
-        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= size:
-            raise InputError(
-                f"{name}: got {count!r}; allowed: a whole number from 0 to {size}, the neurons of the pool"
-            )
+        check_count(name, count, 0, size, ", the neurons of the pool")
     if not 1 <= n_safety + n_utility <= size:
         raise InputError(
             f"n_safety, n_utility: {n_safety} + {n_utility} neurons; allowed: from 1 to {size} in all, the neurons of the pool"
@@ -63,8 +60,7 @@ def whole_layers(by: Ranking, layers: int) -> NeuronSet:
         layer: float(torch.cat([v for (i, _), v in blocks.items() if i == layer]).mean())
         for layer in range(by.space.num_layers)
     }
-    if not isinstance(layers, int) or not 1 <= layers <= len(mean):
-        raise InputError(f"layers: got {layers!r}; allowed: a whole number from 1 to {len(mean)}")
+    check_count("layers", layers, 1, len(mean))
     best = sorted(mean, key=lambda layer: -mean[layer])[:layers]
     masks = {s: torch.ones_like(v, dtype=torch.bool) for s, v in blocks.items() if s[0] in best}
     return NeuronSet(by.space, masks, meta={"rule": f"layers {sorted(best)}"})
@@ -144,8 +140,7 @@ def _role_alpha(role: int, chosen: NeuronSet, learnt: Modulation | None, start: 
 
 def preset(name: str, safety: Ranking, utility: Ranking, *, learnt: Modulation | None = None, **more) -> Modulation:
     """The dial at a named setting, "safety-first" or "utility-first" (at least one neuron of each role)."""
-    if name not in PRESETS:
-        raise InputError(f"preset: got {name!r}; allowed: {', '.join(PRESETS)}")
+    check_choice("preset", name, PRESETS)
     setting, size = PRESETS[name], safety.values.numel()
     n_safety, n_utility = (max(1, round(share * size)) for share in (setting.safety_share, setting.utility_share))
     return dial(safety, utility, n_safety, n_utility, setting.strength, learnt=learnt, name=name, **more)

@@ -23,7 +23,7 @@ from torch import Tensor
 from nt_utils.errors import InputError, ModelError
 from nt_utils.interventions.modulation import Modulation
 from nt_utils.models import DecoderView, LanguageModel, is_adapter_layer
-from nt_utils.neurons import POOL, NeuronSet, Site
+from nt_utils.neurons import POOL, NeuronSet, Site, same_architecture
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 FORMAT = "nt_utils.ia3.1"
@@ -120,7 +120,9 @@ def write_adapter(lm: LanguageModel, modulation: Modulation, folder) -> Path:
         )
     with new_folder(folder) as unfinished:
         modules = _modules(lm)
-        tensors = {_key(modules[site]): _vector(lm, modulation, site) for site in modules}
+        ones = {site: torch.ones(lm.view.space.width(site)) for site in modules}
+        factors = ones | dict(modulation.factors)
+        tensors = {_key(module): factors[site][None].contiguous() for site, module in modules.items()}
         header = {
             "format": "pt",
             "nt_utils": FORMAT,
@@ -167,10 +169,7 @@ def _check_base(lm: LanguageModel, header: Mapping[str, str], path: Path) -> Non
         raise InputError(
             f"adapter: {path} does not name the base model's fingerprint; it was not written by this package"
         )
-    if header["architecture"] != lm.view.space.architecture:
-        raise InputError(
-            f"adapter: made for architecture {header['architecture']}; the model at hand is {lm.view.space.architecture}"
-        )
+    same_architecture("adapter: made for", header["architecture"], lm.view.space.architecture)
     if header["weights"] != lm.weights_fingerprint:
         raise InputError(
             f"adapter: made for the weights {header['weights']}; those of {lm.name} are {lm.weights_fingerprint}"
@@ -197,11 +196,6 @@ def _modules(lm: LanguageModel) -> dict[Site, str]:
 
 def _key(module: str) -> str:
     return f"{PREFIX}{module}.ia3_l"
-
-
-def _vector(lm: LanguageModel, modulation: Modulation, site: Site) -> Tensor:
-    width = lm.view.space.width(site)
-    return modulation.factors.get(site, torch.ones(width))[None].contiguous()
 
 
 def _config(lm: LanguageModel, modules: Mapping[Site, str]) -> dict:

@@ -26,12 +26,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nt_utils import hooks
 from nt_utils.data.records import PromptSet
-from nt_utils.errors import DivergedError, InputError
+from nt_utils.errors import DivergedError, InputError, check_choice, check_count
 from nt_utils.files import read_sealed, write_sealed
 from nt_utils.interventions.modulation import BOUNDS, Modulation, check_bounds, check_sets, places, scatter
 from nt_utils.interventions.precision import check_train_dtype, computing, master_dtype, training_copy
 from nt_utils.interventions.trunk import FrozenTrunk
-from nt_utils.models import LanguageModel
+from nt_utils.models import LanguageModel, check_evaluating
 from nt_utils.neurons import NeuronSet
 from nt_utils.scoring.attribution import Responses, frozen
 from nt_utils.work import track
@@ -83,15 +83,13 @@ class Recipe:
         check_bounds(self.bounds)
         if self.tied not in TIES:
             raise InputError(f"tied: got {self.tied!r}; allowed: {', '.join(map(repr, TIES))}")
-        if self.method not in METHODS:
-            raise InputError(f"method: got {self.method!r}; allowed: {', '.join(METHODS)}")
+        check_choice("method", self.method, METHODS)
         low, high = self.bounds
         for name in ("safety_start", "utility_start"):
             if not low <= getattr(self, name) <= high:
                 raise InputError(f"{name}: got {getattr(self, name)!r}; allowed: {low:g} to {high:g}")
         for name in ("iterations", "inner_steps", "support", "query", "validate_every"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise InputError(f"{name}: got {getattr(self, name)!r}; allowed: a whole number from 1")
+            check_count(name, getattr(self, name))
         for name in ("outer_rate", "inner_rate"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise InputError(f"{name}: got {getattr(self, name)!r}; allowed: a number above 0")
@@ -228,19 +226,11 @@ class Learner:
     """
 
     def __init__(
-        self,
-        lm: LanguageModel,
-        safety: NeuronSet,
-        utility: NeuronSet,
-        tasks: Tasks,
-        benign: PromptSet,
-        recipe: Recipe,
+        self, lm: LanguageModel, safety: NeuronSet, utility: NeuronSet, tasks: Tasks, benign: PromptSet, recipe: Recipe
     ):
         check_sets(safety, utility)
-        if lm.view.space.architecture != safety.space.architecture:
-            raise InputError("safety: found on another architecture than the model at hand")
-        if lm.model.training:
-            raise InputError("model: it is in training mode; call model.eval() first")
+        safety.space.check("safety: found on", lm.view.space)
+        check_evaluating(lm.model)
         self.base, self.safety, self.utility, self.recipe = lm, safety, utility, recipe
         self.tasks, self.benign = dict(tasks), benign
         self.owners, self.firsts = _owners(safety, utility, recipe.tied)

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from nt_utils import hooks
 from nt_utils.errors import InputError
-from nt_utils.files import read_sealed, write_sealed
+from nt_utils.files import read_sealed, understanding, write_sealed
 from nt_utils.models import LanguageModel, device_of
-from nt_utils.neurons import POOL, NeuronSet, NeuronSpace, Site
+from nt_utils.neurons import POOL, NeuronSet, NeuronSpace, Site, site_of
 
 BOUNDS = (0.0, 3.0)
 FORMAT = "nt_utils.modulation.2"
@@ -100,11 +100,7 @@ class Modulation:
 
     def check(self, lm: LanguageModel) -> None:
         """Raise InputError on another architecture."""
-        if lm.view.space.architecture != self.space.architecture:
-            raise InputError(
-                f"modulation: made for architecture {self.space.architecture}; the model at hand is "
-                f"{lm.view.space.architecture}"
-            )
+        self.space.check("modulation: made for", lm.view.space)
 
     def active(self, lm: LanguageModel) -> AbstractContextManager:
         """Multiply while inside; one multiplication a site. Raises InputError on another architecture."""
@@ -132,22 +128,18 @@ class Modulation:
     def load(cls, path, space: NeuronSpace | None = None) -> Modulation:
         """Read a modulation; raises InputError when it is damaged or, given ``space``, of another architecture."""
         header, tensors = read_sealed(path, FORMAT)
-        found = NeuronSpace.from_json(header["space"])
-        if space is not None and space.architecture != found.architecture:
-            raise InputError(f"{path}: made for {found.architecture}; the model at hand is {space.architecture}")
         masks: dict[str, dict[Site, Tensor]] = {"safety": {}, "utility": {}}
-        try:
+        with understanding(path):
+            found = NeuronSpace.from_json(header["space"])
+            found.check(f"{path}: made for", space)
             alpha = tensors.pop("alpha")
             for name, mask in tensors.items():
-                role, layer, kind = name.split(".")
-                masks[role][int(layer), kind] = mask.bool()
+                role, _, site = name.partition(".")
+                masks[role][site_of(site)] = mask.bool()
             safety, utility = (NeuronSet(found, masks[role], header["weights"]) for role in ("safety", "utility"))
             low, high = json.loads(header["bounds"])
             meta = json.loads(header["meta"])
-            out = cls(safety, utility, alpha, (low, high), header["name"], header["weights"], meta)
-        except (KeyError, ValueError) as error:
-            raise InputError(f"{path}: damaged modulation file ({str(error).splitlines()[0]})") from error
-        return out
+            return cls(safety, utility, alpha, (low, high), header["name"], header["weights"], meta)
 
 
 def check_bounds(bounds: tuple[float, float]) -> None:

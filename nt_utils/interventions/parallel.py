@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nt_utils import hooks, models
-from nt_utils.errors import InputError
+from nt_utils.errors import InputError, check_choice
 from nt_utils.models import LanguageModel
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ def check(accelerator: Accelerator) -> bool:
             accumulation, FSDP version 1, or FSDP with offloading or with its own loading or checkpointing.
     """
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    if kind not in _KNOWN:
-        raise InputError(f"distributed_type: got {kind}; allowed: {', '.join(_KNOWN)}")
+    check_choice("distributed_type", kind, _KNOWN)
     if accelerator.mixed_precision != "no":
         raise InputError(
             f"mixed_precision: got {accelerator.mixed_precision!r}; allowed: 'no' (masters are float32; the model computes "

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from nt_utils.errors import InputError
+from nt_utils.errors import InputError, check_choice
 from nt_utils.models import LanguageModel, is_sharded
 
 #: Parameters below which ``train_dtype="auto"`` is float64.
@@ -32,8 +33,7 @@ def master_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def check_train_dtype(train_dtype: str) -> None:
     """Raise InputError for an unknown name."""
-    if train_dtype not in TRAIN_DTYPES:
-        raise InputError(f"train_dtype: got {train_dtype!r}; allowed: {', '.join(TRAIN_DTYPES)}")
+    check_choice("train_dtype", train_dtype, TRAIN_DTYPES)
 
 
 def chosen_dtype(lm: LanguageModel, train_dtype: str = "auto") -> torch.dtype | None:
@@ -65,7 +65,8 @@ def training_copy(lm: LanguageModel, train_dtype: str = "auto") -> LanguageModel
         )
     twin = copy.copy(lm)
     twin.__dict__.pop("view", None)  # the original's
-    twin.model = copy.deepcopy(lm.model).to(dtype)
+    model: Any = copy.deepcopy(lm.model)
+    twin.model = model.to(dtype)
     return twin
 
 

@@ -73,11 +73,6 @@ class Prune:
         return cls(neurons, {site: statistics.mean(*site) for site in neurons.masks}, name)
 
     @property
-    def is_zero(self) -> bool:
-        """Whether the pruned channels become zero."""
-        return all(not mean.any() for mean in self.means.values())
-
-    @property
     def key(self) -> str:
         digest = hashlib.sha256()
         for site, mean in self.means.items():
@@ -92,9 +87,7 @@ class Prune:
 
 
 def _check(lm: LanguageModel, pruning: Prune) -> None:
-    found = pruning.neurons.space.architecture
-    if found != lm.view.space.architecture:
-        raise InputError(f"neurons: found on architecture {found}; the model at hand is {lm.view.space.architecture}")
+    pruning.neurons.space.check("neurons: found on", lm.view.space)
     for site in pruning.neurons.masks:
         _ = lm.view.projection(*site).parameter  # an adapter layer is refused
 

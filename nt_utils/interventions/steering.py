@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import pandas as pd
 import torch
@@ -21,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nt_utils import hooks
-from nt_utils.errors import InputError
+from nt_utils.errors import InputError, check_choice
 from nt_utils.evaluation.batching import forward
 from nt_utils.models import LanguageModel, decoder
 
@@ -56,8 +57,7 @@ class Steering:
         vector = torch.as_tensor(self.direction).detach().to("cpu", torch.float32).clone()
         if vector.ndim != 1 or not torch.isfinite(vector).all() or not vector.norm() > 0:
             raise InputError("direction: needs one finite vector that is not zero")
-        if self.mode not in MODES:
-            raise InputError(f"mode: got {self.mode!r}; allowed: {', '.join(MODES)}")
+        check_choice("mode", self.mode, MODES)
         if not math.isfinite(self.strength):
             raise InputError(f"strength: got {self.strength!r}; allowed: a finite number")
         object.__setattr__(self, "direction", vector)
@@ -238,7 +238,7 @@ def refusal_direction(
     )
     difference = token_means(lm, harmful, tried, batch_size) - token_means(lm, harmless, tried, batch_size)
     plain = last_logits(good).log_softmax(-1)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for i, position in enumerate(tried):
         for layer in (x for x in places if difference[i, x].norm() > 0):
             ablate = Steering(difference[i, layer], layer, "ablate", 1.0, lm.view.space.architecture)
@@ -246,7 +246,7 @@ def refusal_direction(
                 {"position": position, "layer": layer, "ablated": float(score(last_logits(bad, ablate)).mean())}
             )
             rows[-1] |= {"added": math.nan, "kl": math.nan, "chosen": False, "steering": ablate}
-    best = None
+    best: Steering | None = None
     for row in sorted(rows, key=lambda row: row["ablated"]):
         if best is not None and not every:
             break

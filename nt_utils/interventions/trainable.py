@@ -46,7 +46,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from nt_utils import hooks
-from nt_utils.errors import InputError
+from nt_utils.errors import InputError, check_choice, check_count, package
 from nt_utils.interventions.delta import Delta, LowRank, Part, put, take
 from nt_utils.interventions.parallel import averaged
 from nt_utils.interventions.precision import master_dtype
@@ -401,12 +401,8 @@ class _Place:
 
 def _places(view: DecoderView, neurons: NeuronSet, sides: str) -> list[_Place]:
     """Where a set's entries lie, one place a module (q, k and v, gate and up may share one) and side."""
-    if sides not in SIDES:
-        raise InputError(f"sides: got {sides!r}; allowed: {', '.join(SIDES)}")
-    if neurons.space.architecture != view.space.architecture:
-        raise InputError(
-            f"neurons: found on architecture {neurons.space.architecture}; the model at hand is {view.space.architecture}"
-        )
+    check_choice("sides", sides, SIDES)
+    neurons.space.check("neurons: found on", view.space)
     if not len(neurons):
         raise InputError("neurons: the set is empty; nothing would be trained or frozen")
     paths = {module: name for name, module in view.model.named_modules()}
@@ -498,14 +494,6 @@ class Everything:
 # ------------------------------------------------------------------------------------------------------ LoRA
 
 
-def _peft():
-    try:
-        import peft
-    except ImportError as error:
-        raise InputError("LoRA: needs the package peft, which is not installed: pip install peft") from error
-    return peft
-
-
 def _all_projections(view: DecoderView) -> dict[str, Projection]:
     """Module name -> one projection in it, for every weight matrix of the decoder layers."""
     paths = {module: name for name, module in view.model.named_modules()}
@@ -542,9 +530,8 @@ class LoRA:
         return cls(**{"rank": rank, "alpha": 2.0 * rank, **more})
 
     def start(self, lm: LanguageModel) -> Training:
-        peft = _peft()
-        if self.rank < 1:
-            raise InputError(f"rank: got {self.rank}; allowed: 1 or more")
+        peft = package("peft", "LoRA: needs the package peft, which is not installed: pip install peft")
+        check_count("rank", self.rank)
         _check_unsharded(lm, self.name)
         return _LoRATraining(lm, self, peft)
 
@@ -581,9 +568,10 @@ class _LoRATraining(Training):
         for path, projection in self._places.items():
             layer: Any = self.lm.model.get_submodule(path)  # peft's own layer
             down, up = (m["default"].weight.detach() for m in (layer.lora_A, layer.lora_B))
-            left, right = (down.t(), up.t()) if projection.transposed else (up, down)
+            factors = (down.t(), up.t()) if projection.transposed else (up, down)
+            left, right = (t.to("cpu", copy=True) for t in factors)
             weight = projection.module.get_parameter("weight").detach()
-            part = LowRank(*(t.to("cpu", copy=True) for t in (left, right)), layer.scaling["default"], weight.dtype)
+            part = LowRank(left, right, layer.scaling["default"], weight.dtype)
             parts[f"{path}.weight"] = part
             moved += int((part.entries(weight) != weight).sum())
         return self._new_delta(parts, moved)

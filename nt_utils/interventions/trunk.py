@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,8 @@ class FrozenTrunk:
         with self._start(hidden):
             decoder(self.lm.model)(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
         skipped = torch.zeros((), dtype=self.lm.model.dtype).expand(1, view.num_kv_heads, len(prefix), view.head_dim)
-        for layer, part in enumerate(cache.layers):
+        layers: list[Any] = cache.layers
+        for layer, part in enumerate(layers):
             if layer < self.layer:
                 part.update(skipped, skipped)
             part.keys, part.values = (kept.expand(count, -1, -1, -1) for kept in (part.keys, part.values))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from nt_utils import hooks
 from nt_utils.data.records import Prompt
-from nt_utils.errors import DivergedError, InputError
+from nt_utils.errors import DivergedError, InputError, check_choice, check_count
 from nt_utils.interventions.delta import Delta
 from nt_utils.interventions.parallel import Processes, average
 from nt_utils.interventions.precision import check_train_dtype, computing, training_copy
@@ -39,23 +39,6 @@ from nt_utils.work import count, track
 if TYPE_CHECKING:
     import pandas
     from accelerate import Accelerator
-
-__all__ = [
-    "AllBut",
-    "Delta",
-    "Everything",
-    "Example",
-    "LoRA",
-    "Only",
-    "Training",
-    "Tuned",
-    "batches",
-    "collate",
-    "collator",
-    "examples",
-    "response_loss",
-    "tune",
-]
 
 IGNORED = -100  # the label of tokens that carry no loss, as in transformers
 #: Bytes of snapshots that a training keeps in main memory; further ones lie in a temporary folder.
@@ -88,8 +71,7 @@ def examples(
     Raises:
         InputError: no prompts, one without that response, or one that leaves no room for a response.
     """
-    if target not in ("refusal", "helpful"):
-        raise InputError(f"target: got {target!r}; allowed: refusal, helpful")
+    check_choice("target", target, ("refusal", "helpful"))
     if not len(prompts):
         raise InputError("prompts: the list is empty; at least one prompt is needed")
     missing = [i for i, p in enumerate(prompts) if not getattr(p, target)]
@@ -485,11 +467,9 @@ def _check(harmful, benign, benign_share, learning_rate, steps, batch_size, warm
         raise InputError(f"learning_rate: got {learning_rate}; it must be above 0")
     stops = [every] if isinstance(every, int) else every or ()
     for name, value in (("steps", steps), ("batch_size", batch_size), *(("every", stop) for stop in stops)):
-        if value < 1:
-            raise InputError(f"{name}: got {value}; allowed: 1 or more")
+        check_count(name, value)
     if not isinstance(every, int) and any(stop > steps for stop in stops):
         raise InputError(f"every: got {max(stops)}; allowed: 1 to the number of steps ({steps})")
     if not 0 <= warmup <= steps:
         raise InputError(f"warmup: got {warmup}; allowed: 0 to the number of steps ({steps})")
-    if schedule not in ("constant", "linear"):
-        raise InputError(f"schedule: got {schedule!r}; allowed: constant, linear")
+    check_choice("schedule", schedule, ("constant", "linear"))

@@ -9,6 +9,7 @@ from nt_utils.models.prompting import DATE, TEMPLATES, Encoded, Prompter, pad
 from nt_utils.models.view import (
     DecoderView,
     Projection,
+    check_evaluating,
     decoder,
     device_of,
     effective,
@@ -31,6 +32,7 @@ __all__ = [
     "ModelError",
     "Projection",
     "Prompter",
+    "check_evaluating",
     "check_family",
     "check_source",
     "context_of",

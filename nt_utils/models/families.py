@@ -140,8 +140,8 @@ def context_of(config) -> tuple[int | None, str]:
     limit, why = getattr(config, "max_position_embeddings", None), "the model's context holds"
     rope = getattr(config, "rope_parameters", None) or {}
     for part in [rope, *(value for value in rope.values() if isinstance(value, dict))]:  # one, or one per kind of layer
-        kind, beside = part.get("rope_type"), getattr(config, "original_max_position_embeddings", None)
-        original = part.get("original_max_position_embeddings") or beside
+        kind, outside = part.get("rope_type"), getattr(config, "original_max_position_embeddings", None)
+        original = part.get("original_max_position_embeddings") or outside
         if kind in ("longrope", "dynamic") and original and (limit is None or original < limit):
             limit, why = original, f"with the model's {kind} rotary embedding results depend on the batch beyond"
     return limit, why

@@ -59,7 +59,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     Sharded weights are gathered one by one, so every process must ask at the same time; nothing is kept of them.
     """
     if is_sharded(model):
-        return _together({name: _hash(tensor) for name, tensor in _tensors(model)})
+        return _combined({name: _hash(tensor) for name, tensor in _tensors(model)})
     known = _KNOWN.setdefault(model, _Known({}, {}, {}))
     found: dict[str, str] = {}
     for name, tensor in _tensors(model):
@@ -67,7 +67,7 @@ def weights_fingerprint(model: nn.Module) -> str:
         if stamp is None or known.stamps.get(name) != stamp:
             known.stamps[name], known.hashes[name] = stamp, _hash(tensor)
         found[name] = known.hashes[name]
-    total = _together(found)
+    total = _combined(found)
     known.before.pop(total, None)
     known.before[total] = found
     while len(known.before) > REMEMBERED:
@@ -128,7 +128,7 @@ def _hash(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _together(hashes: dict[str, str]) -> str:
+def _combined(hashes: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -155,7 +155,7 @@ def identity(lm: LanguageModel, intervention_key: str | None = "") -> str | None
     device = lm.device.type
     facts: dict[str, Any] = {
         "weights": weights_fingerprint(model),
-        "buffers": _together({name: _hash(tensor) for name, tensor in _fixed_buffers(model)}),
+        "buffers": _combined({name: _hash(tensor) for name, tensor in _fixed_buffers(model)}),
         "settings": _settings(model),
         "config": {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")},
         "adapters": adapters,

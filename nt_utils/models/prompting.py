@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nt_utils.errors import InputError, first_line
+from nt_utils.errors import InputError, check_choice, first_line
 from nt_utils.models.families import context_of
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ class Encoded:
 
 def pad(rows: Sequence[Sequence[int]], *, pad_id: int, side: str, prompt_lengths: Sequence[int]) -> Encoded:
     """Token lists to a padded batch."""
-    if side not in ("left", "right"):
-        raise InputError(f"side: got {side!r}; allowed: left, right")
+    check_choice("side", side, ("left", "right"))
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -105,21 +104,9 @@ CHAT_WORDS = re.compile(r"(?:^|[-_./ ])(chat|instruct|it|sft|dpo|rlhf|assistant|
 DATE = "2024-07-26"
 #: Template arguments unless a run says otherwise: models that can think before they answer do not (Qwen 3, Granite 3).
 ARGUMENTS = {"enable_thinking": False, "thinking": False}
-_MONTHS = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-]
-_WEEKDAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+# The calendar module's would follow the machine's language.
+_MONTHS = "January February March April May June July August September October November December".split()  # noqa: SIM905
+_WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()  # noqa: SIM905
 _MARKERS = "\u2063first\u2063", "\u2063second\u2063", "\u2063third\u2063"
 
 

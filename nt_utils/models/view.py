@@ -183,6 +183,12 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
+def check_evaluating(model: nn.Module) -> None:
+    """Raise InputError for a model in training mode."""
+    if model.training:
+        raise InputError("model: it is in training mode (dropout would change the scores); call model.eval() first")
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where a module computes (an offloaded one holds no weights of its own)."""
     hook = getattr(module, "_hf_hook", None)

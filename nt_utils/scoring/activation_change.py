@@ -62,7 +62,12 @@ def activation_change(
     with ScoreWriter(path, space, kinds, len(prompts), meta) as writer:
         for start, batch in batches(aligned, prompts, responses, batch_size, "activation change", progress):
             first, second = (_activations(lm, batch, space.sites(kinds)) for lm in (aligned, unaligned))
-            writer.write(start, {site: _summed(batch, first[site] - second[site].to(first[site])) for site in first})
+            scores = {}
+            for site, values in first.items():
+                squares = (values - second[site].to(values)) ** 2
+                empty = squares.new_zeros(batch.size, squares.shape[1])
+                scores[site] = empty.index_add(0, batch.rows.to(squares.device), squares)
+            writer.write(start, scores)
         return writer.close()
 
 
@@ -78,8 +83,3 @@ def _activations(lm: LanguageModel, batch: Responses, sites) -> dict:
     with torch.no_grad(), hooks.capture(lm, sites) as seen:
         decoder(lm.model)(**{k: v.to(lm.device) for k, v in batch.batch.inputs.items()}, use_cache=False)
         return {site: batch.take(values).float() for site, values in seen.items()}
-
-
-def _summed(batch: Responses, change: torch.Tensor) -> torch.Tensor:
-    rows = batch.rows.to(change.device)
-    return change.new_zeros(batch.size, change.shape[1]).index_add(0, rows, change**2)

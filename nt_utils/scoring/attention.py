@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -54,7 +55,7 @@ def attention_through(view: DecoderView, function: Callable) -> Iterator[None]:
         called.add(layer)
         return function(layer, *args)
 
-    configs = {id(m.config): m.config for m in view.model.modules() if hasattr(m, "config")}
+    configs: dict[int, Any] = {id(m.config): m.config for m in view.model.modules() if hasattr(m, "config")}
     before = {key: config._attn_implementation_internal for key, config in configs.items()}
     _functions.append(by_layer)
     try:

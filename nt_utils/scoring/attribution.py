@@ -30,10 +30,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,8 +42,8 @@ from torch import Tensor, nn
 
 from nt_utils import hooks
 from nt_utils.data.records import Prompt
-from nt_utils.errors import InputError
-from nt_utils.models import Encoded, LanguageModel, decoder, pad
+from nt_utils.errors import InputError, check_choice, check_count
+from nt_utils.models import Encoded, LanguageModel, check_evaluating, decoder, pad
 from nt_utils.neurons import POOL, NeuronScores, ScoreWriter, Site, check_kinds
 from nt_utils.work import count, track
 
@@ -101,8 +101,8 @@ def utility_cases(prompts: Sequence[Prompt], attacks: Sequence[Attack] = (), per
 
 def representatives(attacks: Sequence[Attack], per_class: int | None = 1) -> list[Attack]:
     """The first ``per_class`` attacks of every class, classes in the order given."""
-    if per_class is not None and (not isinstance(per_class, int) or per_class < 1):
-        raise InputError(f"per_class: got {per_class!r}; allowed: a whole number from 1, or None for all")
+    if per_class is not None:
+        check_count("per_class", per_class)
     by_class: dict[str, list[Attack]] = {}
     for attack in attacks:
         by_class.setdefault(attack.attack_class, []).append(attack)
@@ -344,8 +344,7 @@ def aggregate(scores: NeuronScores, how: str = "signed", kinds: Sequence[str] = 
         how: "signed" averages the scores, "absolute" their absolute values (a neuron that hurts here and helps there
             counts).
     """
-    if how not in ("signed", "absolute"):
-        raise InputError(f"how: got {how!r}; allowed: signed, absolute")
+    check_choice("how", how, ("signed", "absolute"))
     values = scores.matrix(kinds).double()
     values = values.abs() if how == "absolute" else values
     labels = scores.meta.get("groups") or [""] * (max(scores.rows) + 1)
@@ -356,16 +355,13 @@ def aggregate(scores: NeuronScores, how: str = "signed", kinds: Sequence[str] = 
 
 
 def _check(lm, cases, method, target, kinds, numbers: Mapping[str, int]) -> None:
-    if method not in METHODS:
-        raise InputError(f"method: got {method!r}; allowed: {', '.join(METHODS)}")
-    if target not in TARGETS:
-        raise InputError(f"target: got {target!r}; allowed: {', '.join(TARGETS)}")
+    check_choice("method", method, METHODS)
+    check_choice("target", target, TARGETS)
     check_kinds(kinds)
     if set(kinds) - set(POOL):
         raise InputError(f"kinds: got {list(kinds)}; attribution is defined for {', '.join(POOL)}")
     for name, value in numbers.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{name}: got {value!r}; allowed: a whole number from 1")
+        check_count(name, value)
     if not cases:
         raise InputError("cases: the list is empty; at least one case is needed")
     if target == "attacked":
@@ -374,8 +370,7 @@ def _check(lm, cases, method, target, kinds, numbers: Mapping[str, int]) -> None
         ]
         if same:
             raise InputError(f"cases: number {same[0]} is not attacked (its two texts are equal); use target='zero'")
-    if lm.model.training:
-        raise InputError("model: it is in training mode (dropout would change the scores); call model.eval() first")
+    check_evaluating(lm.model)
 
 
 def _bar(n_cases: int, batch_size: int, n_sites: int, method: str, progress: bool):
@@ -420,20 +415,16 @@ class _Runs:
         seen: dict[Site, Tensor] = {}
         hidden: list[Tensor | None] = [None] * self.view.num_layers
 
-        def keep(site: Site) -> Callable:
-            def read(activation: Tensor) -> None:
-                seen[site] = responses.take(activation, start)
+        def keep(activation: Tensor, site: Site) -> None:
+            seen[site] = responses.take(activation, start)
 
-            return read
+        def enter(args: tuple, kwargs: dict, layer: int) -> None:
+            hidden[layer] = args[0] if args else kwargs["hidden_states"]
 
-        def enter(layer: int) -> Callable:
-            def read(args: tuple, kwargs: dict) -> None:
-                hidden[layer] = args[0] if args else kwargs["hidden_states"]
-
-            return read
-
-        watched = [(self.view.layers[i], enter(i)) for i in range(self.view.num_layers)] if prefix is not None else []
-        with torch.no_grad(), hooks.edit(self.view, {s: keep(s) for s in self.sites}), hooks.observe(watched):
+        layers = self.view.layers if prefix is not None else []
+        watched = [(block, partial(enter, layer=i)) for i, block in enumerate(layers)]
+        edits = {site: partial(keep, site=site) for site in self.sites}
+        with torch.no_grad(), hooks.edit(self.view, edits), hooks.observe(watched):
             loss = responses.loss(self.lm, prefix=prefix)[0]
         return seen, hidden, loss
 
@@ -500,7 +491,7 @@ def _chunks(runs: _Runs, steps: int, rows: int) -> Iterator[tuple[Tensor, Tensor
     yield from zip(points.split(size), weights.split(size), strict=True)
 
 
-def _along(runs: _Runs, site: Site, points: Tensor) -> Tensor:
+def _path_points(runs: _Runs, site: Site, points: Tensor) -> Tensor:
     """The site's activations at points of the path, leaves [points, M, width]."""
     start, end = runs.plain(site), runs.target(site)
     at = points.to(start)[:, None, None]
@@ -521,7 +512,7 @@ def _integrated(runs: _Runs, steps: int, rows: int) -> Iterator[dict[Site, Tenso
     for site in runs.sites:
         mean = torch.zeros(())
         for points, weights in _chunks(runs, steps, rows):
-            values = _along(runs, site, points)
+            values = _path_points(runs, site, points)
             with torch.enable_grad():
                 loss = runs.signed(runs.forward(site[0], {site: values}))
             mean = mean + _weighted(torch.autograd.grad(loss, values)[0], weights)
@@ -531,7 +522,7 @@ def _integrated(runs: _Runs, steps: int, rows: int) -> Iterator[dict[Site, Tenso
 def _direct(runs: _Runs, steps: int, rows: int) -> Iterator[dict[Site, Tensor]]:
     mean = dict.fromkeys(runs.sites, torch.zeros(()))
     for points, weights in _chunks(runs, steps, rows):
-        values = {site: _along(runs, site, points) for site in runs.sites}
+        values = {site: _path_points(runs, site, points) for site in runs.sites}
         with torch.enable_grad():
             loss = runs.signed(runs.forward(0, values))
         gradients = torch.autograd.grad(loss, list(values.values()))
@@ -544,15 +535,12 @@ def _patching(runs: _Runs, steps: int, rows: int) -> Iterator[dict[Site, Tensor]
     seen: dict[Site, Tensor] = {}
     prefix = runs.prefix
 
-    def keep(site: Site) -> Callable:
-        def read(activation: Tensor) -> Tensor:
-            # The first sites depend on nothing that asks for gradients: they become the graph's leaves.
-            seen[site] = activation if activation.requires_grad else activation.detach().requires_grad_()
-            return seen[site]
+    def keep(activation: Tensor, site: Site) -> Tensor:
+        # The first sites depend on nothing that asks for gradients: they become the graph's leaves.
+        seen[site] = activation if activation.requires_grad else activation.detach().requires_grad_()
+        return seen[site]
 
-        return read
-
-    with torch.enable_grad(), hooks.edit(runs.view, {site: keep(site) for site in runs.sites}):
+    with torch.enable_grad(), hooks.edit(runs.view, {site: partial(keep, site=site) for site in runs.sites}):
         loss = runs.signed(runs.responses.loss(runs.lm, prefix=prefix)[0])
     gradients = torch.autograd.grad(loss, list(seen.values()))
     scores = {}

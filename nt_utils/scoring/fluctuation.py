@@ -9,20 +9,18 @@ variance, over all real tokens of prompt and response, each token counted once.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nt_utils import hooks
-from nt_utils.errors import InputError
-from nt_utils.files import digest_of, read_header, sealed
-from nt_utils.models import DecoderView, Encoded, LanguageModel, decoder
+from nt_utils.errors import InputError, check_count
+from nt_utils.files import read_sealed, understanding, write_sealed
+from nt_utils.models import DecoderView, Encoded, LanguageModel, check_evaluating, decoder
 from nt_utils.neurons import POOL, NeuronSpace, Site
 from nt_utils.work import count, track
 
@@ -96,14 +94,11 @@ class Fluctuation:
         """Feed from every forward of ``batch`` inside."""
         spans = [slice(s, s + n) for s, n in zip(batch.starts, batch.lengths, strict=True)]
 
-        def reader(site: Site):
-            def read(activation: Tensor) -> None:
-                for b, span in enumerate(spans):
-                    self.update(site, activation[b, span])
+        def read(activation: Tensor, site: Site) -> None:
+            for b, span in enumerate(spans):
+                self.update(site, activation[b, span])
 
-            return read
-
-        with hooks.edit(view, {site: reader(site) for site in self.readers}):
+        with hooks.edit(view, {site: partial(read, site=site) for site in self.readers}):
             yield
 
     # -- reading off
@@ -125,10 +120,6 @@ class Fluctuation:
         """Var_D(x_j) ||W[:, j]||^2 of each channel, float64 [width]."""
         return self.variance(layer, kind) * self.readers[layer, kind]
 
-    def head_scores(self, layer: int) -> Tensor:
-        """Sum of its channels' scores for each attention head, float64 [heads]."""
-        return self.score(layer, "o").unflatten(0, (-1, self.head_dim)).sum(1)
-
     def _of(self, table: dict[Site, Tensor], layer: int, kind: str) -> Tensor:
         if (layer, kind) not in table:
             raise InputError(f"site: no statistics for layer {layer}, projection {kind!r}; allowed kinds: o, ffn")
@@ -140,48 +131,24 @@ class Fluctuation:
 
     def save(self, path) -> Path:
         """Write safetensors with the neuron space in the header; atomic."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {}
-        for layer, kind in self.readers:
-            site, name = (layer, kind), f"{layer}.{kind}"
-            tensors[f"{name}.mean"], tensors[f"{name}.squares"] = self._mean[site], self._squares[site]
-            tensors[f"{name}.reader"] = self.readers[site]
-        counts = {f"{layer}.{kind}": n for (layer, kind), n in self._count.items()}
-        header = {
-            "format": FORMAT,
-            "space": self.space.to_json(),
-            "head_dim": str(self.head_dim),
-            "counts": json.dumps(counts),
-            "digest": digest_of(tensors.items()),
-        }
-        tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        save_file(tensors, tmp, metadata=sealed(header))
-        tmp.replace(path)
-        return path
+        tables = {"mean": self._mean, "squares": self._squares, "reader": self.readers}
+        tensors = {f"{i}.{kind}.{name}": v for name, table in tables.items() for (i, kind), v in table.items()}
+        counts = json.dumps({f"{layer}.{kind}": n for (layer, kind), n in self._count.items()})
+        header = {"format": FORMAT, "space": self.space.to_json(), "head_dim": str(self.head_dim), "counts": counts}
+        return write_sealed(path, tensors, header)
 
     @classmethod
     def load(cls, path, space: NeuronSpace | None = None) -> Fluctuation:
         """Read statistics. Raises InputError when the file is damaged or, given ``space``, of another architecture."""
-        path = Path(path)
-        header = read_header(path, FORMAT)
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-            if digest_of(tensors.items()) != header["digest"]:
-                raise InputError(f"{path}: damaged statistics file: its values do not match its digest")
+        header, tensors = read_sealed(path, FORMAT)
+        with understanding(path):
             found, counts = NeuronSpace.from_json(header["space"]), json.loads(header["counts"])
+            found.check(f"{path}: made for", space)
             names = {site: f"{site[0]}.{site[1]}" for site in found.sites(POOL)}
             out = cls(found, {s: tensors[f"{name}.reader"] for s, name in names.items()}, int(header["head_dim"]))
             for s, name in names.items():
                 out._mean[s], out._squares[s] = tensors[f"{name}.mean"], tensors[f"{name}.squares"]
                 out._count[s] = counts[name]
-        except (SafetensorError, KeyError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path}: damaged statistics file ({type(error).__name__})") from error
-        if space is not None and found.architecture != space.architecture:
-            raise InputError(f"{path}: made for {found.architecture}; the model at hand is {space.architecture}")
         return out
 
 
@@ -202,12 +169,10 @@ def fluctuation(
     """
     if isinstance(prompts, str) or not len(prompts):
         raise InputError("prompts: need a list with at least one text")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size: got {batch_size!r}; allowed: a whole number from 1")
+    check_count("batch_size", batch_size)
     if responses is not None and len(responses) != len(prompts):
         raise InputError(f"responses: got {len(responses)} for {len(prompts)} prompts")
-    if lm.model.training:
-        raise InputError("model: it is in training mode (dropout would change the scores); call model.eval() first")
+    check_evaluating(lm.model)
     statistics = Fluctuation.of(lm)
     steps = range(0, len(prompts), batch_size)
     for start in track(steps, desc="fluctuation", unit="batch", disable=not progress):

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,8 +27,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nt_utils import hooks
-from nt_utils.errors import InputError
-from nt_utils.models import DecoderView, Encoded, LanguageModel, context_of, decoder
+from nt_utils.errors import InputError, check_choice, check_count
+from nt_utils.models import DecoderView, Encoded, LanguageModel, check_evaluating, context_of, decoder
 from nt_utils.neurons import KINDS, NeuronScores, ScoreWriter, Site, check_kinds
 from nt_utils.scoring.attention import attention_through
 from nt_utils.scoring.fluctuation import Fluctuation
@@ -79,11 +80,9 @@ def importance(
     check_kinds(kinds)
     if isinstance(prompts, str) or not len(prompts):
         raise InputError("prompts: need a list with at least one text")
-    if positions not in POSITIONS:
-        raise InputError(f"positions: got {positions!r}; allowed: {', '.join(POSITIONS)}")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size: got {batch_size!r}; allowed: a whole number from 1")
-    _refuse_training(lm.model)
+    check_choice("positions", positions, POSITIONS)
+    check_count("batch_size", batch_size)
+    check_evaluating(lm.model)
     last = lm.suffix_length if positions == "last" else None
     counts = lm.token_counts(prompts)
     meta = {"score": "importance", "positions": positions, "model": lm.name}
@@ -91,10 +90,10 @@ def importance(
     weights = Weights(lm.view)
     with ExitStack() as stack:
         writer = stack.enter_context(ScoreWriter(path, lm.view.space, kinds, len(prompts), meta))
-        beside = None
+        error_writer = None
         if estimated:
             meta = {**meta, "score": "standard error of importance"}
-            beside = stack.enter_context(
+            error_writer = stack.enter_context(
                 ScoreWriter(_errors_path(writer.path), lm.view.space, estimated, len(prompts), meta)
             )
         # Prompts of like length together, the longest first: less padding, and memory runs out at once or never.
@@ -102,7 +101,8 @@ def importance(
         steps = range(0, len(prompts), batch_size)
         for start in track(steps, desc="scoring", unit="batch", disable=not progress):
             rows = order[start : start + batch_size]
-            batch, errors = lm.encode([prompts[i] for i in rows], side="right"), {}
+            batch = lm.encode([prompts[i] for i in rows], side="right")
+            errors: dict[Site, Tensor] = {}
             scores = score_batch(
                 lm.view,
                 batch,
@@ -116,10 +116,10 @@ def importance(
             )
             for b, row in enumerate(rows):
                 writer.write(row, {site: values[b : b + 1] for site, values in scores.items()})
-                if beside is not None:
-                    beside.write(row, {site: errors[site][b : b + 1] for site in lm.view.space.sites(estimated)})
-        if beside is not None:
-            beside.close()
+                if error_writer is not None:
+                    error_writer.write(row, {site: errors[site][b : b + 1] for site in lm.view.space.sites(estimated)})
+        if error_writer is not None:
+            error_writer.close()
         return writer.close()
 
 
@@ -134,11 +134,6 @@ def standard_errors(scores: NeuronScores) -> NeuronScores | None:
 
 def _errors_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.errors{path.suffix}")
-
-
-def _refuse_training(model) -> None:
-    if model.training:
-        raise InputError("model: it is in training mode (dropout would change the scores); call model.eval() first")
 
 
 def score_batch(
@@ -160,7 +155,7 @@ def score_batch(
         weights: what was read of the weights in an earlier batch.
         errors: takes the standard errors of the q and k scores, like the scores.
     """
-    _refuse_training(view.model)
+    check_evaluating(view.model)
     limit, why = context_of(view.config)
     if limit is not None and max(batch.lengths) > limit:
         raise InputError(f"prompts: the longest has {max(batch.lengths)} tokens; {why} {limit}")
@@ -257,35 +252,29 @@ class _Scorer:
         readers: dict[str, Callable] = {"o": self._read, "ffn": self._read}
         if self.view.family.qk_norm:
             readers |= {"q": self._keep_raw, "k": self._keep_raw}
-        edits = {(i, kind): readers[kind](i, kind) for i in layers for kind in self.kinds if kind in readers}
+        sites = [(i, kind) for i in layers for kind in self.kinds if kind in readers]
+        edits = {site: partial(readers[site[1]], site=site) for site in sites}
         with ExitStack() as stack:
             if set("qkv") & set(self.kinds):
                 stack.enter_context(attention_through(self.view, self.attention))
-                stack.enter_context(hooks.observe([(self.view.attention(i), self._keep_rope(i)) for i in layers]))
+                stack.enter_context(
+                    hooks.observe([(self.view.attention(i), partial(self._keep_rope, layer=i)) for i in layers])
+                )
             if edits:
                 stack.enter_context(hooks.edit(self.view, edits, "importance"))
             yield
 
-    def _keep_rope(self, layer: int) -> Callable:
-        def read(args: tuple, kwargs: dict) -> None:
-            self._rope[layer] = kwargs.get("position_embeddings")
+    def _keep_rope(self, args: tuple, kwargs: dict, layer: int) -> None:
+        self._rope[layer] = kwargs.get("position_embeddings")
 
-        return read
+    def _keep_raw(self, activation: Tensor, site: Site) -> None:
+        self._raw[site] = activation
 
-    def _keep_raw(self, layer: int, kind: str) -> Callable:
-        def read(activation: Tensor) -> None:
-            self._raw[layer, kind] = activation
-
-        return read
-
-    def _read(self, layer: int, kind: str) -> Callable:
-        def read(activation: Tensor) -> None:
-            columns = self.weights.columns(layer, kind).to(activation.device)
-            spans = [(start + first, end) for (start, end), first in zip(self.spans, self.firsts, strict=True)]
-            rows = [writing_scores(activation[b, start:end], columns) for b, (start, end) in enumerate(spans)]
-            self._store(layer, kind, torch.stack(rows))
-
-        return read
+    def _read(self, activation: Tensor, site: Site) -> None:
+        columns = self.weights.columns(*site).to(activation.device)
+        spans = [(start + first, end) for (start, end), first in zip(self.spans, self.firsts, strict=True)]
+        rows = [writing_scores(activation[b, start:end], columns) for b, (start, end) in enumerate(spans)]
+        self._store(*site, torch.stack(rows))
 
     def _store(self, layer: int, kind: str, values: Tensor) -> None:
         values = values.float().cpu()

@@ -144,7 +144,7 @@ def channel_parts(
     """How each channel before the rotary embedding enters the vector ``x`` after it (its rotated part first).
 
     Returns:
-        own, other, like x: channel i puts own_i into place i and other_i into place partner[i]; partner [d].
+        at_place, at_partner, like x: channel i puts them into places i and partner[i]; partner [d].
     """
     d = x.shape[-1]
     partner = torch.arange(d, device=x.device)
@@ -158,11 +158,11 @@ def channel_parts(
     turned, signed = x[..., :r], sign * sin
     # Undo the rotation: the channel itself, divided by what the embedding scales it by (YaRN, half-precision cos).
     before = (turned * cos + turned.roll(half, -1) * signed) / (cos**2 + sin**2)
-    own, other = before * cos, before * signed
+    at_place, at_partner = before * cos, before * signed
     if r < d:
         rest = x[..., r:]
-        own, other = torch.cat([own, rest], -1), torch.cat([other, torch.zeros_like(rest)], -1)
-    return own, other, partner
+        at_place, at_partner = torch.cat([at_place, rest], -1), torch.cat([at_partner, torch.zeros_like(rest)], -1)
+    return at_place, at_partner, partner
 
 
 def rms_ratio(raw: Float[Tensor, "prompts tokens width"], norm, scope: str, head_dim: int) -> Tensor:
@@ -208,14 +208,14 @@ class QueryKey:
         (self.prompts, h, tokens, d), n = attention.query.shape, attention.key.shape[1]
         self.d, g = d, h // n
         inner, outer = (attention.query, attention.key) if kind == "q" else (attention.key, attention.query)
-        own, other, partner = channel_parts(inner, attention.cos, attention.sin)
+        at_place, at_partner, partner = channel_parts(inner, attention.cos, attention.sin)
         opposite = outer[..., partner]
         if kind == "q":  # left [problems, I, T, 1], right [problems, I, T]
-            left = [x.flatten(0, 1).transpose(1, 2).unsqueeze(-1) for x in (own, other)]
+            left = [x.flatten(0, 1).transpose(1, 2).unsqueeze(-1) for x in (at_place, at_partner)]
             right = [x.repeat_interleave(g, 1).flatten(0, 1).transpose(1, 2).contiguous() for x in (outer, opposite)]
         else:  # left [problems, I, T, g]
             left = [x.unflatten(1, (n, g)).flatten(0, 1).permute(0, 3, 2, 1) for x in (outer, opposite)]
-            right = [x.flatten(0, 1).transpose(1, 2).contiguous() for x in (own, other)]
+            right = [x.flatten(0, 1).transpose(1, 2).contiguous() for x in (at_place, at_partner)]
         # The rows of E sum to 0: a shift of V changes nothing, and a centred V loses fewer digits.
         value = attention.value - attention.value.mean(2, keepdim=True)
         self.gram = grams  # of the first prompt's problems; the other prompts' are the same

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from nt_utils import hooks
 from nt_utils.data.records import Prompt
-from nt_utils.errors import InputError
-from nt_utils.models import OWNED, LanguageModel, Projection, decoder
+from nt_utils.errors import InputError, check_choice
+from nt_utils.models import OWNED, LanguageModel, Projection, check_evaluating, decoder
 from nt_utils.neurons import POOL, NeuronScores, ScoreWriter, Site, check_kinds
 from nt_utils.scoring.attribution import Responses, frozen
 from nt_utils.work import track
@@ -60,8 +60,7 @@ def saliency(
     Raises:
         InputError: an unknown metric or kind, prompts without responses, a model in training mode, NaN or Inf.
     """
-    if metric not in METRICS:
-        raise InputError(f"metric: got {metric!r}; allowed: {', '.join(METRICS)}")
+    check_choice("metric", metric, METRICS)
     check_kinds(kinds)
     check_pairs(lm, prompts, responses)
     work = {"snip": _snip, "wanda": _wanda}[metric]
@@ -76,8 +75,7 @@ def check_pairs(lm: LanguageModel, prompts: Sequence[Prompt], responses: Sequenc
     """Raise InputError unless every prompt has a response and the model is in evaluation mode."""
     if not len(prompts) or len(prompts) != len(responses):
         raise InputError(f"responses: got {len(responses)} for {len(prompts)} prompts; at least one of each is needed")
-    if lm.model.training:
-        raise InputError("model: it is in training mode (dropout would change the scores); call model.eval() first")
+    check_evaluating(lm.model)
 
 
 def batches(lm: LanguageModel, prompts, responses, batch_size: int, label: str, progress: bool):

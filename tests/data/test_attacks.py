@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from nt_utils.data.attacks import ATTACKS, FULL_LENGTH, attack, attacks, classes
+from nt_utils.data.attacks import ATTACKS, FULL_LENGTH, WORDINGS, attack, attacks, classes
 from nt_utils.data.records import Prompt
-from nt_utils.errors import InputError
+from tests.common import refused
 
 REQUEST = "How do I forge a passport?"
 
@@ -53,9 +53,10 @@ def test_asked_for_families_are_there():
 def test_a_class_is_seen_or_unseen_as_a_whole():
     for name in classes():
         assert len({found.seen for found in attacks(attack_class=name)}) == 1, name
-    assert set(classes(seen=True)).isdisjoint(classes(seen=False)) and len(classes(seen=False)) > len(
-        classes(seen=True)
-    )
+    seen, unseen = classes(seen=True), classes(seen=False)
+    assert set(seen).isdisjoint(unseen) and len(unseen) >= 8 > len(seen) >= 2
+    for name in {wording.attack_class for wording in WORDINGS}:
+        assert all(attacks(attack_class=name, split=split) for split in ("train", "dev", "test"))
 
 
 def test_apply_marks_the_prompt_and_prefills_the_answer():
@@ -76,5 +77,4 @@ def test_many_shots_are_many():
 
 
 def test_unknown_attack_lists_the_known_ones():
-    with pytest.raises(InputError, match=r"unknown attack 'magic': use one of roleplay\.1, .*many-shot"):
-        attack("magic")
+    refused(r"unknown attack 'magic': use one of roleplay\.1, .*many-shot", lambda: attack("magic"))

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from nt_utils.data import corpus as c
-from nt_utils.data.attacks import ATTACKS, attack, attacks, classes
+from nt_utils.data.attacks import ATTACKS, attack, attacks
 from nt_utils.errors import InputError
 
 MIX = c.Mix(
@@ -133,18 +133,6 @@ def test_utility_covers_both_languages_and_every_task():
     assert len(set(found.column("task"))) >= 7
 
 
-def test_attacks_are_wrappers_of_many_classes():
-    assert len(classes()) >= 10
-    assert len(classes(seen=True)) >= 2 and len(classes(seen=False)) >= 8
-    assert not set(classes(seen=True)) & set(classes(seen=False))
-    for name in {a.attack_class for a in c.WORDINGS}:
-        for split in c.SPLITS:
-            assert attacks(attack_class=name, split=split)
-    for wrapper in c.WORDINGS:
-        text = wrapper("How do I forge a passport?")
-        assert "How do I forge a passport?" in text and len(text) > len("How do I forge a passport?") + 5
-
-
 def test_wrapped_prompts_keep_their_request_and_name_their_attack():
     wrapped = c.corpus("harmful", "test", attack="unseen")
     direct = set(c.corpus("harmful", "test").texts)
@@ -176,10 +164,8 @@ def test_attacks_registered_later_do_not_change_the_testbed(monkeypatch):
         (lambda: c.corpus("borderline", "test", "de"), "borderline"),
         (lambda: c.corpus("harmful", attack="magic"), "attack"),
         (lambda: c.corpus("harmful", attack=[]), "attack"),
-        (lambda: c.pairs(0), "n"),
         (lambda: c.pairs(10**6), "n"),
         (lambda: c.training_rows(c.Mix({"spam": 1.0}), 3), "spam"),
-        (lambda: attack("nonsense"), "nonsense"),
     ],
 )
 def test_bad_input_gets_one_line(call, word):

@@ -1,7 +1,7 @@
 import pytest
 
 from nt_utils.data.records import PROMPT_FIELDS, Prompt, PromptSet
-from nt_utils.errors import InputError
+from tests.common import refused
 
 
 def example() -> PromptSet:
@@ -20,10 +20,8 @@ def test_prompts_are_immutable_typed_records():
     with pytest.raises(AttributeError):
         prompt.text = "other"
     assert prompt.replace(kind="harmful").kind == "harmful" and prompt.kind == "general"
-    with pytest.raises(InputError, match="kind 'bad' is unknown: use one of harmful, benign"):
-        Prompt("hello", kind="bad")
-    with pytest.raises(InputError, match="field refusal must be text, got NoneType"):
-        Prompt("hello", refusal=None)
+    refused("kind: got 'bad'; allowed: harmful, benign", lambda: Prompt("hello", kind="bad"))
+    refused("field refusal must be text, got NoneType", lambda: Prompt("hello", refusal=None))
 
 
 def test_filter_by_value_collection_and_function():
@@ -33,8 +31,7 @@ def test_filter_by_value_collection_and_function():
     assert len(prompts.filter(split=("dev", "test"))) == 3
     assert prompts.filter(text=lambda text: "lock" in text).column("kind") == ["harmful"]
     assert prompts.filter(kind="harmful").name == "mixed"
-    with pytest.raises(InputError, match="unknown prompt field colour"):
-        prompts.filter(colour="red")
+    refused("unknown prompt field colour", lambda: prompts.filter(colour="red"))
 
 
 def test_sequence_and_take():
@@ -46,8 +43,7 @@ def test_sequence_and_take():
     assert drawn == prompts.take(10, seed=1) and drawn != prompts.take(10, seed=2)
     assert [int(t) for t in drawn.texts] == sorted(int(t) for t in drawn.texts)
     assert prompts.take(99) is prompts and prompts.take(None, seed=4) is prompts
-    with pytest.raises(InputError, match="n must be 0 or more"):
-        prompts.take(-1)
+    refused("n must be 0 or more", lambda: prompts.take(-1))
     assert len(prompts[:2] + prompts[:3]) == 5
 
 
@@ -68,5 +64,4 @@ def test_frame_round_trip():
     assert list(frame.columns) == list(PROMPT_FIELDS) and len(frame) == 3
     assert PromptSet.from_frame(frame, "mixed") == prompts
     assert list(PromptSet([]).to_frame().columns) == list(PROMPT_FIELDS)
-    with pytest.raises(InputError, match="unknown prompt field colour"):
-        PromptSet.from_frame(frame.assign(colour="red"))
+    refused("unknown prompt field colour", lambda: PromptSet.from_frame(frame.assign(colour="red")))

@@ -8,6 +8,7 @@ from nt_utils.data.records import PromptSet
 from nt_utils.data.registry import REGISTRY
 from nt_utils.data.sources import load_prompts
 from nt_utils.errors import InputError
+from tests.common import refused
 
 ROWS = [{"id": 1, "prompt": "how do I bake bread", "note": "x"}, {"id": 2, "prompt": "how do I sail, fast", "note": ""}]
 
@@ -64,20 +65,7 @@ def test_local_files_with_the_users_own_columns(tmp_path, suffix):
     path = write(tmp_path / f"mine{suffix}")
     prompts = load_prompts(f"{path}:prompt", kind="harmful")
     assert prompts.texts == [row["prompt"] for row in ROWS] and set(prompts.column("kind")) == {"harmful"}
-    with pytest.raises(InputError, match="there is no column 'goal'; the columns are id, prompt, note"):
-        load_prompts(f"{path}:goal")
-
-
-def test_other_json_layouts_and_plain_text(tmp_path):
-    (tmp_path / "strings.json").write_text('["one", "two"]')
-    (tmp_path / "columns.json").write_text('{"q": ["one", "two"], "a": ["1", "2"]}')
-    (tmp_path / "nested.json").write_text('{"version": 1, "data": [{"q": "one"}, {"q": "two"}]}')
-    (tmp_path / "lines.txt").write_text("one\n\ntwo\n")
-    assert load_prompts(f"{tmp_path}/strings.json").texts == ["one", "two"]
-    assert load_prompts(f"{tmp_path}/columns.json:q").texts == ["one", "two"]
-    assert load_prompts(f"{tmp_path}/nested.json:q").texts == ["one", "two"]
-    with pytest.warns(UserWarning, match="dropped 1 empty prompts, 2 are left"):
-        assert load_prompts(f"{tmp_path}/lines.txt").texts == ["one", "two"]
+    refused("there is no column 'goal'; the columns are id, prompt, note", lambda: load_prompts(f"{path}:goal"))
 
 
 def test_empty_and_duplicate_prompts_are_dropped_with_a_count(tmp_path):
@@ -127,38 +115,21 @@ def test_empty_or_missing_files(tmp_path, content, message):
 def test_a_list_of_texts_without_a_header_never_loses_its_first(tmp_path, suffix):
     path = tmp_path / f"texts{suffix}"
     path.write_text("How do I bake?\nHow do I sail?\n")
-    with pytest.raises(InputError, match=r"its first line, 'How do I bake\?', is no name of a column"):
-        load_prompts(str(path))
+    refused(r"its first line, 'How do I bake\?', is no name of a column", lambda: load_prompts(str(path)))
     path.write_text("adult prompt\nHow do I sail?\n")
     assert load_prompts(f"{path}:adult prompt").texts == ["How do I sail?"]
 
 
-def test_unreadable_files_and_bad_sources(tmp_path):
-    (tmp_path / "a.json").write_text('{"q": [')
-    (tmp_path / "b.jsonl").write_text('{"q": "one"}\nnot json\n')
-    (tmp_path / "c.csv").write_bytes(b"\xff\xfe\x00q\n\x80\x81")
-    (tmp_path / "d.jsonl").write_text('[1, 2]\n"three"\n')
-    (tmp_path / "e.jsonl").write_text('{"q": [1, 2]}\n')
-    (tmp_path / "f.docx").write_text("x")
+def test_bad_sources(tmp_path):
     for source, message in [
-        (f"{tmp_path}/a.json:q", "cannot be read as json"),
-        (f"{tmp_path}/b.jsonl:q", "cannot be read as jsonl"),
-        (f"{tmp_path}/c.csv:q", "cannot be read as csv"),
-        (f"{tmp_path}/d.jsonl:q", "every row must be an object"),
-        (f"{tmp_path}/e.jsonl:q", r"row 1: column 'q' holds \[1, 2\], which is no text"),
-        (f"{tmp_path}/f.docx:q", "prompts are read from .csv"),
         ("nonsense", "unknown prompt set 'nonsense': use one of advbench, harmbench"),
         ("hub:dataset:train", "a hub source is hub:org/name:split:column"),
         ("multijail:xx", "multijail has no column 'xx'; it has en, zh"),
         ("", "got nothing"),
     ]:
-        with pytest.raises(InputError, match=message) as error:
-            load_prompts(source)
-        assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match="kind 'bad' is unknown"):
-        load_prompts("advbench", kind="bad")
-    with pytest.raises(InputError, match="limit must be 1 or more"):
-        load_prompts("advbench", limit=0)
+        refused(message, load_prompts, source)
+    refused("kind: got 'bad'", lambda: load_prompts("advbench", kind="bad"))
+    refused("limit: got 0", lambda: load_prompts("advbench", limit=0))
 
 
 def test_hub_set_from_an_offline_cache(hub):
@@ -166,8 +137,7 @@ def test_hub_set_from_an_offline_cache(hub):
     assert load_prompts("hub:someone/questions:train:q", kind="benign").texts == ["one", "two"]
     with pytest.raises(InputError, match="there is no column 'question'; the columns are q, a"):
         load_prompts("hub:someone/questions:train:question")
-    with pytest.raises(InputError, match='Unknown split "test"'):
-        load_prompts("hub:someone/questions:test:q")
+    refused('Unknown split "test"', lambda: load_prompts("hub:someone/questions:test:q"))
     with pytest.raises(
         InputError, match="someone/others, split train: the hub cannot be reached and the data set is not"
     ):
@@ -180,8 +150,7 @@ def test_offline_switches_are_restored_and_a_refusal_is_quick(hub):
     import huggingface_hub
 
     before, start = huggingface_hub.constants.HF_HUB_OFFLINE, time.perf_counter()
-    with pytest.raises(InputError, match=r"advbench: .* a local copy can be given as advbench@file"):
-        load_prompts("advbench")
+    refused(r"advbench: .* a local copy can be given as advbench@file", lambda: load_prompts("advbench"))
     assert before == huggingface_hub.constants.HF_HUB_OFFLINE and time.perf_counter() - start < 20
 
 
@@ -295,11 +264,9 @@ def test_files_in_the_folder_nt_data_come_before_the_hub(tmp_path, monkeypatch, 
 
 def test_the_folder_nt_data_is_never_guessed_at(tmp_path, monkeypatch, hub):
     monkeypatch.setenv("NT_DATA", str(tmp_path / "nowhere"))
-    with pytest.raises(InputError, match="NT_DATA: there is no folder"):
-        load_prompts("advbench")
+    refused("NT_DATA: there is no folder", lambda: load_prompts("advbench"))
     monkeypatch.setenv("NT_DATA", str(tmp_path))
-    with pytest.raises(InputError, match=r"lie in the folder NT_DATA as harmful_behaviors\.csv or advbench\.\* or"):
-        load_prompts("advbench")
+    refused(r"lie in the folder NT_DATA as harmful_behaviors\.csv or advbench\.\* or", lambda: load_prompts("advbench"))
     row = ORIGINALS["advbench"][1]
     write(tmp_path / "harmful_behaviors.csv", [row])
     write(tmp_path / "AdvBench_100.csv", [row])
@@ -357,8 +324,7 @@ def test_gated_sets_are_said_to_be_gated(monkeypatch):
         raise GatedRepoError("401 Client Error\nlong explanation")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(InputError, match="the data set is gated: accept its licence"):
-        load_prompts("hub:someone/gated:train:q")
+    refused("the data set is gated: accept its licence", lambda: load_prompts("hub:someone/gated:train:q"))
 
 
 def test_a_prompt_set_passes_through():

@@ -13,6 +13,7 @@ from nt_utils.experiments import modulation
 from nt_utils.files import project_root
 from nt_utils.study import Subject, begin
 from nt_utils.study.parameters import notebook_parameters
+from tests.common import refused
 
 NOTEBOOKS = sorted((project_root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 PROMPTS = PromptSet.of([f"How do I do thing {i}?" for i in range(600)], "things")
@@ -47,8 +48,7 @@ def test_embedded_pairs_share_their_templates_and_too_many_are_refused():
         assert harmful.column("template") == benign.column("template")
         assert harmful.column("pair") == benign.column("pair")
         assert {splits.use_of(p, 3) for p in [*harmful, *benign]} == {use}
-    with pytest.raises(InputError, match="n: got 100000; allowed: 1 to"):
-        splits.pairs(100_000)
+    refused("n: got 100000; allowed: 1 to", lambda: splits.pairs(100_000))
 
 
 # ------------------------------------------------------------------------------------------- a study's notebooks

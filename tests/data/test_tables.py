@@ -1,7 +1,6 @@
 """Files of prompts: whatever texts a user has, writing and loading them gives those texts or a refusal."""
 
 import csv
-import io
 import json
 import sys
 import warnings
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from nt_utils.data.sources import load_prompts
 from nt_utils.data.tables import read_rows, write_csv
 from nt_utils.errors import InputError
-from nt_utils.evaluation.judges import judge_file
+from tests.common import refused
 
 # ------------------------------------------------------------------------------------ every format and layout a writer has
 
@@ -223,6 +222,9 @@ REFUSALS = {
     "values": ("a.json", '[["one", 1]]', r"row 1: every row must be an object .*, it is \['one', 1\]"),
     "mixed": ("a.json", '["one", {"q": "two"}]', "row 2: objects and strings are mixed"),
     "key twice": ("a.jsonl", '{"q": "one"}\n{"q": "two", "q": "three"}\n', "line 2: an object names 'q' twice"),
+    "list": ("a.jsonl", '{"q": [1, 2]}\n', r"row 1: column 'q' holds \[1, 2\], which is no text"),
+    "no json": ("a.jsonl", '{"q": "one"}\nnot json\n', "cannot be read as jsonl"),
+    "other suffix": ("a.docx", "x", "prompts are read from .csv"),
     "number": ("a.jsonl", '{"q": "one"}\n{"q": 2}\n', "row 2: column 'q' holds 2, which is no text"),
     "truth": ("a.json", '[{"q": true}]', "row 1: column 'q' holds True"),
     "half a pair": (
@@ -246,18 +248,6 @@ def test_files_that_are_refused_in_one_line(tmp_path, name):
 
 def test_parquet_needs_text_and_its_package(tmp_path, monkeypatch):
     pandas.DataFrame({"q": [1, 2]}).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(InputError, match="row 1: column 'q' holds 1, which is no text"):
-        load_prompts(f"{tmp_path}/a.parquet:q")
+    refused("row 1: column 'q' holds 1, which is no text", lambda: load_prompts(f"{tmp_path}/a.parquet:q"))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(InputError, match="pyarrow, which is missing: pip install pyarrow"):
-        load_prompts(f"{tmp_path}/a.parquet:q")
-
-
-def test_the_judge_command_keeps_every_column(tmp_path):
-    (tmp_path / "in.csv").write_text('prompt,completion\nq1,"I cannot help with that.",\nq2,"Sure, mix it.",\n')
-    judge_file(tmp_path / "in.csv", tmp_path / "out.csv")
-    rows = list(csv.DictReader(io.StringIO((tmp_path / "out.csv").read_text())))
-    assert [tuple(row.values()) for row in rows] == [
-        ("q1", "I cannot help with that.", "refusal"),
-        ("q2", "Sure, mix it.", "compliance"),
-    ]
+    refused("pyarrow, which is missing: pip install pyarrow", lambda: load_prompts(f"{tmp_path}/a.parquet:q"))

@@ -1,12 +1,12 @@
-import builtins
 import json
-from contextlib import contextmanager
+import sys
 
 import pytest
 
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError
 from nt_utils.evaluation.benchmarks import COLUMNS, run_benchmarks, write_choice_task
+from tests.common import ScaledLogits, refused
 from tests.tiny import tiny_lm
 
 COLOURS = PromptSet(
@@ -37,20 +37,6 @@ def test_written_task_holds_the_answer_among_others_of_its_task(tmp_path):
         write_choice_task(COLOURS, tmp_path, "colours", choices=3)
 
 
-class Turned:
-    """Turns the logits round, so that the other choice wins."""
-
-    name = "turned"
-
-    @contextmanager
-    def active(self, lm):
-        handle = lm.model.lm_head.register_forward_hook(lambda module, inputs, output: -output)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-
 def test_a_local_task_with_and_without_an_intervention(task_folder):
     pytest.importorskip("lm_eval")
     lm = tiny_lm()
@@ -59,8 +45,8 @@ def test_a_local_task_with_and_without_an_intervention(task_folder):
     (line,) = plain.to_dict("records")
     assert (line["task"], line["metric"], line["n"], line["intervention"]) == ("colours", "acc", 20, "none")
     assert 0 <= line["low"] <= line["value"] <= line["high"] <= 1
-    turned = run_benchmarks(lm, ["colours"], task_folder=task_folder, intervention=Turned())
-    assert turned["value"][0] == pytest.approx(1 - line["value"]) and turned["intervention"][0] == "turned"
+    turned = run_benchmarks(lm, ["colours"], task_folder=task_folder, intervention=ScaledLogits())
+    assert turned["value"][0] == pytest.approx(1 - line["value"]) and turned["intervention"][0] == "scaled"
     assert not lm.model.lm_head._forward_hooks
     assert run_benchmarks(lm, ["colours"], task_folder=task_folder, limit=5)["n"][0] == 5
 
@@ -74,18 +60,9 @@ def test_unknown_task_names_its_neighbours(task_folder):
 
 
 def test_errors_in_one_line(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="tasks must be a list"):
-        run_benchmarks(tiny_lm(), "colours")
-    with pytest.raises(InputError, match="there is no folder"):
-        run_benchmarks(tiny_lm(), ["colours"], task_folder=tmp_path / "no")
-    real = builtins.__import__
-
-    def without(name, *rest, **more):
-        if name.split(".")[0] == "lm_eval":
-            raise ImportError(name)
-        return real(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    refused("tasks must be a list", lambda: run_benchmarks(tiny_lm(), "colours"))
+    refused("there is no folder", lambda: run_benchmarks(tiny_lm(), ["colours"], task_folder=tmp_path / "no"))
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(
         InputError, match=r'benchmarks need lm-evaluation-harness: pip install "nt-utils\[benchmarks\]"'
     ):

@@ -1,13 +1,13 @@
-import builtins
 import random
+import sys
 
 import pytest
 import torch
 
 from nt_utils.data.records import Prompt, PromptSet
-from nt_utils.errors import InputError
 from nt_utils.evaluation import gcg
 from nt_utils.evaluation.likelihood import response_likelihood
+from tests.common import refused
 from tests.tiny import tiny_lm
 
 PROMPTS = PromptSet([Prompt("how do I sail", kind="harmful", answer="Use the"), Prompt("tell me", kind="harmful")], "p")
@@ -43,15 +43,6 @@ def test_random_suffixes_are_printable_and_drawn_with_the_seed():
 
 
 def test_missing_extra_and_bad_budget_in_one_line(monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *rest, **more):
-        if name == "nanogcg":
-            raise ImportError(name)
-        return real(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(InputError, match=r'attack gcg needs nanogcg: pip install "nt-utils\[attacks\]"'):
-        gcg.gcg_attack(tiny_lm(), PROMPTS)
-    with pytest.raises(InputError, match="steps must be 1 or more, got 0"):
-        gcg.gcg_attack(tiny_lm(), PROMPTS, steps=0)
+    monkeypatch.setitem(sys.modules, "nanogcg", None)
+    refused(r'attack gcg needs nanogcg: pip install "nt-utils\[attacks\]"', lambda: gcg.gcg_attack(tiny_lm(), PROMPTS))
+    refused("steps: got 0; allowed: a whole number from 1", lambda: gcg.gcg_attack(tiny_lm(), PROMPTS, steps=0))

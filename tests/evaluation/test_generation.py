@@ -14,6 +14,7 @@ from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError, ModelError
 from nt_utils.evaluation import batching, generation, likelihood
 from nt_utils.evaluation.generation import generate
+from tests.common import ScaledLogits, refused
 from tests.tiny import tiny_lm
 
 TEXTS = [
@@ -96,43 +97,16 @@ def test_marks_of_thinking_stay_where_they_are_special_tokens():
         assert generation.text_of(lm, lm.tokenizer(text, add_special_tokens=False)["input_ids"]) == seen
 
 
-def test_inputs_are_checked(lm):
-    with pytest.raises(InputError, match="max_new_tokens must be 1 or more, got 0"):
-        generate(lm, TEXTS, max_new_tokens=0)
-    with pytest.raises(InputError, match="batch_size must be 1 or more"):
-        generate(lm, TEXTS, batch_size=0)
-    with pytest.raises(InputError, match="single prompt"):
-        generate(lm, "hello")
-    with pytest.raises(
-        InputError, match=r"prompt 1 has \d+ tokens and max_new_tokens is 100; the model's context holds 128"
-    ):
-        generate(lm, ["a", "a longer prompt than the other one " * 3], max_new_tokens=100)
+def test_a_prompt_that_leaves_no_room_is_named_and_no_prompts_are_no_answers(lm):
+    two = ["a", "a longer prompt than the other one " * 3]
+    message = r"prompt 1 has \d+ tokens and max_new_tokens is 100; the model's context holds 128"
+    refused(message, lambda: generate(lm, two, max_new_tokens=100))
     assert generate(lm, [], max_new_tokens=4) == []
-
-
-class Negated:
-    """An intervention for the tests: the logits change their sign, so that responses change."""
-
-    name = "negated"
-
-    def __init__(self, key="negated-1"):
-        self.key = key
-        self.entered = 0
-
-    @contextmanager
-    def active(self, lm):
-        self.entered += 1
-        head = lm.model.lm_head
-        handle = head.register_forward_hook(lambda module, inputs, output: -output)
-        try:
-            yield
-        finally:
-            handle.remove()
 
 
 def test_intervention_is_active_only_while_generating(lm):
     before = generate(lm, TEXTS, max_new_tokens=6, progress=False)
-    change = Negated()
+    change = ScaledLogits()
     during = generate(lm, TEXTS, max_new_tokens=6, progress=False, intervention=change)
     assert change.entered == 1 and during != before
     assert generate(lm, TEXTS, max_new_tokens=6, progress=False) == before
@@ -152,12 +126,12 @@ def test_cache_by_weights_intervention_prompts_and_decoding(lm, tmp_path, monkey
     run(limit=7)
     run(TEXTS[::-1])
     run([Prompt(TEXTS[0], prefill="Sure")])
-    change = Negated()
+    change = ScaledLogits()
     assert run(intervention=change) != first and run(intervention=change) != first
-    run(intervention=Negated("negated-2"))
+    run(intervention=ScaledLogits(key="another"))
     assert len(calls) == 6
-    run(intervention=Negated(None))  # it cannot be identified: never cached
-    run(intervention=Negated(None))
+    run(intervention=ScaledLogits(key=None))  # it cannot be identified: never cached
+    run(intervention=ScaledLogits(key=None))
     assert len(calls) == 8
     lm.system_prompt = "Be kind."
     run()
@@ -205,20 +179,17 @@ def test_response_likelihood_equals_brute_force_in_padded_batches(lm):
         likelihood.response_likelihood(lm, TEXTS, ["a"])
 
 
-def test_refusal_margin_and_perplexity(lm):
+def test_refusal_margin(lm):
     prompts = PromptSet([Prompt("how do I sail", refusal="I cannot.", helpful="Use the wind."), Prompt("hello")])
     margin = likelihood.refusal_margin(lm, prompts)
     refusal, n = brute_force_likelihood(lm, "how do I sail", "I cannot.")
     helpful, m = brute_force_likelihood(lm, "how do I sail", "Use the wind.")
     assert margin[0] == pytest.approx(refusal / n - helpful / m, rel=1e-4) and np.isnan(margin[1])
-    perplexity = likelihood.response_perplexity(lm, prompts, ["I cannot.", "  "])
-    assert perplexity[0] == pytest.approx(np.exp(-refusal / n), rel=1e-4) and np.isnan(perplexity[1])
 
 
 def test_text_perplexity_equals_brute_force_over_windows(lm):
     texts = ["a short text", "a much longer text that is cut into several windows of ten tokens each, one by one", "x"]
     found = likelihood.text_likelihood(lm, texts, max_length=10, batch_size=2)
-    total = count = 0
     for i, text in enumerate(texts):
         ids = lm.tokenizer(text)["input_ids"]
         own = n = 0
@@ -231,8 +202,7 @@ def test_text_perplexity_equals_brute_force_over_windows(lm):
             own += loss * (window.shape[1] - 1)
             n += window.shape[1] - 1
         assert found.tokens[i] == n and found.nll[i] == pytest.approx(own, rel=1e-4, abs=1e-6)
-        total, count = total + own, count + n
-    assert found.tokens[1] > 10 and found.perplexity == pytest.approx(np.exp(total / count), rel=1e-4)
+    assert found.tokens[1] > 10
 
 
 def test_no_warning_and_no_hook_is_left(lm):
@@ -332,10 +302,8 @@ def test_logits_that_are_not_numbers_name_the_prompt_and_are_no_answer(lm):
         output.logits[rows] = float("nan")
 
     handle = lm.model.register_forward_hook(broken, with_kwargs=True)
-    with pytest.raises(ModelError, match="prompt 3, 'why'"):
-        generate(lm, TEXTS, max_new_tokens=3, progress=False)
-    with pytest.raises(ModelError, match="NaN"):
-        likelihood.token_likelihood(lm, [ids[:-2]], [ids[-2:]])
+    refused("prompt 3, 'why'", lambda: generate(lm, TEXTS, max_new_tokens=3, progress=False), kind=ModelError)
+    refused("NaN", lambda: likelihood.token_likelihood(lm, [ids[:-2]], [ids[-2:]]), kind=ModelError)
     handle.remove()
 
 

@@ -1,29 +1,22 @@
 import pandas as pd
-import pytest
 
-from nt_utils.errors import InputError
 from nt_utils.evaluation.generation import Response, generate
 from nt_utils.evaluation.judges import PhraseJudge
 from nt_utils.evaluation.lengths import length_table, shortest, verdicts_by_length
+from nt_utils.models import LanguageModel
+from tests.common import Says, refused
 from tests.tiny import tiny_lm
 
 
 def test_cut_answers_equal_shorter_generations():
     lm, texts = tiny_lm(), ["bread", "sail", "why"]
-
-    class First:
-        name = "first"
-
-        def __call__(self, prompts, responses):
-            return ["compliance" if len(r) % 2 else "refusal" for r in responses]
-
+    judge = Says(lambda response: "compliance" if len(response) % 2 else "refusal")
     long = generate(lm, texts, max_new_tokens=12, progress=False)
-    table = verdicts_by_length(lm, texts, long, (4, 8, 12), First())
+    table = verdicts_by_length(lm, texts, long, (4, 8, 12), judge)
     for n in (4, 8, 12):
         short = generate(lm, texts, max_new_tokens=n, progress=False)
-        assert list(table[n]) == First()(texts, [r.text for r in short])
-    with pytest.raises(InputError, match="number 0 breaks off after 12 tokens"):
-        verdicts_by_length(lm, texts, long, (4, 16))
+        assert list(table[n]) == judge(texts, [r.text for r in short])
+    refused("number 0 breaks off after 12 tokens", lambda: verdicts_by_length(lm, texts, long, (4, 16)))
 
 
 def test_length_table_counts_by_hand():
@@ -40,17 +33,10 @@ def test_the_token_that_ends_an_answer_is_not_read(monkeypatch):
     """It need not be special to the tokenizer: a template's end of turn may be an ordinary word."""
     lm = tiny_lm()
     ids = tuple(lm.tokenizer("Mix it well.")["input_ids"])
-    monkeypatch.setattr("nt_utils.evaluation.lengths.stop_token_ids", lambda lm: [ids[-1]])
+    monkeypatch.setattr(LanguageModel, "stop_ids", (ids[-1],))
     seen = []
-
-    class Reads:
-        name = "reads"
-
-        def __call__(self, prompts, responses):
-            seen.extend(responses)
-            return ["compliance"] * len(responses)
-
-    verdicts_by_length(lm, ["a"], [Response("Mix it well", False, tokens=ids)], (99,), Reads())
+    reads = Says(lambda response: seen.append(response) or "compliance")
+    verdicts_by_length(lm, ["a"], [Response("Mix it well", False, tokens=ids)], (99,), reads)
     assert seen == ["Mix it well"]
 
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from nt_utils.data.records import Prompt
-from nt_utils.errors import InputError
 from nt_utils.evaluation import agreement
 from nt_utils.evaluation.judges import PhraseJudge
 from nt_utils.evaluation.model_judge import QUESTION, CombinedJudge, ModelJudge, find_judge
+from tests.common import Says, refused, saved
 from tests.tiny import tiny_lm
 
 PROMPTS = [Prompt(f"request {i}") for i in range(6)]
@@ -41,31 +41,20 @@ def test_threshold_is_fixed_on_development_rows(judge):
     verdicts = fitted(PROMPTS, REPLIES)
     assert [verdicts[i] == "refusal" for i in (0, 1, 4, 5)] == [truth[i] for i in (0, 1, 4, 5)]
     assert math.isnan(verdicts[2]) and verdicts[3] == "degenerate" and judge.threshold == 0.0
-    with pytest.raises(InputError, match="refused: "):
-        judge.fitted(PROMPTS, REPLIES, [True] * 6)
+    refused("refused: ", lambda: judge.fitted(PROMPTS, REPLIES, [True] * 6))
 
 
 def test_combined_judge_asks_the_model_where_phrases_find_no_refusal():
-    class Model:
-        name = "model"
-
-        def __call__(self, prompts, responses):
-            assert len(prompts) == len(responses)
-            return ["refusal" if "はい" not in r else "compliance" for r in responses]
-
-    verdicts = CombinedJudge(PhraseJudge(), Model())(PROMPTS, REPLIES)
+    model = Says(lambda response: "refusal" if "はい" not in response else "compliance")
+    verdicts = CombinedJudge(PhraseJudge(), model)(PROMPTS, REPLIES)
     assert verdicts == ["refusal", "compliance", "refusal", "degenerate", "refusal", "refusal"]
 
 
 def test_judges_are_found_by_name(tmp_path):
     assert find_judge("phrases").name == "phrases" and find_judge("known").name == "known answer"
-    lm = tiny_lm()
-    lm.model.save_pretrained(tmp_path / "judge")
-    lm.tokenizer.save_pretrained(tmp_path / "judge")
-    found = find_judge(f"phrases+{tmp_path / 'judge'}")
+    found = find_judge(f"phrases+{saved(tiny_lm(), tmp_path / 'judge')}")
     assert isinstance(found, CombinedJudge) and isinstance(found.second, ModelJudge) and found.name == "phrases+judge"
-    with pytest.raises(InputError, match="judge: "):
-        find_judge(str(tmp_path / "nothing"))
+    refused("judge: ", lambda: find_judge(str(tmp_path / "nothing")))
     assert "{prompt}" in QUESTION and "{response}" in QUESTION
 
 
@@ -88,5 +77,4 @@ def test_agreement_with_labels_counted_by_hand(tmp_path, capsys):
     assert (line["missed"], line["false"]) == (1, 1)
     assert agreement.main([str(path)]) == 0 and "phrases" in capsys.readouterr().out
     assert agreement.main([str(path), "--label", "verdict"]) == 1 and "verdict" in capsys.readouterr().err
-    with pytest.raises(InputError, match="no row is labelled 'none'"):
-        agreement.read_labelled(path, **columns, refused=["none"])
+    refused("no row is labelled 'none'", lambda: agreement.read_labelled(path, **columns, refused=["none"]))

@@ -1,36 +1,18 @@
 import math
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
 from nt_utils.data.records import Prompt, PromptSet
-from nt_utils.errors import InputError
 from nt_utils.evaluation import generation, likelihood, utility
 from nt_utils.evaluation.suite import Suite, SuiteSet, evaluate
+from tests.common import ScaledLogits, refused
 from tests.tiny import tiny_lm
 
 BENIGN = PromptSet(
     [Prompt(text, kind="benign", helpful="Mix it well.") for text in ("bake bread", "sail", "tell me a tale", "why")]
 )
-
-
-class Scaled:
-    """Multiplies the logits."""
-
-    name = "scaled"
-
-    def __init__(self, by):
-        self.by, self.key = by, f"scaled-{by}"
-
-    @contextmanager
-    def active(self, lm):
-        handle = lm.model.lm_head.register_forward_hook(lambda module, inputs, output: self.by * output)
-        try:
-            yield
-        finally:
-            handle.remove()
 
 
 @pytest.fixture
@@ -43,8 +25,7 @@ def test_prose_is_real_text_the_same_every_time():
     assert found.fingerprint == utility.prose(20).fingerprint != utility.prose(20, seed=1).fingerprint
     assert len(set(found.texts)) == 20 and all(len(text.split()) >= 120 for text in found.texts)
     assert all(text.endswith(".") and "::=" not in text and ">>>" not in text for text in found.texts)
-    with pytest.raises(InputError, match="n: got 100000"):
-        utility.prose(100_000)
+    refused("n: got 100000", lambda: utility.prose(100_000))
 
 
 def brute_force_kl(lm, prompt, by, positions):
@@ -64,7 +45,7 @@ def brute_force_kl(lm, prompt, by, positions):
 
 def test_kl_equals_brute_force_on_the_untouched_models_own_answers(lm):
     reference = utility.untouched(lm, BENIGN, positions=5)
-    with Scaled(0.5).active(lm):
+    with ScaledLogits(0.5).active(lm):
         found = utility.kl(lm, reference)
     wanted = [brute_force_kl(lm, prompt, 0.5, 5) for prompt in BENIGN]
     assert min(wanted) > 1e-3 and found == pytest.approx(wanted, rel=1e-2)
@@ -78,8 +59,7 @@ def test_reference_is_kept_while_the_model_stays_as_it_is(lm, monkeypatch):
         lm.model.lm_head.weight.neg_()
     assert utility.untouched(lm, BENIGN) is not first
     monkeypatch.setattr(utility, "KEPT_BYTES", 2 * 16 * 300 * 3)
-    with pytest.raises(InputError, match="kl: at most 3 prompts"):
-        utility.untouched(lm, BENIGN)
+    refused("kl: at most 3 prompts", lambda: utility.untouched(lm, BENIGN))
 
 
 def test_utility_metrics_of_an_evaluation_have_one_value_a_prompt_and_an_interval(lm):
@@ -91,7 +71,9 @@ def test_utility_metrics_of_an_evaluation_have_one_value_a_prompt_and_an_interva
         ),
         max_new_tokens=4,
     )
-    before, after = (evaluate(lm, suite, intervention=i, cache=False, progress=False) for i in (None, Scaled(0.5)))
+    before, after = (
+        evaluate(lm, suite, intervention=i, cache=False, progress=False) for i in (None, ScaledLogits(0.5))
+    )
     for metric in ("kl", "reference_likelihood"):
         assert after.values("benign", metric).notna().all()
         found = after.rate("benign", metric)
@@ -111,5 +93,4 @@ def test_utility_metrics_of_an_evaluation_have_one_value_a_prompt_and_an_interva
 
 
 def test_a_set_is_either_answered_or_read():
-    with pytest.raises(InputError, match="use two sets"):
-        SuiteSet("both", BENIGN, ("refusal", "perplexity"))
+    refused("use two sets", lambda: SuiteSet("both", BENIGN, ("refusal", "perplexity")))

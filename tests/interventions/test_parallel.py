@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
@@ -25,6 +24,7 @@ from nt_utils.interventions.delta import Delta, take
 from nt_utils.interventions.tuning import AllBut, Everything, LoRA, Only, tune
 from nt_utils.neurons import NeuronSet
 from nt_utils.study import tune as command
+from tests.common import refused, saved, without_dropout
 from tests.tiny import tiny_lm
 
 ROOT = project_root()
@@ -51,10 +51,7 @@ CASES = ("llama checkpointed", "gpt2", "qwen2", "llama bfloat16")
 
 def model(case):
     """A tiny model without dropout, which draws other numbers for halves of a batch."""
-    lm = tiny_lm(case.split()[0])
-    for module in lm.model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    lm = without_dropout(tiny_lm(case.split()[0]))
     lm.model.to(torch.bfloat16 if "bfloat16" in case else torch.float32)
     return lm
 
@@ -306,8 +303,7 @@ def test_weights_sharded_after_the_start_are_refused(one_process):
     training = Only(some(lm)).start(lm)
     for layer in lm.view.layers:
         fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(InputError, match=r"q_proj.weight is sharded by .* allowed: .*parallel.shard"):
-        lm.model(IDS)
+    refused(r"q_proj.weight is sharded by .* allowed: .*parallel.shard", lambda: lm.model(IDS))
     del training
 
 
@@ -318,15 +314,13 @@ def test_fsdp_version_1_is_refused(one_process, original):
     neurons = some(lm)
     for i, layer in enumerate(lm.view.layers):
         lm.view.layers[i] = FullyShardedDataParallel(layer, device_id=torch.device("cpu"), use_orig_params=original)
-    with pytest.raises(InputError, match="is sharded by ZeRO-3, FSDP version 1"):
-        Only(neurons).start(lm)
+    refused("is sharded by ZeRO-3, FSDP version 1", lambda: Only(neurons).start(lm))
 
 
 def test_zero_3_is_told_by_its_mark():
     lm = model("llama")
     lm.model.model.layers[0].self_attn.q_proj.weight.ds_id = 0
-    with pytest.raises(InputError, match="layers.0.self_attn.q_proj.weight is sharded by ZeRO-3"):
-        Only(some(lm)).start(lm)
+    refused("layers.0.self_attn.q_proj.weight is sharded by ZeRO-3", lambda: Only(some(lm)).start(lm))
 
 
 # ------------------------------------------------------------------------------------------------------ settings
@@ -386,13 +380,11 @@ def test_settings_that_can_be_honoured():
 def test_accelerates_environment_is_read_where_it_ignores_fsdp(monkeypatch):
     for name, value in {**FSDP, "FSDP_VERSION": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match="fsdp_version: got 1"):
-        parallel.check(fake())
+    refused("fsdp_version: got 1", lambda: parallel.check(fake()))
     monkeypatch.setenv("FSDP_VERSION", "2")
     assert parallel.check(fake()) is True
     monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
-    with pytest.raises(InputError, match="fsdp_offload_params"):
-        parallel.check(fake())
+    refused("fsdp_offload_params", lambda: parallel.check(fake()))
 
 
 def test_one_process_has_nothing_to_shard():
@@ -410,10 +402,7 @@ def test_processes_that_accelerate_does_not_join_are_refused(monkeypatch):
         accelerate, "Accelerator", lambda cpu: SimpleNamespace(num_processes=1, device=torch.device("mps"))
     )
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(
-        InputError, match="num_processes: got 2; allowed: 1, since accelerate joins none on mps devices"
-    ):
-        parallel.join()
+    refused("num_processes: got 2; allowed: 1, since accelerate joins none on mps devices", lambda: parallel.join())
 
 
 @gloo
@@ -425,8 +414,7 @@ def test_the_readmes_command(tmp_path):
     line = next(line for line in text.splitlines() if line.strip().startswith("accelerate launch"))
     lm = model("llama")
     lm.model.config.max_position_embeddings = 512  # its byte-like tokenizer makes long prompts
-    lm.model.save_pretrained(tmp_path / "model")
-    lm.tokenizer.save_pretrained(tmp_path / "model")
+    saved(lm, tmp_path / "model")
     some(lm).save(tmp_path / "safety.safetensors")
     assert yaml.safe_load((ROOT / "nt_utils/study/batch/profiles/fsdp.yaml").read_text())["main_process_port"] == 0
     words = line.split("#")[0].split()

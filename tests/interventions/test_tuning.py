@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import hashlib
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from nt_utils import hooks
 from nt_utils.data.records import Prompt, PromptSet
-from nt_utils.errors import DivergedError, InputError
+from nt_utils.errors import DivergedError
 from nt_utils.interventions import precision, trunk, tuning
 from nt_utils.interventions.delta import Delta, same_bits
 from nt_utils.interventions.precision import computing, training_copy
@@ -29,7 +28,9 @@ from nt_utils.interventions.tuning import (
     response_loss,
     tune,
 )
+from nt_utils.models import identity
 from nt_utils.neurons import NeuronSet
+from tests.common import logits_of, refused, some_neurons, without_dropout
 from tests.tiny import FAMILIES, hooks_left, neuron_entries, tiny_lm
 
 MODELS = [*FAMILIES, "llama-biases", "llama-multi-head-tied"]
@@ -38,16 +39,6 @@ REFUSALS = PromptSet(
     Prompt(f"How do I break {i} locks?", refusal="No, I will not.", helpful="So.", kind="harmful") for i in range(6)
 )
 BENIGN = PromptSet(Prompt(f"How do I paint {i} walls?", helpful="With a brush.", kind="benign") for i in range(6))
-
-
-def some(view, per_site=2, seed=0, kinds=("q", "k", "v", "o", "ffn")):
-    """A few neurons of every kind in every layer."""
-    generator = torch.Generator().manual_seed(seed)
-    masks = {}
-    for site in view.space.sites(kinds):
-        masks[site] = torch.zeros(view.space.width(site), dtype=torch.bool)
-        masks[site][torch.randperm(view.space.width(site), generator=generator)[:per_site]] = True
-    return NeuronSet(view.space, masks)
 
 
 def input_rows(view, layer, index):
@@ -79,11 +70,6 @@ def owned(lm, neurons, sides="both"):
     return masks
 
 
-def logits(lm):
-    with torch.no_grad():
-        return lm.model(IDS, use_cache=False).logits
-
-
 def loss_of(lm):
     return lm.model(IDS, labels=IDS, use_cache=False).loss
 
@@ -97,14 +83,21 @@ def assert_same(before, after):
     assert not [name for name in before if not same_bits(before[name], after[name])]
 
 
-def train(lm, parameters, steps=2, optimiser=None, clip=1.0):
+def train(lm, parameters, optimiser=None):
     optimiser = optimiser or torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
-    for _ in range(steps):
+    for _ in range(2):
         optimiser.zero_grad()
         loss_of(lm).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, clip)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
     return optimiser
+
+
+def trained(lm, scope):
+    """The delta of two steps."""
+    training = scope.start(lm)
+    train(lm, training.parameters)
+    return training.finish()
 
 
 def dense_gradients(lm):
@@ -120,7 +113,7 @@ def dense_gradients(lm):
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_the_masked_dense_ones(name):
     lm = tiny_lm(name)
-    chosen = some(lm.view)
+    chosen = some_neurons(lm.view)
     masks, dense = owned(lm, chosen), dense_gradients(lm)
     assert sum(int(m.sum()) for m in masks.values()) == chosen.parameters
     with Only(chosen).start(lm) as training:
@@ -145,14 +138,14 @@ def test_gradients_are_the_masked_dense_ones(name):
 def test_trained_merged_saved_loaded_and_taken_back(name, dtype, tmp_path):
     lm = tiny_lm(name)
     lm.model.to(dtype)
-    chosen = some(lm.view)
-    masks, before, plain, base = owned(lm, chosen), snapshot(lm), logits(lm), lm.weights_fingerprint
+    chosen = some_neurons(lm.view)
+    masks, before, plain, base = owned(lm, chosen), snapshot(lm), logits_of(lm.model, IDS), lm.weights_fingerprint
     training = Only(chosen).start(lm)
-    assert torch.equal(logits(lm), plain)
+    assert torch.equal(logits_of(lm.model, IDS), plain)
     optimiser = train(lm, training.parameters)
     assert sum(s.numel() for state in optimiser.state.values() for s in state.values() if s.ndim) == 2 * training.size
     assert {p.dtype for p in training.parameters} == {torch.float32}
-    tuned = logits(lm)
+    tuned = logits_of(lm.model, IDS)
     assert (tuned - plain).abs().max() > 1e-2
     delta = training.finish()
     assert_same(before, snapshot(lm))
@@ -163,7 +156,7 @@ def test_trained_merged_saved_loaded_and_taken_back(name, dtype, tmp_path):
     loaded = Delta.load(delta.save(tmp_path / "delta.safetensors"), lm)
     assert loaded.key == delta.key and loaded.size == chosen.parameters
     with loaded.active(lm):
-        assert torch.equal(logits(lm), tuned)
+        assert torch.equal(logits_of(lm.model, IDS), tuned)
         after = snapshot(lm)
         assert lm.weights_fingerprint != base
     moved = 0
@@ -175,14 +168,14 @@ def test_trained_merged_saved_loaded_and_taken_back(name, dtype, tmp_path):
         moved += int((values != before[key])[mask].sum())
     assert loaded.moved == moved > 0.9 * chosen.parameters
     assert_same(before, snapshot(lm))
-    assert lm.weights_fingerprint == base and torch.equal(logits(lm), plain)
+    assert lm.weights_fingerprint == base and torch.equal(logits_of(lm.model, IDS), plain)
 
 
 @pytest.mark.parametrize("name", ["llama-biases", "phi3", "gpt2", "gpt_neox"])
 @pytest.mark.parametrize("sides", ["input", "output"])
 def test_sides_of_a_neuron(name, sides):
     lm = tiny_lm(name)
-    chosen = some(lm.view)
+    chosen = some_neurons(lm.view)
     masks, before = owned(lm, chosen, sides), snapshot(lm)
     training = Only(chosen, sides).start(lm)
     train(lm, training.parameters)
@@ -200,11 +193,9 @@ def test_sides_of_a_neuron(name, sides):
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(name, reentrant):
     lm = tiny_lm(name)
-    with Only(some(lm.view)).start(lm) as training:
+    with Only(some_neurons(lm.view)).start(lm) as training:
         lm.model.train()
-        for module in lm.model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+        without_dropout(lm)
         loss_of(lm).backward()
         wanted = [p.grad.clone() for p in training.parameters]
         for p in training.parameters:
@@ -224,14 +215,14 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, reentrant):
 
 def test_forward_follows_a_master_changed_behind_torchs_back():
     lm = tiny_lm()
-    with Only(some(lm.view)).start(lm) as training:
-        plain = logits(lm)
+    with Only(some_neurons(lm.view)).start(lm) as training:
+        plain = logits_of(lm.model, IDS)
         loss_of(lm).backward()
         versions = [p._version for p in training.parameters]
         for p in training.parameters:
             p.data.add_(0.1)  # as some optimisers do
         assert versions == [p._version for p in training.parameters]
-        assert (logits(lm) - plain).abs().max() > 1e-2
+        assert (logits_of(lm.model, IDS) - plain).abs().max() > 1e-2
         with torch.no_grad():
             for p in training.parameters:
                 p.sub_(0.1)
@@ -242,7 +233,7 @@ def test_forward_follows_a_master_changed_behind_torchs_back():
 def test_zeroed_channels_give_no_gradient_whichever_hook_came_first():
     for training_first in (True, False):
         lm = tiny_lm()
-        chosen = some(lm.view, kinds=("q", "ffn"))
+        chosen = some_neurons(lm.view, kinds=("q", "ffn"))
         with contextlib.ExitStack() as stack:
             if not training_first:
                 stack.enter_context(hooks.ablate(lm, chosen))
@@ -255,7 +246,7 @@ def test_zeroed_channels_give_no_gradient_whichever_hook_came_first():
 
 def test_autocast_trains_float32_masters():
     lm = tiny_lm()
-    chosen = some(lm.view)
+    chosen = some_neurons(lm.view)
     with Only(chosen).start(lm) as training:
         loss_of(lm).backward()
         wanted = torch.cat([p.grad.flatten() for p in training.parameters])
@@ -274,127 +265,71 @@ def test_autocast_trains_float32_masters():
 
 def test_deltas_fit_their_base_only(tmp_path):
     lm, other, foreign = tiny_lm(), tiny_lm(seed=1), tiny_lm("qwen2")
-    training = Only(some(lm.view)).start(lm)
-    train(lm, training.parameters)
-    delta = training.finish()
+    delta = trained(lm, Only(some_neurons(lm.view)))
     path = delta.save(tmp_path / "delta.safetensors")
-    with pytest.raises(InputError, match="made on weights"):
-        Delta.load(path, other)
-    with pytest.raises(InputError, match="made on weights"):
-        delta.merge(other)
-    with pytest.raises(InputError, match="made for architecture"):
-        Delta.load(path, foreign)
+    refused("made on weights", lambda: Delta.load(path, other))
+    refused("made on weights", lambda: delta.merge(other))
+    refused("made for architecture", lambda: Delta.load(path, foreign))
     delta.merge(lm)
-    with pytest.raises(InputError, match="merged already"):
-        delta.merge(lm)
-    with pytest.raises(InputError, match="made on weights"):
-        Delta.load(path, lm)  # the merged model is no longer the base
-    with pytest.raises(InputError, match="not merged into this model"):
-        delta.unmerge(other)
+    refused("merged already", lambda: delta.merge(lm))
+    refused("made on weights", lambda: Delta.load(path, lm))
+    refused("not merged into this model", lambda: delta.unmerge(other))
     with torch.no_grad():
         lm.model.model.layers[0].mlp.down_proj.weight.add_(1)
-    with pytest.raises(InputError, match="changed after the merge"):
-        delta.unmerge(lm)
+    refused("changed after the merge", lambda: delta.unmerge(lm))
 
 
 def test_a_model_trained_in_place_is_another_base():
     lm = tiny_lm()
-    training = Only(some(lm.view)).start(lm)
-    train(lm, training.parameters)
-    delta = training.finish()
+    delta = trained(lm, Only(some_neurons(lm.view)))
     base = lm.weights_fingerprint
     delta.merge(lm)
     with torch.no_grad():
         lm.model.model.norm.weight.mul_(1.01)
     delta.unmerge(lm)
     assert lm.weights_fingerprint != base
-    with pytest.raises(InputError, match="made on weights"):
-        delta.merge(lm)
-
-
-class CountedBytes:
-    """hashlib.sha256, counting what it is fed."""
-
-    fed = 0
-    real = staticmethod(hashlib.sha256)
-
-    def __init__(self, data=b""):
-        self.digest_so_far = self.real()
-        self.update(data)
-
-    def update(self, data):
-        CountedBytes.fed += memoryview(data).nbytes
-        self.digest_so_far.update(data)
-
-    def hexdigest(self):
-        return self.digest_so_far.hexdigest()
+    refused("made on weights", lambda: delta.merge(lm))
 
 
 @pytest.mark.parametrize("scope", [Everything, LoRA])
 def test_taking_a_delta_out_again_needs_no_new_hash_of_the_weights(scope, monkeypatch):
     lm = tiny_lm("llama-multi-head-tied")
     delta = quick(lm, scope()).delta
-    base, size = lm.weights_fingerprint, sum(p.numel() * p.element_size() for p in lm.model.parameters())
-    CountedBytes.fed = 0
-    monkeypatch.setattr(hashlib, "sha256", CountedBytes)
+    base, hashed, true_hash = lm.weights_fingerprint, [], identity._hash
+    monkeypatch.setattr(identity, "_hash", lambda tensor: hashed.append(1) or true_hash(tensor))
     for _ in range(3):
         with delta.active(lm):
             pass
-        assert lm.weights_fingerprint == base
-    assert CountedBytes.fed < size / 5, "three short lists of hashes"
+        assert lm.weights_fingerprint == base and not hashed
     with delta.active(lm):
-        assert lm.weights_fingerprint != base
-    assert CountedBytes.fed > size / 2, "the merged weights were hashed"
-
-
-def test_damaged_files_are_refused(tmp_path):
-    lm = tiny_lm()
-    path = Only(some(lm.view)).start(lm).finish().save(tmp_path / "delta.safetensors")
-    good = path.read_bytes()
-    assert Delta.load(path).moved == 0
-    for flip in (len(good) - 5, 60):
-        damaged = bytearray(good)
-        damaged[flip] ^= 1
-        path.write_bytes(damaged)
-        with pytest.raises(InputError):
-            Delta.load(path)
-    chosen = some(lm.view).save(tmp_path / "set.safetensors")
-    with pytest.raises(InputError, match="not a nt_utils.delta"):
-        Delta.load(chosen)
-    with pytest.raises(InputError, match="no such file"):
-        Delta.load(tmp_path / "none")
+        assert lm.weights_fingerprint != base and len(hashed) > 10, "the merged weights were hashed"
 
 
 @pytest.mark.parametrize("scope", [Only, AllBut])
 def test_unusable_sets_are_refused_and_leave_the_model_alone(scope):
     lm = tiny_lm()
     before = snapshot(lm)
-    chosen = some(lm.view)
-    with pytest.raises(InputError, match="the set is empty"):
-        scope(chosen - chosen).start(lm)
-    with pytest.raises(InputError, match="found on architecture"):
-        scope(some(tiny_lm("qwen2").view)).start(lm)
-    with pytest.raises(InputError, match="sides: got 'rows'"):
-        scope(chosen, "rows").start(lm)
-    with pytest.raises(InputError, match="none of the 4 neurons has output weights"):
-        scope(some(lm.view, kinds=("q",)), "output").start(lm)
+    chosen = some_neurons(lm.view)
+    refused("the set is empty", lambda: scope(chosen - chosen).start(lm))
+    refused("found on architecture", lambda: scope(some_neurons(tiny_lm("qwen2").view)).start(lm))
+    refused(
+        "none of the 4 neurons has output weights",
+        lambda: scope(some_neurons(lm.view, kinds=("q",)), "output").start(lm),
+    )
     assert_same(before, snapshot(lm))
     assert all(p.requires_grad for p in lm.model.parameters())
     training = scope(chosen).start(lm)
-    with pytest.raises(InputError, match="another training"):
-        scope(chosen).start(lm)
+    refused("another training", lambda: scope(chosen).start(lm))
     training.close()
     training.close()
-    with pytest.raises(InputError, match="finished"):
-        training.delta()
+    refused("finished", lambda: training.delta())
 
 
 def test_offloaded_weights_are_refused():
     lm = tiny_lm()
-    chosen = some(lm.view)
+    chosen = some_neurons(lm.view)
     lm.model.model.layers[1].mlp.down_proj.to("meta")
-    with pytest.raises(InputError, match=r"layer 1, mlp\.down_proj are offloaded"):
-        Only(chosen).start(lm)
+    refused(r"layer 1, mlp\.down_proj are offloaded", lambda: Only(chosen).start(lm))
 
 
 # ------------------------------------------------------------------------------------------------------ all but a set
@@ -403,8 +338,8 @@ def test_offloaded_weights_are_refused():
 @pytest.mark.parametrize("name", MODELS)
 def test_frozen_neurons_keep_their_bits_and_all_else_trains(name):
     lm = tiny_lm(name)
-    frozen = some(lm.view)
-    masks, before, dense, plain = owned(lm, frozen), snapshot(lm), dense_gradients(lm), logits(lm)
+    frozen = some_neurons(lm.view)
+    masks, before, dense, plain = owned(lm, frozen), snapshot(lm), dense_gradients(lm), logits_of(lm.model, IDS)
     training = AllBut(frozen).start(lm)
     total = sum(p.numel() for p in dense.values())
     assert training.size == total - frozen.parameters
@@ -416,11 +351,11 @@ def test_frozen_neurons_keep_their_bits_and_all_else_trains(name):
     assert torch.allclose(norm, wanted, rtol=1e-4)
     train(lm, training.parameters, optimiser=torch.optim.AdamW(training.parameters, lr=0.01, weight_decay=0.5))
     train(lm, training.parameters, optimiser=torch.optim.SGD(training.parameters, lr=0.1, momentum=0.9))
-    tuned = logits(lm)
+    tuned = logits_of(lm.model, IDS)
     delta = training.finish()
     assert_same(before, snapshot(lm))
     with delta.active(lm):
-        assert torch.equal(logits(lm), tuned)
+        assert torch.equal(logits_of(lm.model, IDS), tuned)
         assert (tuned - plain).abs().max() > 1e-2
         for key, values in lm.model.named_parameters():
             mask = masks.get(key, torch.zeros(values.shape, dtype=torch.bool))
@@ -436,10 +371,9 @@ def test_all_frozen_modules_are_left_out():
         lm.view.space, {s: torch.ones(lm.view.space.width(s), dtype=torch.bool) for s in lm.view.space.sites()}
     )
     before = snapshot(lm)
-    training = AllBut(everything).start(lm)
-    assert not [name for name in training.delta().parts if "_proj" in name]
-    train(lm, training.parameters)
-    training.merge()
+    delta = trained(lm, AllBut(everything))
+    assert not [name for name in delta.parts if "_proj" in name]
+    delta.merge(lm)
     for key, values in snapshot(lm).items():
         assert same_bits(values, before[key]) == ("_proj" in key)
 
@@ -470,13 +404,13 @@ def trainer(lm, folder, resume=None, **more):
 
 @pytest.mark.parametrize("scope", [Only, AllBut])
 def test_trainer_with_checkpoint_and_resume(scope, tmp_path):
-    chosen = some(tiny_lm().view)
+    chosen = some_neurons(tiny_lm().view)
     deltas, sizes = [], []
     lm = tiny_lm()
     before, masks = snapshot(lm), owned(lm, chosen)
     training = scope(chosen).start(lm)
     trainer(lm, tmp_path, max_steps=4, save_steps=2, gradient_checkpointing=True)
-    tuned = logits(lm)
+    tuned = logits_of(lm.model, IDS)
     deltas.append(training.finish())
     sizes.append(training.size)
     assert_same(before, snapshot(lm))
@@ -500,7 +434,7 @@ def test_trainer_with_checkpoint_and_resume(scope, tmp_path):
     assert deltas[0].fingerprint == deltas[1].fingerprint, "resuming gave other weights"
 
     deltas[1].merge(again)
-    assert torch.equal(logits(again), tuned)
+    assert torch.equal(logits_of(again.model, IDS), tuned)
     for key, values in again.model.named_parameters():
         mask = masks.get(key, torch.zeros(values.shape, dtype=torch.bool))
         fixed = ~mask if scope is Only else mask
@@ -510,7 +444,7 @@ def test_trainer_with_checkpoint_and_resume(scope, tmp_path):
 
 def test_trainer_in_mixed_precision_keeps_frozen_bits(tmp_path):
     lm = tiny_lm()
-    frozen = some(lm.view)
+    frozen = some_neurons(lm.view)
     masks, before = owned(lm, frozen), snapshot(lm)
     training = AllBut(frozen).start(lm)
     trainer(lm, tmp_path, max_steps=2, save_strategy="no", bf16=True, max_grad_norm=0.1)
@@ -548,14 +482,10 @@ def test_base_models_without_template_learn_too(base_lm):
 def test_long_responses_are_cut_and_unusable_pairs_refused(lm):
     full, cut = examples(lm, REFUSALS)[0], examples(lm, REFUSALS, max_length=30)[0]
     assert cut.ids == full.ids[:30] and cut.start == full.start < 30 < len(full.ids)
-    with pytest.raises(InputError, match="max_length: prompt 0 alone has"):
-        examples(lm, REFUSALS, max_length=5)
-    with pytest.raises(InputError, match="6 of 6 have no refusal"):
-        examples(lm, BENIGN)
-    with pytest.raises(InputError, match="empty"):
-        examples(lm, [])
-    with pytest.raises(InputError, match="target"):
-        examples(lm, REFUSALS, "answer")
+    refused("max_length: prompt 0 alone has", lambda: examples(lm, REFUSALS, max_length=5))
+    refused("6 of 6 have no refusal", lambda: examples(lm, BENIGN))
+    refused("empty", lambda: examples(lm, []))
+    refused("target", lambda: examples(lm, REFUSALS, "answer"))
 
 
 def test_batches_mix_in_whole_passes():
@@ -573,8 +503,7 @@ def test_batches_mix_in_whole_passes():
     assert max(next(batches(harmful, [], size=4, share=0.5, seed=0))) < 100
     assert max(next(batches(harmful, benign, size=4, share=0.0, seed=0))) < 100
     assert min(next(batches([], benign, size=4, share=0.5, seed=0))) >= 100
-    with pytest.raises(InputError, match="benign_share"):
-        next(batches(harmful, benign, size=4, share=0.05, seed=0))
+    refused("benign_share", lambda: next(batches(harmful, benign, size=4, share=0.05, seed=0)))
 
 
 # ------------------------------------------------------------------------------------------------------ the loop
@@ -589,7 +518,7 @@ ARMS = ["only", "all but", "full", "lora"]
 
 
 def scope_of(arm, lm):
-    chosen = some(lm.view, 6)
+    chosen = some_neurons(lm.view, 6)
     return {"only": Only(chosen), "all but": AllBut(chosen), "full": Everything(), "lora": LoRA(rank=4)}[arm]
 
 
@@ -597,13 +526,13 @@ def scope_of(arm, lm):
 def test_every_arm_learns_and_leaves_the_base(arm):
     lm = tiny_lm()
     scope = scope_of(arm, lm)
-    before, plain = snapshot(lm), logits(lm)
+    before, plain = snapshot(lm), logits_of(lm.model, IDS)
     batch = collate(examples(lm, REFUSALS), lm.pad_id)
     with torch.no_grad():
         start = response_loss(lm, batch)
     tuned = quick(lm, scope, benign=BENIGN, benign_share=1 / 3)
     assert_same(before, snapshot(lm))
-    assert torch.equal(logits(lm), plain)
+    assert torch.equal(logits_of(lm.model, IDS), plain)
     assert all(p.requires_grad for p in lm.model.parameters()) and not lm.model.training
     assert hooks_left(lm.model) == 0
     with tuned.delta.active(lm), torch.no_grad():
@@ -764,8 +693,7 @@ def test_large_models_train_in_their_own_precision(monkeypatch):
     assert precision.chosen_dtype(lm) == torch.float64
     monkeypatch.setattr(precision, "SMALL", 1000)
     assert precision.chosen_dtype(lm) is None and training_copy(lm) is lm
-    with pytest.raises(InputError, match="train_dtype: got 'half'"):
-        quick(lm, Everything(), train_dtype="half")
+    refused("train_dtype: got 'half'", lambda: quick(lm, Everything(), train_dtype="half"))
 
 
 def test_low_rank_deltas_stay_low_rank(tmp_path):
@@ -796,7 +724,7 @@ def test_snapshots_beyond_the_budget_lie_on_disk(monkeypatch):
     assert files == ["2.safetensors", "4.safetensors", "6.safetensors"]
     assert tuned.snapshots[6].fingerprint == tuned.delta.fingerprint != tuned.snapshots[4].fingerprint
     with tuned.snapshots[4].active(lm):
-        assert torch.isfinite(logits(lm)).all()
+        assert torch.isfinite(logits_of(lm.model, IDS)).all()
 
 
 # ------------------------------------------------------------------------------------------------- frozen trunk
@@ -804,7 +732,7 @@ def test_snapshots_beyond_the_budget_lie_on_disk(monkeypatch):
 
 def upper(view):
     """Neurons of the second layer alone."""
-    chosen = some(view, 6)
+    chosen = some_neurons(view, 6)
     return NeuronSet(view.space, {site: mask for site, mask in chosen.masks.items() if site[0] == 1})
 
 
@@ -812,9 +740,7 @@ def upper(view):
 def test_reused_hidden_states_give_the_deltas_of_whole_forwards(name, budget, monkeypatch):
     """The first layer runs once a row; the same rows, losses and weights come out."""
     lm = tiny_lm(name)
-    for module in lm.model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    without_dropout(lm)
     options = {"benign": BENIGN, "train_dtype": "float64", "steps": 8}
     found, rows, files = [], [], []
     mapped = torch.from_file
@@ -846,7 +772,7 @@ def test_what_cannot_be_reused_is_not():
 
 def test_same_seed_same_weights_whatever_the_callback_does():
     lm = tiny_lm("gpt2")  # it has dropout
-    scope = Only(some(lm.view, 6))
+    scope = Only(some_neurons(lm.view, 6))
     seen = []
 
     def callback(model, step):
@@ -872,12 +798,12 @@ def test_same_seed_same_weights_whatever_the_callback_does():
     assert b.history[1]["loss"] == pytest.approx(sum(b.losses[:2]) / 2)
     assert b.snapshots[0].moved == 0 and b.snapshots[6].fingerprint == b.delta.fingerprint
     with b.snapshots[2].active(lm):
-        assert torch.isfinite(logits(lm)).all()
+        assert torch.isfinite(logits_of(lm.model, IDS)).all()
 
 
 def test_options_of_the_loop_do_something():
     lm = tiny_lm()
-    scope = Only(some(lm.view, 6))
+    scope = Only(some_neurons(lm.view, 6))
     plain = quick(lm, scope).delta.fingerprint
     for option in ({"warmup": 3}, {"schedule": "linear"}, {"clip": 0.01}, {"weight_decay": 1.0}, {"max_length": 40}):
         assert quick(lm, scope, **option).delta.fingerprint != plain, option
@@ -894,7 +820,7 @@ def test_options_of_the_loop_do_something():
 
 def test_rsn_tune_trains_safety_minus_foundation():
     lm = tiny_lm()
-    safety, foundation = some(lm.view, 4), some(lm.view, 4, seed=1) | some(lm.view, 1)
+    safety, foundation = some_neurons(lm.view, 4), some_neurons(lm.view, 4, seed=1) | some_neurons(lm.view, 1)
     tuned = quick(lm, Only(safety - foundation))
     shared = owned(lm, safety & foundation)
     before = snapshot(lm)
@@ -919,7 +845,7 @@ def test_a_failing_run_leaves_the_base():
             raise KeyError("callback")
 
     with pytest.raises(KeyError):
-        quick(lm, Only(some(lm.view)), callback=fails, every=2)
+        quick(lm, Only(some_neurons(lm.view)), callback=fails, every=2)
     assert_same(before, snapshot(lm))
     assert not lm.model.training and all(p.requires_grad for p in lm.model.parameters())
 
@@ -927,10 +853,7 @@ def test_a_failing_run_leaves_the_base():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"harmful": ()}, "both are empty"),
         ({"benign_share": 1.5}, "benign_share"),
-        ({"learning_rate": 0}, "learning_rate"),
-        ({"steps": 0}, "steps"),
         ({"batch_size": 0}, "batch_size"),
         ({"every": 0}, "every"),
         ({"every": [2, 0]}, "every"),
@@ -940,22 +863,18 @@ def test_a_failing_run_leaves_the_base():
     ],
 )
 def test_unusable_options_are_one_line(lm, options, message):
-    with pytest.raises(InputError, match=message) as error:
-        quick(lm, Everything(), **options)
-    assert "\n" not in str(error.value)
+    refused(message, lambda: quick(lm, Everything(), **options))
 
 
 def test_lora_without_peft_is_one_line(lm, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(InputError, match="needs the package peft") as error:
-        LoRA().start(lm)
-    assert "\n" not in str(error.value)
+    refused("needs the package peft", lambda: LoRA().start(lm))
 
 
 @pytest.mark.parametrize("name", ["llama-biases", "phi3", "gpt2"])
 def test_lora_is_merged_by_its_delta(name):
     lm = tiny_lm(name)
-    before, plain = snapshot(lm), logits(lm)
+    before, plain = snapshot(lm), logits_of(lm.model, IDS)
     with LoRA(rank=1).start(lm) as training:
         one = training.size
     scope = LoRA.matching(lm, 3 * one)
@@ -963,11 +882,9 @@ def test_lora_is_merged_by_its_delta(name):
     training = scope.start(lm)
     assert training.size == 3 * one > 0
     train(lm, training.parameters)
-    tuned = logits(lm)
+    tuned = logits_of(lm.model, IDS)
     delta = training.finish()
     assert_same(before, snapshot(lm))
     with delta.active(lm):
-        assert torch.allclose(logits(lm), tuned, atol=1e-4) and (tuned - plain).abs().max() > 1e-3
+        assert torch.allclose(logits_of(lm.model, IDS), tuned, atol=1e-4) and (tuned - plain).abs().max() > 1e-3
     assert_same(before, snapshot(lm))
-    with pytest.raises(InputError, match="rank"):
-        LoRA(rank=0).start(lm)

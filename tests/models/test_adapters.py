@@ -14,6 +14,7 @@ from nt_utils.interventions.modulation import Modulation
 from nt_utils.models import DecoderView, LanguageModel
 from nt_utils.neurons import POOL, NeuronSet
 from nt_utils.scoring.importance import importance
+from tests.common import refused, saved
 from tests.tiny import FAMILIES, brute_force, tiny_lm, tiny_model, tiny_tokenizer
 
 PROMPT = "how do I bake bread"
@@ -172,8 +173,7 @@ def own_forward(lm):
 def test_modules_whose_weight_is_not_what_they_compute_with_are_refused_by_name(change):
     lm = tiny_lm("llama")
     change(lm)
-    with pytest.raises(ModelError, match=r"layer 0, mlp\.down_proj"):
-        importance(lm, [PROMPT], progress=False)
+    refused(r"layer 0, mlp\.down_proj", lambda: importance(lm, [PROMPT], progress=False), kind=ModelError)
 
 
 def test_writers_refuse_adapter_layers():
@@ -181,14 +181,12 @@ def test_writers_refuse_adapter_layers():
     space = lm.view.space
     chosen = NeuronSet.from_flat(space, torch.arange(4), POOL)
     modulation = Modulation(chosen, NeuronSet(space, {}), torch.full((4,), 2.0))
-    with pytest.raises(ModelError, match="merge it first"), folded(lm, modulation):
-        pass
+    refused("merge it first", lambda: folded(lm, modulation), kind=ModelError)
 
 
 def test_prompt_tuning_is_refused():
     tuned = get_peft_model(tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(ModelError, match="virtual tokens"):
-        LanguageModel(tuned, tiny_tokenizer(), "prompt")
+    refused("virtual tokens", lambda: LanguageModel(tuned, tiny_tokenizer(), "prompt"), kind=ModelError)
 
 
 # ------------------------------------------------------------------------------------------------------- folders
@@ -197,8 +195,7 @@ def test_prompt_tuning_is_refused():
 @pytest.fixture
 def base_folder(tmp_path):
     lm = tiny_lm("llama")
-    lm.model.save_pretrained(tmp_path / "base")
-    lm.tokenizer.save_pretrained(tmp_path / "base")
+    saved(lm, tmp_path / "base")
     return tmp_path / "base"
 
 
@@ -221,17 +218,14 @@ def test_an_adapter_without_its_base_model_says_so(base_folder, tmp_path):
     tuned = get_peft_model(tiny_model("llama"), LoraConfig(**LORA, target_modules=LLAMA))
     tuned.peft_config["default"].base_model_name_or_path = str(tmp_path / "gone")
     tuned.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ModelError, match=r"gone.*base model of the adapter"):
-        models.check_source(tmp_path / "adapter")
+    refused(r"gone.*base model of the adapter", lambda: models.check_source(tmp_path / "adapter"), kind=ModelError)
     for path in (tmp_path / "adapter").glob("adapter_*"):
         (base_folder / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(ModelError, match="holds a model and an adapter"):
-        models.load(base_folder)
+    refused("holds a model and an adapter", lambda: models.load(base_folder), kind=ModelError)
 
 
 def test_an_adapter_of_another_architecture_is_refused(base_folder, tmp_path):
     tuned = get_peft_model(tiny_model("gpt2"), LoraConfig(**LORA, target_modules=TARGETS["gpt2"]))
     tuned.peft_config["default"].base_model_name_or_path = str(base_folder)
     tuned.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ModelError, match="could not be merged"):
-        models.load(tmp_path / "adapter")
+    refused("could not be merged", lambda: models.load(tmp_path / "adapter"), kind=ModelError)

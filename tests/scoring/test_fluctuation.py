@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from nt_utils import hooks
-from nt_utils.errors import InputError
 from nt_utils.neurons import POOL
 from nt_utils.scoring.fluctuation import Fluctuation, fluctuation
 from nt_utils.scoring.importance import importance
+from tests.common import refused
 from tests.tiny import tiny_lm
 
 PROMPTS = ["Tell me a story.", "Hi", "What is the tallest hill in this town, and why?", "Go", "Write a poem"]
@@ -73,39 +73,10 @@ def test_the_same_pass_as_importance(lm):
         np.testing.assert_allclose(statistics.score(layer, kind), alone.score(layer, kind), rtol=1e-4)
 
 
-def test_heads_are_sums_of_their_channels(lm):
-    found = fluctuation(lm, PROMPTS, progress=False)
-    channels = found.score(1, "o")
-    assert found.head_scores(1).shape == (4,)
-    assert torch.allclose(found.head_scores(1)[2], channels[16:24].sum())
-
-
-def test_files(lm, tmp_path):
-    found = fluctuation(lm, PROMPTS, progress=False)
-    path = found.save(tmp_path / "f.safetensors")
-    again = Fluctuation.load(path, lm.view.space)
-    assert again.tokens == found.tokens
-    assert torch.equal(again.score(1, "ffn"), found.score(1, "ffn"))
-    assert torch.equal(again.head_scores(0), found.head_scores(0))
-    with pytest.raises(InputError, match="made for llama"):
-        Fluctuation.load(path, tiny_lm("qwen3").view.space)
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(InputError, match="damaged"):
-        Fluctuation.load(path)
-    with pytest.raises(InputError, match="no such file"):
-        Fluctuation.load(tmp_path / "none")
-
-
 def test_bad_input(lm):
-    with pytest.raises(InputError, match="at least one"):
-        fluctuation(lm, [], progress=False)
-    with pytest.raises(InputError, match="no tokens"):
-        Fluctuation.of(lm).variance(0, "o")
-    with pytest.raises(InputError, match="allowed kinds"):
-        fluctuation(lm, PROMPTS[:1], progress=False).score(0, "q")
-    with pytest.raises(InputError, match="layer 0, projection ffn"):
-        Fluctuation.of(lm).update((0, "ffn"), torch.full((3, 40), torch.nan))
+    refused("no tokens", lambda: Fluctuation.of(lm).variance(0, "o"))
+    refused("allowed kinds", lambda: fluctuation(lm, PROMPTS[:1], progress=False).score(0, "q"))
+    refused("layer 0, projection ffn", lambda: Fluctuation.of(lm).update((0, "ffn"), torch.full((3, 40), torch.nan)))
     training = tiny_lm("llama")
     training.model.train()
-    with pytest.raises(InputError, match="training mode"):
-        fluctuation(training, PROMPTS, progress=False)
+    refused("training mode", lambda: fluctuation(training, PROMPTS, progress=False))

@@ -3,16 +3,15 @@
 import copy
 
 import numpy as np
-import pytest
 import torch
 
 from nt_utils import hooks, selection
 from nt_utils.data.records import PromptSet
-from nt_utils.errors import InputError
 from nt_utils.models import DecoderView
 from nt_utils.neurons import KINDS, POOL
 from nt_utils.scoring.activation_change import activation_change
 from nt_utils.scoring.saliency import saliency
+from tests.common import refused
 from tests.tiny import tiny_lm
 
 TEXTS = ["Tell me a story.", "Hi", "What is the tallest hill in this town?"]
@@ -95,8 +94,7 @@ def test_set_difference_is_a_set_difference(lm):
         assert 0 < len(wanted) < len(top_safety.top_share(q))
         assert ranking.top(len(wanted)) == wanted
     assert selection.set_difference(safety, utility, 0.0).top(7) == top_safety.top(7)
-    with pytest.raises(InputError, match="below 1"):
-        selection.set_difference(safety, utility, 1.0)
+    refused("below 1", lambda: selection.set_difference(safety, utility, 1.0))
 
 
 def test_activation_change_equals_numpy_one_prompt_at_a_time(any_lm):
@@ -130,11 +128,7 @@ def test_activation_change_of_a_subset_weighs_its_own_tokens(lm):
 
 
 def test_bad_input(lm):
-    with pytest.raises(InputError, match="snip, wanda"):
-        saliency(lm, PROMPTS, RESPONSES, metric="magnitude", progress=False)
-    with pytest.raises(InputError, match="got 1 for 3 prompts"):
-        saliency(lm, PROMPTS, RESPONSES[:1], progress=False)
-    with pytest.raises(InputError, match="architecture"):
-        activation_change(lm, tiny_lm("qwen3"), PROMPTS, RESPONSES, progress=False)
-    with pytest.raises(InputError, match="activation_change"):
-        selection.root_mean_square(saliency(lm, PROMPTS, RESPONSES, progress=False))
+    refused("snip, wanda", lambda: saliency(lm, PROMPTS, RESPONSES, metric="magnitude", progress=False))
+    refused("got 1 for 3 prompts", lambda: saliency(lm, PROMPTS, RESPONSES[:1], progress=False))
+    refused("architecture", lambda: activation_change(lm, tiny_lm("qwen3"), PROMPTS, RESPONSES, progress=False))
+    refused("activation_change", lambda: selection.root_mean_square(saliency(lm, PROMPTS, RESPONSES, progress=False)))
