@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -26,7 +26,7 @@ class DivergedError(InputError):
     """A training's loss is no longer finite: its learning rate is too high."""
 
 
-def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
+def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
     """Raise InputError unless the value of this parameter is one of those allowed."""
     if value not in allowed:
         raise InputError(f"{name}: got {value!r}; allowed: {', '.join(allowed)}")

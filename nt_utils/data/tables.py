@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nt_utils.errors import InputError, first_line, package
+from nt_utils.errors import InputError, first_line
 from nt_utils.files import atomic
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")
@@ -266,8 +266,8 @@ def _columns(columns: Mapping[str, Mapping[str, Any]]) -> list[Row]:
 
 
 def _parquet(path: Path) -> list[Row]:
-    missing = f"{path}: Parquet files are read by pyarrow, which is missing: pip install pyarrow"
-    parquet = package("pyarrow.parquet", missing)
+    from pyarrow import parquet
+
     table = parquet.ParquetFile(path).read()
     kept = [name for name in table.column_names if not re.fullmatch(r"__index_level_\d+__", name)]
     if len(set(kept)) < len(kept):

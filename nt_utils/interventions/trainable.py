@@ -46,7 +46,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from nt_utils import hooks
-from nt_utils.errors import InputError, check_choice, check_count, package
+from nt_utils.errors import InputError, check_choice, check_count
 from nt_utils.interventions.delta import Delta, LowRank, Part, put, take
 from nt_utils.interventions.parallel import averaged
 from nt_utils.interventions.precision import master_dtype
@@ -504,7 +504,7 @@ def _all_projections(view: DecoderView) -> dict[str, Projection]:
 
 @dataclass(frozen=True)
 class LoRA:
-    """Low-rank adapters on every projection, by PEFT (optional; arXiv 2106.09685). A baseline.
+    """Low-rank adapters on every projection, by PEFT (arXiv 2106.09685). A baseline.
 
     Adapters train in float32 (float64 in a float64 model). The delta keeps their factors; merging adds their product to
     the base's weights and rounds once, so the merged model and the one in training agree up to rounding.
@@ -513,7 +513,7 @@ class LoRA:
         rank, alpha, dropout: as in the paper.
 
     Raises (on `start`):
-        InputError: peft is not installed, or rank < 1.
+        InputError: rank < 1.
     """
 
     rank: int = 8
@@ -530,10 +530,9 @@ class LoRA:
         return cls(**{"rank": rank, "alpha": 2.0 * rank, **more})
 
     def start(self, lm: LanguageModel) -> Training:
-        peft = package("peft", "LoRA: needs the package peft, which is not installed: pip install peft")
         check_count("rank", self.rank)
         _check_unsharded(lm, self.name)
-        return _LoRATraining(lm, self, peft)
+        return _LoRATraining(lm, self)
 
 
 class _LoRATraining(Training):
@@ -541,7 +540,9 @@ class _LoRATraining(Training):
 
     lowest_layer = 0
 
-    def __init__(self, lm: LanguageModel, scope: LoRA, peft):
+    def __init__(self, lm: LanguageModel, scope: LoRA):
+        import peft
+
         meta = {"trained": "lora", "rank": scope.rank, "alpha": scope.alpha, "dropout": scope.dropout}
         self._places = _all_projections(lm.view)
         super().__init__(lm, (), meta, scope.name)

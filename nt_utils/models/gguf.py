@@ -147,12 +147,8 @@ def check_room(home: Path, needed: int, what: str) -> None:
 
 def _header(path: Path) -> dict[str, Any]:
     """What the file says it holds: number of parameters, tensors by precision, and how its tokenizer splits text."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise ModelError(
-            "model: GGUF files are read by the package gguf, which is missing: pip install gguf"
-        ) from error
+    import gguf
+
     try:
         reader = gguf.GGUFReader(path)
         kinds = Counter(tensor.tensor_type.name for tensor in reader.tensors)

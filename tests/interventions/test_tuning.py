@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import sys
 from pathlib import Path
 
 import pytest
@@ -866,9 +865,6 @@ def test_unusable_options_are_one_line(lm, options, message):
     refused(message, lambda: quick(lm, Everything(), **options))
 
 
-def test_lora_without_peft_is_one_line(lm, monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    refused("needs the package peft", lambda: LoRA().start(lm))
 
 
 @pytest.mark.parametrize("name", ["llama-biases", "phi3", "gpt2"])
