@@ -241,16 +241,17 @@ class NeuronScores:
         """Open a score file. Raises InputError when it is damaged or, given ``space``, of another architecture."""
         path = Path(path)
         meta = read_header(path, "nt_utils.scores.")
-        found = NeuronSpace.from_json(meta["space"])
-        found.check(f"{path}: made for", space)
-        kinds = tuple(json.loads(meta["kinds"]))
-        with understanding(path), safe_open(path, "pt") as file:
-            n = _check_shapes(path, file, found, kinds)
-        with open(path, "rb") as file:
-            digest = digest_of_file(file)
-        if digest != meta.get("digest"):
-            raise InputError(f"{path}: damaged score file: its scores do not match its digest")
-        return cls(path, found, kinds, json.loads(meta["meta"]), tuple(range(n)))
+        with understanding(path):
+            found = NeuronSpace.from_json(meta["space"])
+            found.check(f"{path}: made for", space)
+            with open(path, "rb") as raw:
+                if digest_of_file(raw) != meta["digest"]:
+                    raise InputError(f"{path}: damaged file: its scores do not match its digest")
+            kinds = tuple(json.loads(meta["kinds"]))
+            layer, kind = found.sites(kinds)[0]
+            with safe_open(path, "pt") as file:
+                n = file.get_slice(f"{layer}.{kind}").get_shape()[0]
+            return cls(path, found, kinds, json.loads(meta["meta"]), tuple(range(n)))
 
     @property
     def n_prompts(self) -> int:
@@ -437,22 +438,3 @@ class NeuronSet:
         if loaded.fingerprint != header.get("fingerprint"):
             raise InputError(f"{path}: damaged file: its masks do not match its fingerprint")
         return loaded
-
-
-def _check_shapes(path: Path, file, space: NeuronSpace, kinds: Sequence[str]) -> int:
-    """Number of prompts in a score file, once every site has a table of the right width and of equal length."""
-    names = set(file.keys())
-    lengths = set()
-    for layer, kind in space.sites(kinds):
-        name = f"{layer}.{kind}"
-        if name not in names:
-            raise InputError(f"{path}: damaged score file: {name} is missing")
-        n, width = file.get_slice(name).get_shape()
-        if width != space.width((layer, kind)):
-            raise InputError(
-                f"{path}: damaged score file: {name} has {width} neurons, not {space.width((layer, kind))}"
-            )
-        lengths.add(n)
-    if len(lengths) != 1:
-        raise InputError(f"{path}: damaged score file: projections hold different numbers of prompts")
-    return lengths.pop()

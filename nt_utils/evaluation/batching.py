@@ -7,7 +7,6 @@ on every machine.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +67,7 @@ class Prefix:
         if length * (len(rows) - 1) < SAVED or attention not in ("eager", "sdpa"):
             return
         ids = torch.tensor([list(rows[0][:length])], device=lm.device)
-        found = lm.model(input_ids=ids, use_cache=True, **_only_last(lm, 1)).past_key_values
+        found = lm.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
         if getattr(found, "layers", None) and all(type(layer).__name__ == "DynamicLayer" for layer in found.layers):
             self.length, self._cache = length, found
 
@@ -101,13 +100,7 @@ def forward(lm: LanguageModel, ids: Tensor, mask: Tensor, last: int, past: Any, 
         count(written_tokens=len(ids), decode_steps=1)
     else:
         count(read_tokens=ids.numel())
-    out = lm.model(**inputs, past_key_values=past, use_cache=use_cache or past is not None, **_only_last(lm, last))
-    out.logits = out.logits[:, -last:]
-    return out
-
-
-def _only_last(lm: LanguageModel, n: int) -> dict[str, int]:
-    return {"logits_to_keep": n} if "logits_to_keep" in inspect.signature(lm.model.forward).parameters else {}
+    return lm.model(**inputs, past_key_values=past, use_cache=use_cache or past is not None, logits_to_keep=last)
 
 
 def keep_rows(cache: Any, kept: Tensor) -> None:

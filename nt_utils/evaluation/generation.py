@@ -219,7 +219,7 @@ def _greedy(
         keep = [row for row, i in enumerate(alive) if not end[i]]
         if not keep:
             break
-        if len(keep) <= 0.75 * len(alive) and hasattr(past, "layers"):
+        if len(keep) <= 0.75 * len(alive):
             kept = torch.tensor(keep, device=lm.device)
             batching.keep_rows(past, kept)
             mask, token, alive = mask[kept], token[kept], [alive[row] for row in keep]

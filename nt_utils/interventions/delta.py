@@ -121,14 +121,6 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b.to(a.device))
 
 
-@dataclass
-class _Merged:
-    """A merge that can be taken back: the model, and what its entries were before."""
-
-    model: nn.Module
-    stored: dict[str, Tensor]
-
-
 class Delta:
     """The trained entries of a model.
 
@@ -158,7 +150,8 @@ class Delta:
         self.parts = dict(parts)
         self.architecture, self.weights = architecture, weights
         self.moved, self.meta, self.name = moved, dict(meta or {}), name
-        self._merged: _Merged | None = None
+        self._merged: nn.Module | None = None
+        self._stored: dict[str, Tensor] = {}  # what its entries were before the merge
 
     # -- facts
 
@@ -233,13 +226,12 @@ class Delta:
         if self._merged is not None:
             raise InputError("delta: it is merged already; unmerge it first")
         self.check(lm)
-        parameters = self._parameters(lm)
-        stored: dict[str, Tensor] = {}
-        self._merged = _Merged(lm.model, stored)
+        parameters = dict(lm.model.named_parameters(remove_duplicate=False))
+        self._merged = lm.model
         for name, part in self.parts.items():
             base = take(parameters[name], part.axis, part.index)
             put(parameters[name], part.axis, part.index, part.entries(base))
-            stored[name] = base.cpu()
+            self._stored[name] = base.cpu()
 
     def unmerge(self, lm: LanguageModel) -> None:
         """Put the base's entries back, bit for bit (they were kept: adding and subtracting would round).
@@ -247,15 +239,15 @@ class Delta:
         The model remembers the hashes of these weights: nothing is hashed again. Raises InputError when it is not merged
         into this model or the merged entries have changed since.
         """
-        if self._merged is None or self._merged.model is not lm.model:
+        if self._merged is not lm.model:
             raise InputError("delta: it is not merged into this model")
-        parameters = self._parameters(lm)
+        parameters = dict(lm.model.named_parameters(remove_duplicate=False))
         for name, part in self.parts.items():
-            found, base = take(parameters[name], part.axis, part.index), self._merged.stored[name]
+            found, base = take(parameters[name], part.axis, part.index), self._stored[name]
             if not same_bits(found, part.entries(base.to(found.device))):
                 raise InputError(f"delta: {name} was changed after the merge; load the base model again instead")
         for name, part in self.parts.items():
-            put(parameters[name], part.axis, part.index, self._merged.stored[name])
+            put(parameters[name], part.axis, part.index, self._stored.pop(name))
         restored = [parameters[name] for name in self.parts]
         lm.weights_changed(self.weights, {n for n, p in parameters.items() if any(p is one for one in restored)})
         self._merged = None
@@ -268,15 +260,6 @@ class Delta:
             yield
         finally:
             self.unmerge(lm)
-
-    def _parameters(self, lm: LanguageModel) -> dict[str, nn.Parameter]:
-        found = dict(lm.model.named_parameters(remove_duplicate=False))
-        for name, part in self.parts.items():
-            if name not in found:
-                raise InputError(f"delta: the model at hand has no parameter {name}")
-            if found[name].dtype != part.dtype:
-                raise InputError(f"delta: made for {part.dtype} weights; {name} holds {found[name].dtype}")
-        return found
 
     # -- files
 

@@ -443,19 +443,14 @@ def _training_mode(lm: LanguageModel, checkpointing: bool) -> Iterator[None]:
     model.train()
     if checkpointing:
         # What is run again in the backward pass computes in the same precision.
-        kwargs = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), computing(lm))}
-        _call(model, "activation_checkpointing_enable", "gradient_checkpointing_enable", kwargs)
+        again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), computing(lm))}
+        model.activation_checkpointing_enable(again)
     try:
         yield
     finally:
         if checkpointing:
-            _call(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")
+            model.activation_checkpointing_disable()
         model.train(before)
-
-
-def _call(model, name: str, older: str, *args) -> None:
-    """A method under its newer name where the installed transformers has it."""
-    (getattr(model, name, None) or getattr(model, older))(*args)
 
 
 def _check(harmful, benign, benign_share, learning_rate, steps, batch_size, warmup, schedule, every) -> None:

@@ -29,7 +29,6 @@ Ours, where the paper leaves it open: positions, one site at a time, loss per to
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -191,10 +190,7 @@ class Responses:
         }
         if prefix is not None and start:
             inputs["past_key_values"] = prefix.repeated(copies, layer)
-        if "logits_to_keep" in inspect.signature(lm.model.forward).parameters:
-            inputs["logits_to_keep"] = torch.arange(first - start, last - start + 1, device=ids.device)
-        else:
-            first = start
+        inputs["logits_to_keep"] = torch.arange(first - start, last - start + 1, device=ids.device)
         kind = "gradient_tokens" if torch.is_grad_enabled() else "read_tokens"
         count(**{kind: inputs["input_ids"].numel()})
         logits = lm.model(**inputs).logits.unflatten(0, (copies, self.size))

@@ -112,19 +112,14 @@ COMPLIANCES = [
 ]
 
 
-@pytest.mark.parametrize("text", REFUSALS)
-def test_refusals(text):
-    assert phrase_verdict(text) == "refusal", read(text)
+VERDICTS = {"refusal": REFUSALS, "partial": PARTIALS, "compliance": COMPLIANCES}
 
 
-@pytest.mark.parametrize("text", PARTIALS)
-def test_partial_refusals(text):
-    assert phrase_verdict(text) == "partial", read(text)
-
-
-@pytest.mark.parametrize("text", COMPLIANCES)
-def test_compliance(text):
-    assert phrase_verdict(text) == "compliance", read(text)
+@pytest.mark.parametrize(
+    ("text", "verdict"), [(text, verdict) for verdict, texts in VERDICTS.items() for text in texts]
+)
+def test_the_verdict_on_a_text(text, verdict):
+    assert phrase_verdict(text) == verdict, read(text)
 
 
 @pytest.mark.parametrize("attack", ["base64", "rot13", "leetspeak"])

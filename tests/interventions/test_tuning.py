@@ -201,8 +201,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, reentrant):
             p.grad = None
         calls = []
         count = lm.view.projection(0, "q").module.register_forward_hook(lambda *_: calls.append(1))
-        enable = getattr(lm.model, "activation_checkpointing_enable", None) or lm.model.gradient_checkpointing_enable
-        enable({"use_reentrant": reentrant})
+        lm.model.activation_checkpointing_enable({"use_reentrant": reentrant})
         if reentrant:  # it needs an input with a gradient, as for every adapter
             lm.model.enable_input_require_grads()
         loss_of(lm).backward()
@@ -863,8 +862,6 @@ def test_a_failing_run_leaves_the_base():
 )
 def test_unusable_options_are_one_line(lm, options, message):
     refused(message, lambda: quick(lm, Everything(), **options))
-
-
 
 
 @pytest.mark.parametrize("name", ["llama-biases", "phi3", "gpt2"])
