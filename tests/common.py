@@ -66,7 +66,7 @@ def saved(lm: LanguageModel, folder: Path, **options: Any) -> Path:
     return folder
 
 
-def some_neurons(view: DecoderView, per_site: int = 3, seed: int = 0, kinds: Sequence[str] = KINDS) -> NeuronSet:
+def some_neurons(view: DecoderView, per_site: int = 2, seed: int = 0, kinds: Sequence[str] = KINDS) -> NeuronSet:
     """A few neurons of every kind in every layer."""
     generator = torch.Generator().manual_seed(seed)
     masks = {}
