@@ -69,6 +69,11 @@ def writable(folder: Path) -> Path:
         raise InputError(f"cache: {folder} cannot be written ({why}); set NT_CACHE to another folder") from error
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
 # ------------------------------------------------------------------------------------------------- whole or not there
 
 

@@ -10,6 +10,7 @@ import tomllib
 import pytest
 import yaml
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from nt_utils.files import project_root
 from nt_utils.study import batch
@@ -24,33 +25,17 @@ PINS = dict(
 
 #: The rooms in the order in which data flows: a file may import from rooms above its own in this list, never from one below.
 ROOMS = (
-    "errors",
-    "files",
-    "work",
-    "neurons",
-    "units",
-    "data",
-    "plots",
-    "models",
-    "hooks",
-    "evaluation",
-    "scoring",
-    "selection",
-    "interventions",
-    "definitions",
-    "testbed",
-    "experiments",
-    "study",
-    "bench",
+    "errors files work neurons units data plots models hooks evaluation scoring selection interventions definitions "
+    "testbed experiments study bench".split()
 )
 
 
 def requirement_name(text):
-    return re.match(r"[A-Za-z0-9_.-]+", text).group().lower().replace("_", "-").replace(".", "-")
+    return canonicalize_name(re.match(r"[A-Za-z0-9_.-]+", text).group())
 
 
 def test_every_dependency_is_pinned_exactly():
-    pinned = {name.lower().replace("_", "-").replace(".", "-") for name in PINS}
+    pinned = set(map(canonicalize_name, PINS))
     extras = PROJECT["project"]["optional-dependencies"]
     wanted = [*PROJECT["project"]["dependencies"], *(w for extra in extras.values() for w in extra)]
     assert {requirement_name(w) for w in wanted} <= pinned

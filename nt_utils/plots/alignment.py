@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Curve
 
-from nt_utils.plots.style import COLOURS, GREY, counts, figure, interval, note, ordered, panels, percent, rate_rows
+from nt_utils.plots.style import (
+    COLOURS,
+    GREY,
+    across,
+    counts,
+    curve,
+    figure,
+    interval,
+    legend,
+    note,
+    ordered,
+    panels,
+    percent,
+    rate_rows,
+    rates,
+)
 from nt_utils.plots.units import CATEGORY_COLOURS
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-
-#: Losses that an axis may name.
-LOSSES = [step * 10.0**power for power in range(-4, 2) for step in (1, 2, 3, 5)]
 
 
 def _colour(arm: str, i: int) -> str:
@@ -44,21 +51,21 @@ def attack_curves(table: pd.DataFrame) -> Figure:
     for c, name in enumerate(sets):
         for r, metric in enumerate(shown):
             ax, rows = axes[r, c], best[(best["rows"] == name) & (best["metric"] == metric)]
-            for i, arm in enumerate(arms):
-                part = rows[rows["arm"] == arm].sort_values("step")
-                colour = _colour(arm, i)
-                ax.plot(part["step"], part["value"], "o-", color=colour, ms=3.5, label=arm if r == c == 0 else None)
-                ax.fill_between(part["step"], part["low"], part["high"], color=colour, alpha=0.08, lw=0)
-            ax.set_ylim(-0.03, 1.03)
-            percent(ax.yaxis)
-            if r == 0:
-                ax.set_title(name)
-            if c == 0:
-                ax.set_ylabel(f"{metric}\n({counts(rows)})")
+            _over_steps(ax, rows, arms, f"{metric}\n({counts(rows)})" if c == 0 else "", ms=3.5, band=0.08)
+        axes[0, c].set_title(name)
         axes[-1, c].set_xlabel("steps of fine-tuning")
-    drawn.legend(loc="outside lower center", ncols=3)
+    legend(drawn, 3)
     note(drawn, "bands: 95% intervals; every arm at the learning rate with the lowest held-out loss", table)
     return drawn
+
+
+def _over_steps(ax: Axes, rows: pd.DataFrame, arms: list[str], label: str, **look) -> None:
+    """One panel of an attack: every arm's rate over the steps."""
+    for i, arm in enumerate(arms):
+        curve(ax, "step", rows[rows["arm"] == arm], _colour(arm, i), "o-", label=arm, **look)
+    rates(ax)
+    if label:
+        ax.set_ylabel(label)
 
 
 @figure
@@ -69,27 +76,19 @@ def attack_sweep(table: pd.DataFrame) -> Figure:
     """
     sets, arms = ordered(table["rows"]), ordered(table["arm"])
     metric = ordered(table["metric"])[0]
-    ranks = table.groupby("arm")["learning_rate"].rank(method="dense").astype(int)
-    table = table.assign(column=ranks)
+    table = table.assign(column=table.groupby("arm")["learning_rate"].rank(method="dense").astype(int))
     columns = sorted(table["column"].unique())
     drawn, axes = panels(len(sets), len(columns), height=2.2 * len(sets) + 0.8, sharey=True, sharex=True)
     for r, name in enumerate(sets):
         for c, column in enumerate(columns):
             chosen = (table["rows"] == name) & (table["metric"] == metric) & (table["column"] == column)
-            ax, rows = axes[r, c], table[chosen]
-            for i, arm in enumerate(arms):
-                part = rows[rows["arm"] == arm].sort_values("step")
-                label = arm if r == c == 0 else None
-                ax.plot(part["step"], part["value"], "o-", color=_colour(arm, i), ms=3, lw=1.2, label=label)
-            rates = " or ".join(f"{rate:g}" for rate in sorted(rows["learning_rate"].unique()))
-            ax.set_title(f"{name}, rate {rates}")
-            ax.set_ylim(-0.03, 1.03)
-            percent(ax.yaxis)
-            if c == 0:
-                ax.set_ylabel(f"{metric}\n({counts(rows)})")
+            rows = table[chosen]
+            _over_steps(axes[r, c], rows, arms, f"{metric}\n({counts(rows)})" if c == 0 else "", ms=3, lw=1.2)
+            used = " or ".join(f"{rate:g}" for rate in sorted(rows["learning_rate"].unique()))
+            axes[r, c].set_title(f"{name}, rate {used}")
     for ax in axes[-1]:
         ax.set_xlabel("steps of fine-tuning")
-    drawn.legend(loc="outside lower center", ncols=3)
+    legend(drawn, 3)
     return drawn
 
 
@@ -111,10 +110,10 @@ def attack_points(table: pd.DataFrame) -> Figure:
             for i, how in enumerate(compared):
                 part = rows[rows["compared"] == how]
                 y = np.array([arms.index(a) for a in part["arm"]]) + 0.2 * (i - (len(compared) - 1) / 2)
-                interval(ax, y, part, COLOURS[i], horizontal=True, ms=4, label=how if (r, c) == (0, 0) else None)
+                interval(ax, y, part, COLOURS[i], horizontal=True, ms=4, label=how)
             size = f", {counts(rows)}" if len(rows) else ""
             rate_rows(ax, arms, f"{metric}\n({name}{size})")
-    drawn.legend(loc="outside lower center", ncols=len(compared))
+    legend(drawn, len(compared))
     note(drawn, "95% Wilson intervals", table)
     return drawn
 
@@ -133,10 +132,9 @@ def unit_flow(table: pd.DataFrame) -> Figure:
 
     Heights are shares of all units on a square-root scale, without which 3% would not be seen; the percentages are exact.
     """
-    changes, order = ordered(table["change"]), list(CATEGORY_COLOURS)
-    drawn, axes = panels(1, len(changes), height=3.9)
-    for ax, change in zip(axes[0], changes, strict=True):
-        rows = table[table["change"] == change]
+    order = list(CATEGORY_COLOURS)
+    drawn, parts = across(table, "change", height=3.9)
+    for ax, change, rows in parts:
         grid = rows.pivot_table(index="before", columns="after", values="share").reindex(index=order, columns=order)
         ends = [_bars(ax, grid.sum(axis=1 - side), x) for side, x in ((0, 0.0), (1, 0.94))]
         at = [{name: ends[side][name][0] for name in order} for side in (0, 1)]
@@ -165,13 +163,8 @@ def _bars(ax: Axes, shares: pd.Series, x: float) -> dict[str, tuple[float, float
     top, found = 0.0, {}
     for name, height in heights.items():
         found[str(name)] = (top, top + height)
-        ax.add_patch(
-            PathPatch(
-                Curve([(x, top), (x + 0.06, top), (x + 0.06, top + height), (x, top + height), (x, top)]),
-                facecolor=CATEGORY_COLOURS[str(name)],
-                lw=0,
-            )
-        )
+        corners = [(x, top), (x + 0.06, top), (x + 0.06, top + height), (x, top + height), (x, top)]
+        ax.add_patch(PathPatch(Curve(corners), facecolor=CATEGORY_COLOURS[str(name)], lw=0))
         at, side = (x - 0.03, "right") if x < 0.5 else (x + 0.09, "left")
         ax.text(at, top + height / 2, f"{name}\n{100 * shares[name]:.0f}%", ha=side, va="center", fontsize=7.5)
         top += height + gap
@@ -184,11 +177,9 @@ def align_budget(table: pd.DataFrame) -> Figure:
 
     Columns: arm, learning_rate, trained (share of the parameters), metric, value, low, high, n.
     """
-    shown, arms = ordered(table["metric"]), ordered(table["arm"])
-    trained = table.groupby("arm", sort=False)["trained"].first()
-    drawn, axes = panels(1, len(shown), height=0.34 * len(arms) + 1.1, sharey=True)
-    for ax, metric in zip(axes[0], shown, strict=True):
-        rows = table[table["metric"] == metric]
+    arms, trained = ordered(table["arm"]), table.groupby("arm", sort=False)["trained"].first()
+    drawn, parts = across(table, "metric", height=0.34 * len(arms) + 1.1, sharey=True)
+    for ax, metric, rows in parts:
         for i, arm in enumerate(arms):
             colour = "#000000" if arm in ("unaligned", "full") else CATEGORY_COLOURS.get(arm, COLOURS[2])
             hollow = {"mfc": "white"} if arm == "unaligned" or "random" in arm else {}
@@ -201,18 +192,16 @@ def align_budget(table: pd.DataFrame) -> Figure:
 @figure
 def direction(table: pd.DataFrame) -> Figure:
     """Notebook 04: leaning to refusal by layer (the paper's Fig. 2-4). Columns: model, variant, layer, value, low, high, n."""
-    variants, models = ordered(table["variant"]), ordered(table["model"])
-    drawn, axes = panels(1, len(variants), height=2.8)
-    for ax, variant in zip(axes[0], variants, strict=True):
+    models = ordered(table["model"])
+    drawn, parts = across(table, "variant", height=2.8)
+    for ax, variant, rows in parts:
         for i, model in enumerate(models):
-            rows = table[(table["variant"] == variant) & (table["model"] == model)]
-            ax.plot(rows["layer"], rows["value"], "o-", color=COLOURS[i], ms=3.5, label=model)
-            ax.fill_between(rows["layer"], rows["low"], rows["high"], color=COLOURS[i], alpha=0.2, lw=0)
+            curve(ax, "layer", rows[rows["model"] == model], COLOURS[i], "o-", band=0.2, ms=3.5, label=model)
         ax.axhline(0, color="black", lw=0.7)
         _layer_axis(ax, table)
         ax.set_title(f"{variant}\n({counts(table)})", fontsize=8)
-    axes[0, 0].set_ylabel("cosine with refusal\nminus cosine with compliance")
-    drawn.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(models))
+    parts[0][0].set_ylabel("cosine with refusal\nminus cosine with compliance")
+    legend(drawn, len(models))
     note(drawn, "bands: 95% intervals over topics", table)
     return drawn
 
@@ -231,7 +220,7 @@ def probe(table: pd.DataFrame) -> Figure:
     ax.set_ylim(top=1.02)
     ax.set_ylabel("probe accuracy")
     ax.set_title(f"does the aligned model refuse? ({counts(table)})")
-    drawn.legend(loc="outside lower center", ncols=2)
+    legend(drawn, 2)
     note(drawn, "95% Wilson intervals; dotted: the commoner answer", table)
     return drawn
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
-from nt_utils.plots.style import COLOURS, counts, figure, interval, ordered, panels, percent, rate_rows
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from nt_utils.plots.style import COLOURS, across, counts, figure, interval, ordered, panels, percent, rate_rows
 
 
 @figure
@@ -37,11 +33,10 @@ def behaviour(table: pd.DataFrame) -> Figure:
 @figure
 def verdicts(table: pd.DataFrame) -> Figure:
     """Notebook 00: what the answers are, as shares. Columns: model, set, verdict, share, n."""
-    models, sets = ordered(table["model"]), ordered(table["set"])
-    names = ordered(table["verdict"])
-    drawn, axes = panels(1, len(models), height=0.3 * len(sets) + 1.3, sharey=True)
-    for ax, model in zip(axes[0], models, strict=True):
-        rows = table[table["model"] == model].pivot_table(index="set", columns="verdict", values="share", sort=False)
+    sets, names = ordered(table["set"]), ordered(table["verdict"])
+    drawn, parts = across(table, "model", height=0.3 * len(sets) + 1.3, sharey=True)
+    for ax, model, part in parts:
+        rows = part.pivot_table(index="set", columns="verdict", values="share", sort=False)
         left = np.zeros(len(sets))
         for colour, name in zip(COLOURS, names, strict=False):
             width = rows.reindex(sets)[name].fillna(0).to_numpy() if name in rows else np.zeros(len(sets))
@@ -54,6 +49,5 @@ def verdicts(table: pd.DataFrame) -> Figure:
         percent(ax.xaxis)
         ax.grid(axis="y", visible=False)
     drawn.supxlabel(f"share of answers ({counts(table)} prompts a set)", fontsize=9)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside upper center", ncols=len(names))
+    drawn.legend(*parts[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=len(names))
     return drawn

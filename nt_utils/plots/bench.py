@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pandas as pd
+from matplotlib.figure import Figure
 
-from nt_utils.plots.style import COLOURS, figure, panels
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from nt_utils.plots.style import COLOURS, figure, legend, panels
 
 
 @figure
@@ -33,5 +29,5 @@ def growth(table: pd.DataFrame) -> Figure:
         ax.set_xticks(part[sweep], [str(x) for x in part[sweep]])
         ax.minorticks_off()
     axes[0, 0].set_ylabel("milliseconds a batch")
-    drawn.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(series))
+    legend(drawn, len(series))
     return drawn

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.figure import Figure
 
 from nt_utils.plots.style import (
     COLOURS,
     GREY,
     NAMED,
+    across,
     counts,
+    curve,
     figure,
     interval,
     is_rate,
+    legend,
+    log_axis,
     note,
     ordered,
     panels,
     percent,
     place_labels,
     rate_rows,
+    rates,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.artist import Artist
-    from matplotlib.figure import Figure
 
 DRAWS = "several random draws: mean, smallest and largest"
 CONTROLS = ("random", "foundation", "same importance")
@@ -84,9 +86,7 @@ def agreement_sizes(table: pd.DataFrame) -> Figure:
     for which, colour in zip(ordered(table["which"]), (COLOURS[0], COLOURS[1], GREY), strict=False):
         rows = table[table["which"] == which]
         ax.plot(rows["share"], rows["value"], "o-" if colour != GREY else "o:", color=colour, ms=4, label=which)
-    ax.set_xscale("log")
-    ax.set_xticks(sorted(table["share"].unique()), [f"{100 * s:g}%" for s in sorted(table["share"].unique())])
-    ax.minorticks_off()
+    log_axis(ax, table["share"], lambda s: f"{100 * s:g}%")
     ax.set_ylim(0, 1)
     ax.set_xlabel("size of the sets, share of the pool")
     ax.set_ylabel("mean Jaccard")
@@ -194,27 +194,18 @@ def dose_definitions(table: pd.DataFrame) -> Figure:
 
     Columns rule, share, neurons, metric, value, low, high, n.
     """
-    metrics, rules = ordered(table["metric"]), ordered(table["rule"])
-    drawn, axes = panels(1, len(metrics), height=3.4, sharey=True)
-    for ax, metric in zip(axes[0], metrics, strict=True):
-        rows = table[table["metric"] == metric]
-        for i, rule in enumerate(rules):
-            part = rows[rows["rule"] == rule].sort_values("neurons")
+    drawn, parts = across(table, "metric", height=3.4, sharey=True)
+    for ax, metric, rows in parts:
+        for i, rule in enumerate(ordered(table["rule"])):
             random = "random" in rule
-            colour = GREY if random else COLOURS[i % len(COLOURS)]
-            style = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "ms": 4, "lw": 1.3, "label": rule}
-            ax.plot(part["neurons"], part["value"], ls=":" if random else "-", **style)
-            if random:
-                ax.fill_between(part["neurons"], part["low"], part["high"], color=colour, alpha=0.2, lw=0)
-        ax.set_xscale("log")
-        ax.set_xticks(sorted(rows["neurons"].unique()), [str(n) for n in sorted(rows["neurons"].unique())])
-        ax.minorticks_off()
-        percent(ax.yaxis)
-        ax.set_ylim(-0.03, 1.03)
+            style = {"marker": MARKERS[i % len(MARKERS)], "ms": 4, "lw": 1.3, "label": rule, "band": 0.2 * random}
+            colour, line = (GREY, ":") if random else (COLOURS[i % len(COLOURS)], "-")
+            curve(ax, "neurons", rows[rows["rule"] == rule], colour, line, **style)
+        log_axis(ax, rows["neurons"])
+        rates(ax)
         ax.set_xlabel("neurons zeroed")
         ax.set_title(f"{metric} ({counts(rows)})")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=4)
+    legend(drawn, 4)
     note(drawn, DRAWS, table)
     return drawn
 
@@ -225,10 +216,9 @@ def per_neuron(table: pd.DataFrame) -> Figure:
 
     Columns measure, definition, value, low, high, n, chance.
     """
-    measures, names = ordered(table["measure"]), ordered(table["definition"])
-    drawn, axes = panels(1, len(measures), height=0.27 * len(names) + 1.2, sharey=True)
-    for ax, measure in zip(axes[0], measures, strict=True):
-        rows = table[table["measure"] == measure]
+    names = ordered(table["definition"])
+    drawn, parts = across(table, "measure", height=0.27 * len(names) + 1.2, sharey=True)
+    for ax, measure, rows in parts:
         interval(ax, [names.index(d) for d in rows["definition"]], rows, COLOURS[0], horizontal=True)
         chance = rows["chance"].dropna()
         ax.axvline(float(chance.iloc[0]) if len(chance) else 0.0, color="black", lw=0.9, ls=":")
@@ -306,10 +296,8 @@ def frontier(table: pd.DataFrame) -> Figure:
     Columns panel, defence, x_label, y_label, x, x_low, x_high, value, low, high, n, useful. Dotted lines: no defence. Pale:
     the defended model has lost its usefulness, so that its safety is worth nothing.
     """
-    kinds = ordered(table["panel"])
-    drawn, axes = panels(1, len(kinds), height=4.4)
-    for ax, kind in zip(axes[0], kinds, strict=True):
-        rows = table[table["panel"] == kind]
+    drawn, parts = across(table, "panel", height=4.4)
+    for ax, _, rows in parts:
         for row in rows.to_dict("records"):
             error = {
                 k: [[max(row[v] - row[lo], 0)], [max(row[hi] - row[v], 0)]]
@@ -328,8 +316,7 @@ def frontier(table: pd.DataFrame) -> Figure:
         ax.set_ylabel(textwrap.fill(rows["y_label"].iloc[0], 34))
         ax.set_title(counts(rows))
     note(drawn, "95% intervals; dotted: no defence; pale: the model has lost its usefulness; one colour a paper", table)
-    for ax, kind in zip(axes[0], kinds, strict=True):
-        rows = table[table["panel"] == kind]
+    for ax, _, rows in parts:
         places = {place: ",\n".join(part["defence"]) for place, part in rows.groupby(["x", "value"], sort=False)}
         place_labels(ax, rows[["x", "value"]].to_numpy(float), np.array(list(places)), list(places.values()), size=6.5)
     return drawn

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from nt_utils.plots.style import (
     COLOURS,
     GREY,
+    across,
     colours,
     counts,
     figure,
     interval,
-    is_rate,
     layer_maps,
+    legend,
+    log_axis,
     note,
     ordered,
     panels,
     percent,
     rate_rows,
+    rates,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @figure
@@ -66,11 +65,10 @@ def deactivation(table: pd.DataFrame) -> Figure:
     Columns: condition, group (none, chosen, control), metric, value, low, high, n. Random controls: the
     mean over the draws with a t interval over them, and the largest draw with its own interval.
     """
-    metrics, conditions = ordered(table["metric"]), ordered(table["condition"])
-    drawn, axes = panels(1, len(metrics), height=0.29 * len(conditions) + 1.1, sharey=True)
+    conditions = ordered(table["condition"])
     paint = colours(conditions)
-    for ax, metric in zip(axes[0], metrics, strict=True):
-        rows = table[table["metric"] == metric]
+    drawn, parts = across(table, "metric", height=0.29 * len(conditions) + 1.1, sharey=True)
+    for ax, metric, rows in parts:
         for condition, part in rows.groupby("condition", sort=False):
             interval(ax, [conditions.index(condition)], part, paint[str(condition)], horizontal=True)
         rate_rows(ax, conditions, f"{metric}\n({counts(rows)})")
@@ -85,14 +83,11 @@ def dose(table: pd.DataFrame) -> Figure:
     Columns: rule, share (0: untouched; missing: an intervention without a dose), broken, metric, value, low, high, n.
     Hollow marks: perplexity on real text is over 1.5 times the untouched model's.
     """
-    metrics, rules = ordered(table["metric"]), ordered(table["rule"])
-    across = min(len(metrics), 3)
-    down = -(-len(metrics) // across)
-    drawn, axes = panels(down, across, height=2.35 * down + 0.7, sharex=True)
+    rules, count = ordered(table["rule"]), table["metric"].nunique()
+    drawn, parts = across(table, "metric", height=2.35 * -(-count // 3) + 0.7, most=min(count, 3), sharex=True)
     lines = dict(zip((r for r in rules if r.startswith("random")), ("--", ":", "-."), strict=False))
     paint, broken = colours(rules), table.get("broken", pd.Series(False, index=table.index)).astype(bool)
-    for ax, metric in zip(axes.flat, metrics, strict=False):
-        rows = table[table["metric"] == metric]
+    for ax, metric, rows in parts:
         for rule in rules:
             part = rows[rows["rule"] == rule].sort_values("share")
             if part.empty:
@@ -110,20 +105,15 @@ def dose(table: pd.DataFrame) -> Figure:
             ax.fill_between(part["share"], part["low"], part["high"], color=paint[rule], alpha=0.14, lw=0)
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter(lambda v, _: f"{100 * v:g}%")
-        if is_rate(str(rows["metric"].iloc[0])):
-            percent(ax.yaxis)
-            ax.set_ylim(-0.03, 1.03)
-        elif "perplexity" in metric and rows["value"].max() > 5 * rows["value"].min():
+        rates(ax, metric)
+        if "perplexity" in metric and rows["value"].max() > 5 * rows["value"].min():
             ax.set_yscale("log")
             ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
             ax.yaxis.set_minor_formatter(lambda v, _: "")
         ax.set_title(f"{metric}\n({counts(rows)})")
-    for ax in axes.flat[len(metrics) :]:
-        ax.set_visible(False)
-    for ax in axes[-1]:
+    for ax in drawn.axes[-min(count, 3) :]:
         ax.set_xlabel("share of the pool zeroed")
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
+    legend(drawn, min(3, len(rules)))
     note(drawn, "bands: 95% intervals; random: smallest to largest draw; hollow: perplexity over 1.5 times", table)
     return drawn
 
@@ -134,12 +124,10 @@ def factorial(table: pd.DataFrame) -> Figure:
 
     Columns: share, positions, benign, prompts, scale, against, broken, value (jailbroken), low, high, n.
     """
-    factors, shares = ["positions", "benign", "prompts", "scale"], ordered(table["share"])
-    label = table[factors].agg(", ".join, axis=1)
-    order = table.assign(label=label).groupby("label")["value"].mean().sort_values(ascending=False).index.tolist()
-    drawn, axes = panels(1, len(shares), height=0.26 * len(order) + 1.2, sharey=True, sharex=True)
-    for ax, share in zip(axes[0], shares, strict=True):
-        rows = table[table["share"] == share].assign(label=label)
+    table = table.assign(label=table[["positions", "benign", "prompts", "scale"]].agg(", ".join, axis=1))
+    order = table.groupby("label")["value"].mean().sort_values(ascending=False).index.tolist()
+    drawn, parts = across(table, "share", height=0.26 * len(order) + 1.2, sharey=True, sharex=True)
+    for ax, share, rows in parts:
         for name, part in rows.groupby("label"):
             last = str(name).startswith("last")
             face = {"mfc": "white"} if part["broken"].astype(bool).any() else {}
@@ -168,8 +156,7 @@ def languages(table: pd.DataFrame) -> Figure:
         interval(ax, x, rows, paint[name], label=name)
     ax.set_xticks(range(len(evaluated)), [f"asked in {v}" for v in evaluated])
     ax.set_xlim(-0.5, len(evaluated) - 0.5)
-    ax.set_ylim(-0.03, 1.03)
-    percent(ax.yaxis)
+    rates(ax)
     ax.set_ylabel("direct ASR\n(95% intervals)")
     first = table.iloc[0]
     ax.set_title(
@@ -193,10 +180,7 @@ def stability(table: pd.DataFrame) -> Figure:
         x = rows["prompts"] * 1.03 ** (i - (len(rules) - 1) / 2)
         interval(ax, x, rows, paint[rule], fmt="o-", label=rule)
         ax.plot(x, rows["chance"], ":", color=paint[rule], lw=1.2)
-    ax.set_xscale("log")
-    ticks = sorted(table["prompts"].unique())
-    ax.set_xticks(ticks, [str(t) for t in ticks])
-    ax.minorticks_off()
+    log_axis(ax, table["prompts"])
     ax.set_ylim(0, 1.03)
     ax.set_xlabel("prompts in each of the two disjoint subsets")
     ax.set_ylabel("Jaccard of the two sets")

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from nt_utils.plots.style import (
     COLOURS,
     GREY,
+    across,
     counts,
     figure,
     interval,
     is_rate,
     layer_maps,
+    legend,
     note,
     ordered,
     panels,
@@ -22,9 +23,6 @@ from nt_utils.plots.style import (
     place_labels,
     rate_rows,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 GROUPS = {"none": "#000000", "chosen": COLOURS[1], "control": COLOURS[0]}
 
@@ -47,33 +45,26 @@ def modulation_spread(table: pd.DataFrame) -> Figure:
 @figure
 def modulation_learning(table: pd.DataFrame) -> Figure:
     """Notebook 05: losses over the outer steps. Columns: method, iteration, loss, value (nats a token)."""
-    methods = ordered(table["method"])
     styles = {"outer loss": "-", "support": "o", "support, adapted": "v", "validation": "s--"}
-    drawn, axes = panels(1, len(methods), height=2.7, sharey=True)
-    for ax, method in zip(axes[0], methods, strict=True):
-        rows = table[table["method"] == method]
+    drawn, parts = across(table, "method", height=2.7, sharey=True)
+    for ax, method, rows in parts:
         for i, (name, style) in enumerate(styles.items()):
             part = rows[rows["loss"] == name]
             if len(part):
                 ax.plot(part["iteration"], part["value"], style, color=COLOURS[i], ms=4, label=name)
         ax.set_title(method)
         ax.set_xlabel("outer step")
-    axes[0, 0].set_ylabel("loss, nats a token")
-    axes[0, 0].set_ylim(bottom=0)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    parts[0][0].set_ylabel("loss, nats a token")
+    parts[0][0].set_ylim(bottom=0)
+    legend(drawn, table["loss"].nunique())
     return drawn
 
 
 def _conditions(table: pd.DataFrame, columns: int) -> Figure:
     """One panel a metric, one row an arm."""
-    metrics, arms = ordered(table["metric"]), ordered(table["arm"])
-    rows = -(-len(metrics) // columns)
-    drawn, axes = panels(rows, columns, height=rows * (0.19 * len(arms) + 0.75), sharey=True)
-    for ax in axes.flat[len(metrics) :]:
-        ax.set_visible(False)
-    for ax, metric in zip(axes.flat, metrics, strict=False):
-        part = table[table["metric"] == metric]
+    arms, rows = ordered(table["arm"]), -(-table["metric"].nunique() // columns)
+    drawn, parts = across(table, "metric", rows * (0.19 * len(arms) + 0.75), most=columns, sharey=True)
+    for ax, metric, part in parts:
         base = part.loc[part["group"] == "none", "value"]
         if len(base):
             ax.axvline(float(base.iloc[0]), color=GREY, lw=0.8, ls=":")
@@ -181,26 +172,23 @@ def modulation_adaptation(table: pd.DataFrame) -> Figure:
 
     Columns: method, attack, stage (before, after), metric, value, low, high, n.
     """
-    metrics, methods, names = (ordered(table[c]) for c in ("metric", "method", "attack"))
-    drawn, axes = panels(1, len(metrics), height=0.32 * (len(names) + 1) + 1.5, sharey=True)
-    for ax, metric in zip(axes[0], metrics, strict=True):
-        rows = table[table["metric"] == metric].pivot_table(
-            index=["method", "attack"], columns="stage", values="value", sort=False
-        )
+    methods, names = ordered(table["method"]), ordered(table["attack"])
+    drawn, parts = across(table, "metric", height=0.32 * (len(names) + 1) + 1.5, sharey=True)
+    for ax, metric, own in parts:
+        rows = own.pivot_table(index=["method", "attack"], columns="stage", values="value", sort=False)
         change = rows["after"] - rows["before"]
         for i, method in enumerate(methods):
-            own = change[method].reindex(names)
+            each = change[method].reindex(names)
             y = np.arange(len(names)) + 0.22 * (i - (len(methods) - 1) / 2)
-            ax.plot(own, y, "o", color=COLOURS[i], ms=4, mfc="white", label=method)
-            middle, spread = float(own.mean()), float(own.std(ddof=1)) if len(own) > 1 else 0.0
-            error = spread / np.sqrt(max(len(own), 1))
+            ax.plot(each, y, "o", color=COLOURS[i], ms=4, mfc="white", label=method)
+            middle, spread = float(each.mean()), float(each.std(ddof=1)) if len(each) > 1 else 0.0
+            error = spread / np.sqrt(max(len(each), 1))
             at = len(names) + 0.22 * (i - (len(methods) - 1) / 2)
             ax.errorbar(middle, at, xerr=error, fmt="o", color=COLOURS[i], ms=5.5, capsize=2.5, elinewidth=1.1)
         ax.axvline(0, color="black", lw=0.9)
-        rate_rows(ax, [*names, "mean of the classes"], f"{metric}\n({counts(table[table['metric'] == metric])})", False)
+        rate_rows(ax, [*names, "mean of the classes"], f"{metric}\n({counts(own)})", False)
         ax.xaxis.set_major_formatter(lambda v, _: f"{100 * v:+.3g}" if v else "0")
         ax.set_xlabel("change by the inner step, points")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=len(methods))
+    legend(drawn, len(methods))
     note(drawn, "open: one unseen attack class; filled: mean over the classes with its standard error", table)
     return drawn

@@ -117,6 +117,31 @@ def panels(rows: int = 1, columns: int = 1, height: float = 2.8, ratios: Sequenc
     return plt.subplots(rows, columns, figsize=(inches, height * max(scale, 1)), squeeze=False, **more)
 
 
+def across(
+    table: pd.DataFrame, column: str, height: float, most: int = 0, **more
+) -> tuple[Figure, list[tuple[Axes, Any, pd.DataFrame]]]:
+    """A figure with a panel for each value of a column, and (axes, value, rows) of every panel.
+
+    The panels stand side by side, or ``most`` in a row of the given height.
+    """
+    values = ordered(table[column])
+    width = most or len(values)
+    rows = -(-len(values) // width)
+    drawn, axes = panels(rows, width, height=height, **more)
+    for ax in axes.flat[len(values) :]:
+        ax.set_visible(False)
+    return drawn, [(ax, value, table[table[column] == value]) for ax, value in zip(axes.flat, values, strict=False)]
+
+
+def legend(drawn: Figure, columns: int) -> None:
+    """The legend below a figure: every label of its panels once."""
+    found: dict[str, Any] = {}
+    for ax in drawn.axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    drawn.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns)
+
+
 def fit(drawn: Figure) -> None:
     """Make what is written for a page's width fit a column: long titles and labels in several lines, legends below."""
     if _width != "column":
@@ -152,6 +177,29 @@ def is_rate(metric: str) -> bool:
 def percent(axis) -> None:
     """Ticks of shares as percent."""
     axis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+
+
+def rates(ax: Axes, metric: str = "") -> None:
+    """An upright axis from 0 to 100%, unless the metric is none."""
+    if is_rate(metric):
+        percent(ax.yaxis)
+        ax.set_ylim(-0.03, 1.03)
+
+
+def log_axis(ax: Axes, values: Sequence[float] | pd.Series, form: Callable[[Any], str] = str) -> None:
+    """A logarithmic axis across, with ticks at these values alone."""
+    ticks = sorted(set(values))
+    ax.set_xscale("log")
+    ax.set_xticks(ticks, [form(tick) for tick in ticks])
+    ax.minorticks_off()
+
+
+def curve(ax: Axes, column: str, rows: pd.DataFrame, colour: str, line: str = "-", band: float = 0, **more) -> None:
+    """Values over a column, with their band in this opacity."""
+    rows = rows.sort_values(column)
+    ax.plot(rows[column], rows["value"], line, color=colour, **more)
+    if band:
+        ax.fill_between(rows[column], rows["low"], rows["high"], color=colour, alpha=band, lw=0)
 
 
 def interval(ax: Axes, x, rows: pd.DataFrame, colour, horizontal: bool = False, **more) -> None:

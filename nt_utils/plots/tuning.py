@@ -2,56 +2,38 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from nt_utils.plots.style import (
     COLOURS,
     GREY,
+    across,
     counts,
+    curve,
     figure,
     interval,
     is_rate,
+    legend,
     note,
     ordered,
     panels,
     percent,
     rate_rows,
+    rates,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 
 BANDS = "bands: 95% intervals, of several draws the smallest and the largest"
 
 
-def _look(arms: list[str]) -> dict[str, dict]:
-    """Colour and line of each arm: chosen neurons coloured and solid, random ones grey, other ways of tuning dashed."""
-    looks, colour, grey = {}, 0, 0
-    for arm in arms:
-        if "random" in arm:
-            looks[arm] = {"color": GREY, "ls": (":", "-.", "--")[grey % 3], "marker": "osv"[grey % 3]}
-            grey += 1
-        else:
-            baseline = arm in ("full", "LoRA")
-            looks[arm] = {
-                "color": COLOURS[colour % 8],
-                "ls": "--" if baseline else "-",
-                "marker": "D" if baseline else "o",
-            }
-            colour += 1
+def _look(arms: list[str]) -> dict[str, tuple[str, str, str]]:
+    """Colour, line and marker of each arm: chosen neurons coloured and solid, random ones grey, other ways of tuning dashed."""
+    random = [arm for arm in arms if "random" in arm]
+    looks = {arm: (GREY, (":", "-.", "--")[i % 3], "osv"[i % 3]) for i, arm in enumerate(random)}
+    for i, arm in enumerate(arm for arm in arms if arm not in looks):
+        looks[arm] = (COLOURS[i % 8], *(("--", "D") if arm in ("full", "LoRA") else ("-", "o")))
     return looks
-
-
-def _rate_axis(ax: Axes, metric: str) -> None:
-    """Percent from 0 to 1 for rates, plain numbers for what is none."""
-    if is_rate(metric):
-        percent(ax.yaxis)
-        ax.set_ylim(-0.03, 1.03)
 
 
 @figure
@@ -60,25 +42,19 @@ def sn_steps(table: pd.DataFrame) -> Figure:
 
     Columns: arm, step, metric, value, low, high, n, chosen.
     """
-    names, arms = ordered(table["metric"]), ordered(table["arm"])
-    looks = _look(arms)
-    drawn, axes = panels(-(-len(names) // 2), 2, height=2.35 * -(-len(names) // 2) + 0.9, sharex=True)
-    for ax, metric in zip(axes.flat, names, strict=False):
-        for arm in arms:
-            rows = table[(table["metric"] == metric) & (table["arm"] == arm)].sort_values("step")
-            look = looks[arm]
-            ax.plot(rows["step"], rows["value"], color=look["color"], ls=look["ls"], lw=1.4, label=arm)
-            ax.fill_between(rows["step"], rows["low"], rows["high"], color=look["color"], alpha=0.07, lw=0)
-            stop = rows[rows["chosen"]]
-            ax.plot(stop["step"], stop["value"], ls="", marker=look["marker"], color=look["color"], ms=5)
-        _rate_axis(ax, metric)
-        ax.set_title(f"{metric} ({counts(table[table['metric'] == metric])})")
-    for ax in axes.flat[len(names) :]:
-        ax.set_visible(False)
-    for ax in axes[-1]:
+    looks, rows = _look(ordered(table["arm"])), -(-table["metric"].nunique() // 2)
+    drawn, parts = across(table, "metric", height=2.35 * rows + 0.9, most=2, sharex=True)
+    for ax, metric, part in parts:
+        for arm, own in part.groupby("arm", sort=False):
+            colour, line, marker = looks[str(arm)]
+            curve(ax, "step", own, colour, line, band=0.07, lw=1.4, label=arm)
+            stop = own[own["chosen"]]
+            ax.plot(stop["step"], stop["value"], ls="", marker=marker, color=colour, ms=5)
+        rates(ax, metric)
+        ax.set_title(f"{metric} ({counts(part)})")
+    for ax in drawn.axes[-2:]:
         ax.set_xlabel("training steps")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=3)
+    legend(drawn, 3)
     note(drawn, f"marker: the step chosen on the development split; {BANDS}", table)
     return drawn
 
@@ -95,18 +71,16 @@ def sn_tradeoff(table: pd.DataFrame) -> Figure:
     drawn, axes = panels(1, len(others), height=3.6, sharey=True)
     for ax, metric in zip(axes[0], others, strict=True):
         for arm in arms:
-            rows, look = wide.loc[arm].sort_index(), looks[arm]
-            ax.plot(rows[metric], rows[harm], color=look["color"], ls=look["ls"], lw=1.1, marker=".", ms=4, label=arm)
+            rows, (colour, line, marker) = wide.loc[arm].sort_index(), looks[arm]
+            ax.plot(rows[metric], rows[harm], color=colour, ls=line, lw=1.1, marker=".", ms=4, label=arm)
             stop = table[(table["arm"] == arm) & table["chosen"]]["step"].iloc[0]
-            ax.plot(rows.loc[stop, metric], rows.loc[stop, harm], marker=look["marker"], color=look["color"], ms=7)
+            ax.plot(rows.loc[stop, metric], rows.loc[stop, harm], marker=marker, color=colour, ms=7)
         ax.axhline(table["target"].iloc[0], color="#000000", lw=0.8, ls=(0, (1, 2)))
         percent(ax.xaxis)
-        percent(ax.yaxis)
-        ax.set_ylim(-0.03, 1.03)
+        rates(ax)
         ax.set_xlabel(metric)
     axes[0, 0].set_ylabel(harm)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=3)
+    legend(drawn, 3)
     seen = counts(table[table["metric"].map(is_rate)])
     note(drawn, f"large: the step chosen on the development split; dotted: the harmful score to reach ({seen})", table)
     return drawn
@@ -118,15 +92,13 @@ def sn_equal(table: pd.DataFrame) -> Figure:
 
     Columns: arm, step, target, metric, value, low, high, n.
     """
-    names, arms = ordered(table["metric"]), ordered(table["arm"])
-    steps = table.groupby("arm", sort=False)["step"].first()
+    arms, steps = ordered(table["arm"]), table.groupby("arm", sort=False)["step"].first()
     looks = _look(arms)
-    drawn, axes = panels(1, len(names), height=0.34 * len(arms) + 1.2, sharey=True)
-    for ax, metric in zip(axes[0], names, strict=True):
-        rows = table[table["metric"] == metric]
+    drawn, parts = across(table, "metric", height=0.34 * len(arms) + 1.2, sharey=True)
+    for ax, metric, rows in parts:
         for arm, part in rows.groupby("arm", sort=False):
-            look = looks[arm]
-            interval(ax, [arms.index(arm)], part, look["color"], horizontal=True, fmt=look["marker"])
+            colour, _, marker = looks[str(arm)]
+            interval(ax, [arms.index(arm)], part, colour, horizontal=True, fmt=marker)
         rate_rows(ax, [f"{arm} (step {steps[arm]:.0f})" for arm in arms], f"{metric}\n({counts(rows)})")
     level = f"{table['target'].iloc[0]:.0%}"
     note(drawn, f"rate where the harmful score comes down to {level}; 95% intervals over topics", table)
@@ -143,17 +115,14 @@ def sn_sides(table: pd.DataFrame) -> Figure:
         for ax, side in zip(axes[row], sides, strict=True):
             for arm in arms:
                 part = table[(table["metric"] == metric) & (table["arm"] == arm) & (table["sides"] == side)]
-                part, look = part.sort_values("step"), looks[arm]
-                ax.plot(part["step"], part["value"], color=look["color"], ls=look["ls"], lw=1.4, label=arm)
-                ax.fill_between(part["step"], part["low"], part["high"], color=look["color"], alpha=0.1, lw=0)
-            _rate_axis(ax, metric)
+                curve(ax, "step", part, looks[arm][0], looks[arm][1], band=0.1, lw=1.4, label=arm)
+            rates(ax, metric)
             if row == 0:
                 ax.set_title(side)
         axes[row, 0].set_ylabel(f"{metric}\n({counts(table[table['metric'] == metric])})")
     for ax in axes[-1]:
         ax.set_xlabel("training steps")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=len(arms))
+    legend(drawn, len(arms))
     note(drawn, BANDS, table)
     return drawn
 
@@ -168,8 +137,7 @@ def sn_wrappers(table: pd.DataFrame) -> Figure:
     for i, state in enumerate(states):
         rows = table[table["state"] == state]
         y = np.array([attacks.index(a) for a in rows["attack"]]) + 0.18 * (i - (len(states) - 1) / 2)
-        colour = looks[state]["color"] if state in looks else "#000000"
-        interval(ax, y, rows, colour, horizontal=True, label=state)
+        interval(ax, y, rows, looks[state][0] if state in looks else "#000000", horizontal=True, label=state)
     few = table[table["attack"] == attacks[0]]["n"].max()
     rate_rows(ax, attacks)
     classes = counts(table[table["attack"] != attacks[0]]) if len(attacks) > 1 else counts(table)
@@ -184,20 +152,19 @@ def rsn_finetuning(table: pd.DataFrame) -> Figure:
 
     Columns: arm, step, metric, value, low, high, n.
     """
-    names, arms = ordered(table["metric"]), ordered(table["arm"])
+    arms = ordered(table["arm"])
     looks = _look(arms)
-    drawn, axes = panels(1, len(names), height=3.0, sharex=True)
-    for ax, metric in zip(axes[0], names, strict=True):
+    drawn, parts = across(table, "metric", height=3.0, sharex=True)
+    for ax, metric, part in parts:
         for i, arm in enumerate(arms):
-            rows = table[(table["metric"] == metric) & (table["arm"] == arm)].sort_values("step")
-            look = looks[arm]
+            rows, (colour, line, _) = part[part["arm"] == arm].sort_values("step"), looks[arm]
             shift = 0.012 * rows["step"].max() * (i - (len(arms) - 1) / 2)
-            style = {"fmt": "o", "ls": look["ls"], "ms": 3.5, "lw": 1.3}
-            interval(ax, rows["step"] + shift, rows, look["color"], label=arm, **style)
-        _rate_axis(ax, metric)
-        ax.set_title(f"{metric}\n({counts(table[table['metric'] == metric])})")
+            interval(ax, rows["step"] + shift, rows, colour, label=arm, fmt="o", ls=line, ms=3.5, lw=1.3)
+        rates(ax, metric)
+        ax.set_title(f"{metric}\n({counts(part)})")
         ax.set_xlabel("later fine-tuning steps")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    drawn.legend([h[0] for h in handles], labels, loc="outside lower center", ncols=min(3, len(arms)))
+    handles, labels = parts[0][0].get_legend_handles_labels()
+    lines = [handle[0] for handle in handles]  # type: ignore[index]  # without the bars
+    drawn.legend(lines, labels, loc="outside lower center", ncols=min(3, len(arms)))
     note(drawn, "95% Wilson intervals", table)
     return drawn

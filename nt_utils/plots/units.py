@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from nt_utils.plots.style import (
     COLOURS,
     GREY,
+    across,
     counts,
+    curve,
     figure,
     interval,
     layer_maps,
+    legend,
+    log_axis,
     note,
     ordered,
     panels,
     percent,
     rate_rows,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 #: One colour a category in every figure.
 CATEGORY_COLOURS = {"SCU": COLOURS[1], "UCU": COLOURS[0], "CU": COLOURS[3], "RU": GREY}
@@ -48,11 +48,9 @@ def units_pruning(table: pd.DataFrame) -> Figure:
 
     Columns: condition, group (none, chosen, control), share, metric, value, low, high, n.
     """
-    metrics, conditions = ordered(table["metric"]), ordered(table["condition"])
-    shares = table.groupby("condition", sort=False)["share"].first()
-    drawn, axes = panels(1, len(metrics), height=0.29 * len(conditions) + 1.1, sharey=True)
-    for ax, metric in zip(axes[0], metrics, strict=True):
-        rows = table[table["metric"] == metric]
+    conditions, shares = ordered(table["condition"]), table.groupby("condition", sort=False)["share"].first()
+    drawn, parts = across(table, "metric", height=0.29 * len(conditions) + 1.1, sharey=True)
+    for ax, metric, rows in parts:
         for condition, part in rows.groupby("condition", sort=False):
             name = str(condition).removeprefix("random, as ").split(",")[0]
             colour = "#000000" if part["group"].iloc[0] == "none" else CATEGORY_COLOURS.get(name, GREY)
@@ -67,23 +65,19 @@ def units_pruning(table: pd.DataFrame) -> Figure:
 @figure
 def units_growth(table: pd.DataFrame) -> Figure:
     """Notebook 03: each group grown until pruning costs the stated amount. Columns: category, share, chosen, cost, value."""
-    costs = ordered(table["cost"])
-    drawn, axes = panels(1, len(costs), height=2.7, sharey=True)
-    for ax, cost in zip(axes[0], costs, strict=True):
+    drawn, parts = across(table, "cost", height=2.7, sharey=True)
+    for ax, cost, part in parts:
         for name in ordered(table["category"]):
-            rows = table[(table["category"] == name) & (table["cost"] == cost)].sort_values("share")
-            ax.plot(rows["share"], rows["value"], "o-", color=CATEGORY_COLOURS[name], ms=4, mfc="white", label=name)
+            rows = part[part["category"] == name]
+            curve(ax, "share", rows, CATEGORY_COLOURS[name], "o-", ms=4, mfc="white", label=name)
             chosen = rows[rows["chosen"]]
             ax.plot(chosen["share"], chosen["value"], "o", color=CATEGORY_COLOURS[name], ms=6)
         ax.axhline(0, color="black", lw=0.6)
-        ax.set_xscale("log")
+        log_axis(ax, table["share"], lambda share: f"{100 * share:g}%")
         ax.set_xlabel("share of the units pruned")
-        ticks = sorted(table["share"].unique())
-        ax.set_xticks(ticks, [f"{100 * t:g}%" for t in ticks])
-        ax.minorticks_off()
         percent(ax.yaxis)
         ax.set_title(f"{cost} (development split)")
-    axes[0, 0].legend(title="filled: chosen")
+    parts[0][0].legend(title="filled: chosen")
     return drawn
 
 
@@ -93,25 +87,22 @@ def units_sensitivity(table: pd.DataFrame) -> Figure:
 
     Columns: variant, prompts, category, value (mean Jaccard), low, high (middle 95% of the pairs), n, chance.
     """
-    variants = ordered(table["variant"])
-    drawn, axes = panels(1, len(variants), height=2.9, sharey=True)
-    for ax, variant in zip(axes[0], variants, strict=True):
+    drawn, parts = across(table, "variant", height=2.9, sharey=True)
+    for ax, variant, part in parts:
         for i, name in enumerate(CATEGORY_COLOURS):
-            rows = table[(table["variant"] == variant) & (table["category"] == name)].sort_values("prompts")
+            rows = part[part["category"] == name].sort_values("prompts")
             x = rows["prompts"] * 1.05 ** (i - 1.5)
             interval(ax, x, rows, CATEGORY_COLOURS[name], fmt="o-", ms=3.5, label=name)
             ax.plot(x, rows["chance"], ":", color=CATEGORY_COLOURS[name], lw=1.1)
-        ax.set_xscale("log")
-        ticks = sorted(table["prompts"].unique())
-        ax.set_xticks(ticks, [str(t) for t in ticks])
-        ax.minorticks_off()
+        log_axis(ax, table["prompts"])
         ax.set_ylim(0, 1.03)
         ax.set_title(variant)
         ax.set_xlabel("prompts of each kind")
-    axes[0, 0].set_ylabel("Jaccard of the two maps' sets")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    title = f"middle 95% of {int(table['n'].max())} pairs of disjoint sets; dotted: layer-matched chance"
-    drawn.legend(handles, labels, loc="outside lower center", ncols=4, title=title)
+    parts[0][0].set_ylabel("Jaccard of the two maps' sets")
+    legend(drawn, 4)
+    drawn.legends[0].set_title(
+        f"middle 95% of {int(table['n'].max())} pairs of disjoint sets; dotted: layer-matched chance"
+    )
     return drawn
 
 

@@ -7,7 +7,6 @@ pooled verdict, and counted; a seed that cannot test a claim is counted, too.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,51 +17,18 @@ from nt_utils.errors import InputError
 from nt_utils.evaluation.metrics import Interval, t_interval
 from nt_utils.files import escaped
 from nt_utils.study import claims
+from nt_utils.study.provenance import notes
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from nt_utils.study.run import Run
 
-COLUMNS = (
-    "claim",
-    "row",
-    "part",
-    "model",
-    "seed",
-    "value",
-    "low",
-    "high",
-    "n",
-    "reason",
-    "notebook",
-    "weights",
-    "gate",
-)
+COLUMNS = tuple("claim row part model seed value low high n reason notebook weights gate".split())
 #: Columns of the ledger, one line a claim's row and model.
-LEDGER = (
-    "claim",
-    "row",
-    "statement",
-    "paper",
-    "section",
-    "figure",
-    "model",
-    "positive_control",
-    "verdict",
-    "corrected",
-    "part",
-    "value",
-    "low",
-    "high",
-    "n",
-    "seeds",
-    "each",
-    "untestable",
-    "missed_gate",
-    "reason",
-    "notebook",
-    "weights",
+LEDGER = tuple(
+    "claim row statement paper section figure model positive_control verdict corrected part value low high n seeds each "
+    "untestable missed_gate reason notebook weights".split()
 )
 #: Columns that a notebook shows of its own claims.
 SHOWN = ("claim", "row", "statement", "part", "value", "low", "high", "n", "verdict", "reason")
@@ -107,8 +73,7 @@ def collect(folders: Sequence[Path]) -> pd.DataFrame:
         if not files:
             raise InputError(f"publish: no claims in {folder}; run the study first")
         for file in files:
-            note = folder / "provenance" / f"{file.stem}.json"
-            known = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+            known = notes(folder).get(file.stem, {})
             if not known.get("finished"):
                 raise InputError(f"publish: {file} comes from a notebook that did not finish; run the study again")
             code = known.get("code", "")

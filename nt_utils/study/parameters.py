@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import datetime
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from nt_utils import definitions
 from nt_utils.errors import InputError
+from nt_utils.files import read_json
 
 TESTBED = "testbed"
 #: Models that the project trains itself: id -> size (see nt_utils.testbed.RECIPES).
@@ -21,16 +21,8 @@ TESTBEDS = {TESTBED: "default", f"{TESTBED}-large": "large"}
 EMBEDDED = "testbed"  # as a prompt source: the corpus that the testbed was made with
 QUICK_TOKENS = 36  # of an answer to an embedded prompt in a quick run; the longest in the corpus has 35
 #: Parameters that are prompt sources.
-SOURCES = (
-    "harmful",
-    "benign",
-    "general",
-    "harmful_test",
-    "benign_test",
-    "borderline",
-    "second_language",
-    "new_task",
-    "other_harmful",
+SOURCES = tuple(
+    "harmful benign general harmful_test benign_test borderline second_language new_task other_harmful".split()
 )
 
 #: How much to compute. "quick" shows that every step of every notebook works: the whole testbed study is meant to take
@@ -69,17 +61,17 @@ class Parameter:
         if self.choices and value not in self.choices:
             raise InputError(f"{name}: got {value!r}; allowed: {self._allowed()}")
         if name == "date":
-            _check_date(str(value))
+            try:
+                datetime.date.fromisoformat(str(value))
+            except ValueError as error:
+                raise InputError(f"date: got {value!r}; allowed: a day as YYYY-MM-DD") from error
         if isinstance(value, (int, float)) and not self._in_range(value):
             raise InputError(f"{name}: got {value!r}; allowed: {self._allowed()}")
         return value
 
     def _in_range(self, value: float) -> bool:
-        return (
-            math.isfinite(value)
-            and (self.low is None or value >= self.low)
-            and (self.high is None or value <= self.high)
-        )
+        low, high = (-math.inf if self.low is None else self.low), (math.inf if self.high is None else self.high)
+        return math.isfinite(value) and low <= value <= high
 
     def _allowed(self) -> str:
         words = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}[self.kind]
@@ -90,13 +82,6 @@ class Parameter:
         elif self.low is not None:
             words += f", at least {self.low:g}"
         return f"{words} ({self.help})"
-
-
-def _check_date(value: str) -> None:
-    try:
-        datetime.date.fromisoformat(value)
-    except ValueError as error:
-        raise InputError(f"date: got {value!r}; allowed: a day as YYYY-MM-DD") from error
 
 
 #: Definitions of a safety neuron that notebook 06 compares.
@@ -374,10 +359,10 @@ def check_parameters(values: Mapping[str, Any]) -> SimpleNamespace:
     return SimpleNamespace(**checked)
 
 
-def notebook_parameters(path: Path) -> list[str]:
-    """Names assigned in the cell tagged ``parameters`` of a notebook file."""
+def notebook_parameters(path: Path) -> dict[str, Any]:
+    """What the cell tagged ``parameters`` of a notebook file assigns: name -> value."""
     try:
-        cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+        cells = read_json(path)["cells"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: is no notebook ({type(error).__name__})") from error
     for cell in cells:
@@ -386,12 +371,18 @@ def notebook_parameters(path: Path) -> list[str]:
     raise InputError(f"{path}: has no cell tagged 'parameters'")
 
 
-def _assigned(source: str) -> list[str]:
-    names = []
+def _assigned(source: str) -> dict[str, Any]:
+    """The names that a cell assigns, with their values; None for one that is not written out."""
+    found: dict[str, Any] = {}
     for node in ast.parse(source).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        names += [t.id for t in targets if isinstance(t, ast.Name)]
-    return names
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            try:
+                value = ast.literal_eval(node.value or ast.Constant(None))
+            except ValueError:
+                value = None
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {target.id: value for target in targets if isinstance(target, ast.Name)}
+    return found
 
 
 def from_notebook(history: list[str], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -409,8 +400,8 @@ def from_notebook(history: list[str], values: Mapping[str, Any]) -> dict[str, An
     return {name: values[name] for name in known}
 
 
-def _safe_assigned(source: str) -> list[str]:
+def _safe_assigned(source: str) -> dict[str, Any]:
     try:
         return _assigned(source)
     except SyntaxError:  # a cell with a magic command
-        return []
+        return {}

@@ -9,8 +9,6 @@ alone (a local folder, the hub's cache, the hub, or the shapes in the parameter 
 
 from __future__ import annotations
 
-import argparse
-import ast
 import json
 import math
 import re
@@ -23,7 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from nt_utils.errors import InputError, command, gate_message
-from nt_utils.files import atomic, project_root, study_name
+from nt_utils.files import atomic, project_root, read_json, run_folder, study_name
 from nt_utils.study import batch, parameters
 from nt_utils.study.batch.access import cached_file, has_token, is_local
 from nt_utils.study.batch.step import expected_seconds
@@ -88,12 +86,9 @@ def config_of(model: str, facts: Mapping[str, Any]) -> tuple[dict, str]:
     folder = Path(model).expanduser()
     if folder.is_dir():
         file = folder / "config.json"
-        return (
-            (json.loads(file.read_text(encoding="utf-8")), "local folder") if file.is_file() else ({}, "no config.json")
-        )
-    cached = cached_file(model)
-    if cached:
-        return json.loads(cached.read_text(encoding="utf-8")), "the hub's cache"
+        return (read_json(file), "local folder") if file.is_file() else ({}, "no config.json")
+    if cached := cached_file(model):
+        return read_json(cached), "the hub's cache"
     from nt_utils.data.sources import hub_reachable
 
     why = "the hub cannot be reached and nothing is cached"
@@ -101,26 +96,18 @@ def config_of(model: str, facts: Mapping[str, Any]) -> tuple[dict, str]:
         from huggingface_hub import hf_hub_download
 
         try:
-            return json.loads(Path(hf_hub_download(model, "config.json")).read_text(encoding="utf-8")), "the hub"
+            return read_json(Path(hf_hub_download(model, "config.json"))), "the hub"
         except Exception as error:  # whatever the hub client raises, the plan goes on without
             why = f"the hub refuses it ({type(error).__name__})"
     return (dict(facts["config"]), f"the parameter file ({why})") if facts.get("config") else ({}, why)
-
-
-def model_of(name: str, facts: Mapping[str, Any]) -> Model | None:
-    """The sizes of a model, or None when its config cannot be had. Raises InputError for a config without sizes."""
-    config, where = config_of(name, facts)
-    return sizes(name, config, where) if config else None
 
 
 def sizes(name: str, config: Mapping[str, Any], where: str) -> Model:
     """The sizes that a config tells; biases and norms, less than a thousandth, are left out."""
     config = config.get("text_config", config)
     try:
-        hidden, layers = (
-            config.get("hidden_size") or config["n_embd"],
-            config.get("num_hidden_layers") or config["n_layer"],
-        )
+        hidden = config.get("hidden_size") or config["n_embd"]
+        layers = config.get("num_hidden_layers") or config["n_layer"]
         heads = config.get("num_attention_heads") or config["n_head"]
         vocabulary = config["vocab_size"]
     except KeyError as error:
@@ -152,7 +139,7 @@ def rates(root: Path, device: str) -> Rates:
     speed, bandwidth, scoring = ASSUMED[device]
     read = f"generation assumed to read {bandwidth / 1e9:g} GB/s of weights"
     file = root / "runs" / ("bench_gpu.json" if device == "gpu" else "bench.json")
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    found = read_json(file) if file.is_file() else None
     if device == "gpu" and found:
         row = found[0]
         forward, scoring = row["tokens_per_second"] * row["exact_over_forward"], row["exact_over_forward"]
@@ -206,10 +193,10 @@ def _prompt_tokens(p: SimpleNamespace) -> float:
 def work_of(notebook: str, folder: Path, preset: str, p: SimpleNamespace) -> Work | None:
     """A notebook's work: counted in a run of this study where there is one, else published, scaled; None: unknown."""
     for note in sorted(folder.parent.glob(f"seed-*/provenance/{notebook}.json")):
-        found = json.loads(note.read_text(encoding="utf-8"))
+        found = read_json(note)
         if found.get("work") and not found["work"].get("cached_answers"):
             return Work(found["work"], "counted when this study last ran")
-    published = json.loads(PUBLISHED.read_text(encoding="utf-8")) if PUBLISHED.is_file() else {}
+    published = read_json(PUBLISHED) if PUBLISHED.is_file() else {}
     entry = published.get(preset, {}).get(notebook)
     return Work(entry["work"], "counts of the testbed", entry["parameters"]).scaled(p) if entry else None
 
@@ -218,19 +205,17 @@ def publish(folder: Path, preset: str) -> Path:
     """Take the counts of a finished run of the testbed into the package. Raises InputError when none counted its work."""
     found = {}
     for note in sorted((folder / "provenance").glob("*.json")):
-        content = json.loads(note.read_text(encoding="utf-8"))
+        content = read_json(note)
         work = content.get("work")
-        if work and work.get("cached_answers"):
-            raise InputError(
-                f"{note}: {work['cached_answers']} answers came from the cache; run it with an empty NT_CACHE"
-            )
+        if work and (cached := work.get("cached_answers")):
+            raise InputError(f"{note}: {cached} answers came from the cache; run it with an empty NT_CACHE")
         if work:
             names = ("harmful", "n_detect", "n_test", "max_new_tokens")
             kept = {k: v for k, v in content["parameters"].items() if k in names}
             found[note.stem] = {"work": work, "parameters": kept}
     if not found:
         raise InputError(f"{folder}: no finished run that counted its work")
-    known = json.loads(PUBLISHED.read_text(encoding="utf-8")) if PUBLISHED.is_file() else {}
+    known = read_json(PUBLISHED) if PUBLISHED.is_file() else {}
     with atomic(PUBLISHED) as tmp:
         tmp.write_text(json.dumps(known | {preset: found}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return PUBLISHED
@@ -253,17 +238,10 @@ def memory_of(work: Work, model: Model, p: SimpleNamespace, dtype: str) -> float
     return models * model.weights(dtype) + (16 * model.count if work.tokens("tuned") else 0) + answering + GIB
 
 
-def defaults(root: Path, notebook: str) -> dict[str, Any]:
-    """The values in a notebook's parameter cell."""
-    cells = json.loads((root / "notebooks" / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
-    source = next("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
-    nodes = [n for n in ast.parse(source).body if isinstance(n, ast.Assign)]
-    return {n.targets[0].id: ast.literal_eval(n.value) for n in nodes if isinstance(n.targets[0], ast.Name)}
-
-
 def filled(notebook: str, run, preset: str, root: Path) -> SimpleNamespace:
     """A notebook's parameters as it will see them: its defaults, the file's, the preset's."""
-    values = defaults(root, notebook) | batch.settings(run, notebook, run.seeds[0], preset, root)
+    values = parameters.notebook_parameters(root / "notebooks" / f"{notebook}.ipynb")
+    values |= batch.settings(run, notebook, run.seeds[0], preset, root)
     return parameters.check_parameters({k: v for k, v in values.items() if k in parameters.PARAMETERS})
 
 
@@ -288,10 +266,8 @@ def make_plan(study: str, seeds: Sequence[int], preset: str, root: Path) -> Plan
     runs = batch.variants(study, seeds, preset, root)
     steps = [(run, seed, name) for run in runs for seed in run.seeds for name in run.notebooks]
     folders = [f"  runs/{run.folder}/seed-{{{','.join(map(str, run.seeds))}}}" for run in runs]
-    plan.lines += [
-        f"study {study}, preset {preset}: {len(steps)} steps in {sum(len(r.seeds) for r in runs)} run folders"
-    ]
-    plan.lines += folders
+    count = sum(len(run.seeds) for run in runs)
+    plan.lines += [f"study {study}, preset {preset}: {len(steps)} steps in {count} run folders", *folders]
     if file.is_small:
         _small_lines(plan, file, steps, root)
     else:
@@ -302,10 +278,8 @@ def make_plan(study: str, seeds: Sequence[int], preset: str, root: Path) -> Plan
 
 def _small_lines(plan: Plan, file, steps: Sequence, root: Path) -> None:
     trains = sum(file.trains(seed) for seed in {seed for _, seed, _ in steps})
-    plan.lines += [
-        f"model {file.model}: {f'to be trained for {trains} seeds' if trains else 'nothing to train'}; CPU",
-        "steps",
-    ]
+    does = f"to be trained for {trains} seeds" if trains else "nothing to train"
+    plan.lines += [f"model {file.model}: {does}; CPU", "steps"]
     for run, seed, name in steps:
         output = root / "runs" / run.folder / f"seed-{seed}" / f"{name}.ipynb"
         known = expected_seconds(name, output)
@@ -387,13 +361,7 @@ def _describe(source: str, plan: Plan) -> str:
         return f"{ROWS.get(head, 'many')} prompts as published, from {source.split('@', 1)[1]}"
     entry = registry.REGISTRY[head]
     where = ", else ".join(place.id for place in entry.places)
-    rows = (
-        f"{ROWS[head]} prompts"
-        if head in ROWS
-        else "large, read from the front"
-        if entry.stream
-        else "size not recorded"
-    )
+    rows = f"{ROWS[head]} prompts" if head in ROWS else "large, read from the front" if entry.stream else "of any size"
     if any(_is_cached(place.id) for place in entry.places):
         return f"{rows}, cached ({where})"
     if not sources.hub_reachable():
@@ -428,24 +396,18 @@ def _access(plan: Plan, model: str, gated: bool) -> None:
 def _disk(plan: Plan, models: Sequence[str], each: float) -> None:
     from huggingface_hub import constants
 
-    wanted = [m for m in models if not is_local(m) and not _has_weights(m)]
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    wanted = [m for m in models if not is_local(m) and not any(cached_file(m, name) for name in weights)]
     if not wanted:
         return
     folder = Path(constants.HF_HUB_CACHE)
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    plan.lines.append(
-        f"  to download: about {len(wanted) * each / GIB:.0f} GiB ({', '.join(wanted)}); {free / GIB:.0f} GiB free in {folder}"
-    )
+    size, room = f"{len(wanted) * each / GIB:.0f} GiB", f"{free / GIB:.0f} GiB free in {folder}"
+    plan.lines.append(f"  to download: about {size} ({', '.join(wanted)}); {room}")
     if free < 1.1 * len(wanted) * each:
-        plan.missing.append(
-            f"disk: {len(wanted) * each / GIB:.0f} GiB for weights, {free / GIB:.0f} GiB free in {folder} (HF_HOME moves it)"
-        )
-
-
-def _has_weights(model: str) -> bool:
-    return any(cached_file(model, name) for name in ("model.safetensors", "model.safetensors.index.json"))
+        plan.missing.append(f"disk: {size} for weights, {room} (HF_HOME moves it)")
 
 
 def _device() -> tuple[str, float] | None:
@@ -483,20 +445,14 @@ def resources(file, notebook: str = "") -> dict[str, int]:
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m nt_utils.study.plan --studies llama-3.1-8b-instruct``: what ``make plan`` calls."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nt_utils.study.plan", description="What a study will do, need and take."
-    )
-    parser.add_argument("--studies", default="testbed")
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--preset", default="default")
+    parser = batch.parser("plan", "What a study will do, need and take.")
     parser.add_argument("--publish", action="store_true", help="take the counts of the runs into the package")
     options = parser.parse_args(arguments)
-    parameters.PARAMETERS["preset"].check("preset", options.preset)
     seeds = batch.parse_seeds(options.seeds)
-    for study in options.studies.replace(",", " ").split():
+    for study in batch.parse_names(options.studies):
         if options.publish:
-            folder = study_name(study, study, options.preset)
-            print(publish(project_root() / "runs" / folder / f"seed-{seeds[0]}", options.preset))
+            folder = run_folder("", study_name(study, study, options.preset), seeds[0])
+            print(publish(folder, options.preset))
         else:
             print(make_plan(study, seeds, options.preset, project_root()))
     return 0

@@ -7,6 +7,9 @@ import hashlib
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+from nt_utils.files import read_json
 
 
 def code_fingerprint() -> str:
@@ -16,6 +19,11 @@ def code_fingerprint() -> str:
     for file in sorted(folder.rglob("*.py")):
         digest.update(f"{file.relative_to(folder)}".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def notes(folder: Path) -> dict[str, dict[str, Any]]:
+    """What made the results of a run folder: notebook -> its note, as :meth:`nt_utils.study.run.Run.provenance` writes it."""
+    return {path.stem: read_json(path) for path in sorted((folder / "provenance").glob("*.json"))}
 
 
 def git_revision() -> str:
@@ -35,20 +43,8 @@ def git_revision() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of this package and of the libraries that decide results."""
-    names = (
-        "nt-utils",
-        "torch",
-        "transformers",
-        "tokenizers",
-        "datasets",
-        "accelerate",
-        "numpy",
-        "scipy",
-        "pandas",
-        "gguf",
-    )
     found = {}
-    for name in names:
+    for name in "nt-utils torch transformers tokenizers datasets accelerate numpy scipy pandas gguf".split():
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

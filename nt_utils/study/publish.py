@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import argparse
 import base64
 import inspect
 import io
@@ -27,8 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nt_utils.errors import InputError, command
-from nt_utils.files import atomic, escaped, project_root, run_folder, study_name
-from nt_utils.study import claims, ledger, parameters
+from nt_utils.files import atomic, escaped, project_root, read_json, run_folder, study_name
+from nt_utils.study import claims, ledger
 
 if TYPE_CHECKING:
     import nbformat
@@ -62,11 +61,6 @@ def publish(studies: Mapping[str, Sequence[Path]], root: Path) -> None:
     write_between(root / "README.md", BEGIN, END, front(table))
     write_between(root / "README.md", FIRST_BEGIN, FIRST_END, ledger.front_page(table, ledger.FIRST))
     print(f"published {len(table)} rows of {table['model'].nunique()} models to {target}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -329,14 +323,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m nt_utils.study.publish --studies testbed --seeds "0 1 2" --preset full``."""
     from nt_utils.study import batch
 
-    parser = argparse.ArgumentParser(prog="python -m nt_utils.study.publish", description=__doc__.splitlines()[0])
-    parser.add_argument("--studies", default="testbed")
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--preset", default="full", choices=parameters.PRESETS)
-    options = parser.parse_args(arguments)
+    options = batch.parser("publish", __doc__.splitlines()[0], preset="full").parse_args(arguments)
     seeds = batch.parse_seeds(options.seeds)
     found = {}
-    for study in options.studies.replace(",", " ").split():
+    for study in batch.parse_names(options.studies):
         folders = [run_folder("", study_name(study, study, options.preset), seed) for seed in seeds]
         there = [folder for folder in folders if (folder / "claims").is_dir()]
         found[study] = there or folders

@@ -7,10 +7,10 @@ from elsewhere. What prompts and answers hold is shown as text. :func:`problems`
 
 from __future__ import annotations
 
-import argparse
 import base64
 import functools
 import html
+import io
 import json
 import math
 import re
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nt_utils.errors import InputError, command
-from nt_utils.files import atomic, project_root, run_folder, study_name
-from nt_utils.study import claims, ledger, publish
+from nt_utils.files import atomic, project_root, read_json, run_folder, study_name
+from nt_utils.study import claims, ledger, provenance, publish
 
 if TYPE_CHECKING:
     from nbconvert import HTMLExporter
@@ -32,9 +32,9 @@ LONG = 15  # rows beyond which a table is folded
 FIRST = ("01_dose", "06_frontier", "01_deactivation", "05_modulation_arms", "06_defences")
 #: Markup that a table may have; everything else in it is shown as text.
 TAGS = frozenset(
-    ("a", "b", "br", "caption", "code", "col", "colgroup", "div", "em", "h1", "h2", "h3", "h4", "i", "li", "ol", "p")
+    "a b br caption code col colgroup div em h1 h2 h3 h4 i li ol p pre small span strong sub sup table tbody td tfoot th "
+    "thead tr ul".split()
 )
-TAGS |= {"pre", "small", "span", "strong", "sub", "sup", "table", "tbody", "td", "tfoot", "th", "thead", "tr", "ul"}
 SHOWN = ("model", "seed", "preset", "time", "commit", "weights")
 ATTRIBUTES = {"*": ["id", "class", "colspan", "rowspan", "scope"], "a": ["href", "title"]}
 
@@ -46,7 +46,7 @@ def build(folder: Path) -> str:
     notebooks = sorted(p for p in folder.glob("[0-9][0-9]_*.ipynb") if not p.stem.endswith(".failed"))
     if not notebooks:
         raise InputError(f"report: no executed notebook in {folder}; run the study first")
-    notes = {p.stem: publish.read_json(p) for p in sorted((folder / "provenance").glob("*.json"))}
+    notes = provenance.notes(folder)
     newest = max(notes.values(), key=lambda note: note.get("time", ""), default={})
     made = publish.made_with(newest) if "parameters" in newest else {"model": folder.parent.name, "seed": folder.name}
     said = publish.caption(made) if "preset" in made else folder.parent.name
@@ -68,7 +68,7 @@ def build(folder: Path) -> str:
 
 
 def _title(path: Path) -> str:
-    for cell in publish.read_json(path)["cells"]:
+    for cell in read_json(path)["cells"]:
         found = re.search(r"^# (.+)$", "".join(cell["source"]), re.M)
         if cell["cell_type"] == "markdown" and found:
             return found.group(1)
@@ -77,10 +77,8 @@ def _title(path: Path) -> str:
 
 def _claims(folder: Path) -> list[dict[str, Any]]:
     """The ledger of this run, with values as text."""
-    lines = [
-        line for file in sorted((folder / "claims").glob("*.csv")) for line in ledger.read(file).to_dict("records")
-    ]
-    found = ledger.verdicts(lines)
+    files = sorted((folder / "claims").glob("*.csv"))
+    found = ledger.verdicts([line for file in files for line in ledger.read(file).to_dict("records")])
     for line in found:
         decides = line["part"] and not math.isnan(line["value"])
         interval = [line[name] for name in ("value", "low", "high", "n")]
@@ -249,6 +247,8 @@ class _Page(HTMLParser):
 
 def problems(page: str) -> list[str]:
     """What is broken in a self-contained page: anchors that lead nowhere, doubled ones, pictures that are none."""
+    from PIL import Image
+
     read = _Page()
     read.feed(page)
     found = [f"doubled id {name!r}" for name in sorted({i for i in read.ids if read.ids.count(i) > 1})]
@@ -262,15 +262,11 @@ def problems(page: str) -> list[str]:
         head, _, data = source.partition(";base64,")
         if not head.startswith("data:image/"):
             found.append(f"{source[:80]!r} is loaded from elsewhere")
-            continue
-        try:
-            picture = base64.b64decode(data, validate=True)
-        except ValueError:
-            picture = b""
-        if head == "data:image/png" and not (
-            picture.startswith(b"\x89PNG\r\n") and picture.endswith(b"IEND\xaeB`\x82")
-        ):
-            found.append("a picture is damaged")
+        elif head == "data:image/png":
+            try:
+                Image.open(io.BytesIO(base64.b64decode(data, validate=True))).load()
+            except (ValueError, OSError):
+                found.append("a picture is damaged")
     return found
 
 
@@ -289,14 +285,10 @@ def write(folder: Path) -> Path:
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of ``make report``."""
-    from nt_utils.study import batch, parameters
+    from nt_utils.study import batch
 
-    parser = argparse.ArgumentParser(prog="python -m nt_utils.study.report", description=__doc__.splitlines()[0])
-    parser.add_argument("--studies", default="testbed")
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--preset", default="default", choices=parameters.PRESETS)
-    options = parser.parse_args(arguments)
-    for study in options.studies.replace(",", " ").split():
+    options = batch.parser("report", __doc__.splitlines()[0]).parse_args(arguments)
+    for study in batch.parse_names(options.studies):
         name = study_name(study, study, options.preset)
         for seed in batch.parse_seeds(options.seeds):
             path = write(run_folder("", name, seed))

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from nt_utils.errors import InputError, command
-from nt_utils.files import atomic, project_root, run_folder, study_name
-from nt_utils.study import ledger, publish
+from nt_utils.files import atomic, project_root, read_json, run_folder, study_name
+from nt_utils.study import ledger
 
 TOLERANCE = 1e-4  # of a number's size, up to which a cell counts as close
 COLUMNS = ("notebook", "table", "cells", "equal", "close", "different", "largest", "says")
@@ -42,7 +42,7 @@ def published(study: str, root: Path) -> Published:
     if not notes:
         known = sorted({p.parent.parent.name for p in (root / "figures").glob("*/*/made_with.json")})
         raise InputError(f"study: nothing is published of {study!r}; published: {', '.join(known) or 'nothing'}")
-    made = publish.read_json(notes[0])
+    made = read_json(notes[0])
     return Published(study, folder, made["preset"], made["seed"])
 
 
@@ -57,15 +57,9 @@ def rerun(what: Published, root: Path, cores: int) -> Path:
     folder = run_folder(str(runs), study_name(what.study, what.study, what.preset), what.seed)
 
     def step(notebook: str) -> str:
-        options = {
-            "study": what.study,
-            "seed": str(what.seed),
-            "preset": what.preset,
-            "set": f"runs={json.dumps(str(runs))}",
-        }
-        arguments = [text for name, value in options.items() for text in (f"--{name}", value)]
-        output = ["--output", str(folder / f"{notebook}.ipynb")]
-        call = [sys.executable, "-m", "nt_utils.study.batch", "run", notebook, *arguments, *output]
+        options = [f"--study={what.study}", f"--seed={what.seed}", f"--preset={what.preset}"]
+        options += [f"--set=runs={json.dumps(str(runs))}", f"--output={folder / notebook}.ipynb"]
+        call = [sys.executable, "-m", "nt_utils.study.batch", "run", notebook, *options]
         return notebook if subprocess.run(call, cwd=root, check=False).returncode else ""
 
     names = batch.notebooks(root)
@@ -84,14 +78,8 @@ def compare_tables(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, Any]:
     """How many cells of two tables are equal, close (within TOLERANCE of their size) and different, and the largest difference."""
     if before.shape != after.shape or list(before.columns) != list(after.columns):
         shapes = f"{before.shape[0]} x {before.shape[1]} cells, now {after.shape[0]} x {after.shape[1]}"
-        return {
-            "cells": before.size,
-            "equal": 0,
-            "close": 0,
-            "different": before.size,
-            "largest": math.nan,
-            "says": shapes,
-        }
+        none = {"equal": 0, "close": 0, "different": before.size, "largest": math.nan}
+        return {"cells": before.size, **none, "says": shapes}
     equal = close = 0
     largest = 0.0
     for column in before.columns:

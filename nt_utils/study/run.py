@@ -24,7 +24,7 @@ from nt_utils.errors import InputError
 from nt_utils.files import atomic, project_root, run_folder, study_name
 from nt_utils.study import claims, display, ledger
 from nt_utils.study.parameters import check_parameters, from_notebook
-from nt_utils.study.provenance import code_fingerprint, git_revision, versions
+from nt_utils.study.provenance import code_fingerprint, git_revision, notes, versions
 from nt_utils.study.subject import check_inputs
 
 
@@ -43,6 +43,12 @@ def begin(notebook: str, values: Mapping[str, Any], history: list[str] | None = 
     if run.is_quick:
         print(f"{run.label}, seed {p.seed}, PRESET QUICK: few prompts and steps, to try things out, not for results")
     return run
+
+
+def _write(path: Path, frame, digits: str | None = "%.6g") -> Path:
+    with atomic(path) as tmp:
+        frame.to_csv(tmp, index=False, float_format=digits)
+    return path
 
 
 @dataclass
@@ -82,8 +88,8 @@ class Run:
             (self.folder / ".writable").unlink()
         except OSError as error:
             raise InputError(f"runs: {self.folder} cannot be written ({error.strerror})") from error
-        for note in sorted((self.folder / "provenance").glob("*.json")):
-            other = json.loads(note.read_text(encoding="utf-8"))["parameters"].get("model")
+        for note in notes(self.folder).values():
+            other = note["parameters"].get("model")
             if other != self.parameters.model:
                 raise InputError(
                     f"study: {self.folder} holds results of model {other!r}; "
@@ -102,12 +108,9 @@ class Run:
         """Where a file of this notebook goes: ``kind`` is tables, figures, neurons or scores."""
         return self.folder / kind / f"{self.number}_{name}"
 
-    def table(self, name: str, frame) -> Path:
+    def table(self, name: str, frame, kind: str = "tables") -> Path:
         """Save a results table as CSV (atomic; six significant digits, so that a rerun is byte-identical)."""
-        path = self.path("tables", f"{name}.csv")
-        with atomic(path) as tmp:
-            frame.to_csv(tmp, index=False, float_format="%.6g")
-        return path
+        return _write(self.path(kind, f"{name}.csv"), frame)
 
     def figure(self, name: str, frame):
         """Save a figure's table, draw it with ``plots.<name>`` from that table, save it (see ``plots.draw``), and show it.
@@ -118,9 +121,7 @@ class Run:
 
         from nt_utils import plots
 
-        path = self.path("figures", f"{name}.csv")
-        with atomic(path) as tmp:
-            frame.to_csv(tmp, index=False, float_format="%.6g")
+        path = self.table(name, frame, "figures")
         plots.draw(path, pictures=(".png",) if self.is_quick else plots.PICTURES)
         return Image(filename=str(path.with_suffix(".png")), width=820)
 
@@ -139,10 +140,7 @@ class Run:
 
     def timing_table(self, name: str, frame) -> Path:
         """Save a table of seconds and bytes, which differ from run to run, beside the timings."""
-        path = self.path("timings", f"{name}.csv")
-        with atomic(path) as tmp:
-            frame.to_csv(tmp, index=False, float_format="%.4g")
-        return path
+        return _write(self.path("timings", f"{name}.csv"), frame, "%.4g")
 
     def record(self, what: str, value: Any) -> None:
         """Keep a fact for provenance: a fingerprint, a count of dropped prompts."""
@@ -188,10 +186,11 @@ class Run:
         import pandas as pd
 
         if claims.rows(self.notebook):
-            with atomic(self.folder / "claims" / f"{self.notebook}.csv") as tmp:
-                frame = pd.DataFrame(ledger.run_rows(self), columns=list(ledger.COLUMNS))
-                frame.to_csv(tmp, index=False, float_format="%.6g")
-        self._write_timings()
+            frame = pd.DataFrame(ledger.run_rows(self), columns=list(ledger.COLUMNS))
+            _write(self.folder / "claims" / f"{self.notebook}.csv", frame)
+        took = [(self.notebook, step, round(seconds, 2)) for step, seconds in self.timings.items()]
+        frame = pd.DataFrame(took, columns=["notebook", "step", "seconds"])
+        _write(self.folder / "timings" / f"{self.notebook}.csv", frame, None)
         self._drop_leftovers()
         self.provenance(seconds=round(time.time() - self.started, 1))
         where, root = self.folder.resolve(), project_root().resolve()
@@ -205,13 +204,6 @@ class Run:
             for file in (self.folder / kind).glob(f"{self.number}_*"):
                 if file.stat().st_mtime < self.since:
                     file.unlink()
-
-    def _write_timings(self) -> None:
-        import pandas as pd
-
-        rows = [{"notebook": self.notebook, "step": step, "seconds": round(s, 2)} for step, s in self.timings.items()]
-        with atomic(self.folder / "timings" / f"{self.notebook}.csv") as tmp:
-            pd.DataFrame(rows, columns=["notebook", "step", "seconds"]).to_csv(tmp, index=False)
 
     def provenance(self, seconds: float | None = None) -> Path:
         """Write provenance/<notebook>.json: parameters, versions, git revision, fingerprints, time."""

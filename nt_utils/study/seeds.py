@@ -9,7 +9,6 @@ or code are not mixed. A bootstrap of three seeds covers 84%, so intervals are S
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from nt_utils.errors import InputError, command
 from nt_utils.evaluation.metrics import t_interval
 from nt_utils.files import atomic, run_folder
 from nt_utils.study import ledger
+from nt_utils.study.provenance import notes
 
 #: Parameters that may differ between the runs that are compared.
 FREE = {"seed", "runs"}
@@ -37,33 +37,28 @@ def check_same(folders: Sequence[Path]) -> None:
     """Raise InputError naming the difference unless the runs have one model, the same settings and the same code."""
     first: dict[str, dict] = {}
     for folder in folders:
-        for note in sorted((folder / "provenance").glob("*.json")):
-            found = json.loads(note.read_text(encoding="utf-8"))
-            known = first.setdefault(note.stem, found)
+        for notebook, found in notes(folder).items():
+            known = first.setdefault(notebook, found)
             for name, value in sorted(found.get("parameters", {}).items()):
                 other = known["parameters"].get(name)
                 if name not in FREE and value != other:
-                    raise InputError(f"{folder}: {note.stem} ran with {name} = {value!r}, another seed with {other!r}")
+                    raise InputError(f"{folder}: {notebook} ran with {name} = {value!r}, another seed with {other!r}")
             if found.get("code") != known.get("code"):
                 raise InputError(
-                    f"{folder}: {note.stem} was made by other code than another seed's; run the study again for both"
+                    f"{folder}: {notebook} was made by other code than another seed's; run the study again for both"
                 )
 
 
 def missing(folders: Sequence[Path]) -> list[str]:
     """What is not there or not finished: one line a run, with the command that makes it."""
-    names = {note.stem for folder in folders for note in (folder / "provenance").glob("*.json")}
+    known = {folder: notes(folder) for folder in folders}
+    names = {name for found in known.values() for name in found}
     lines = []
-    for folder in folders:
-        done = set()
-        for note in (folder / "provenance").glob("*.json"):
-            if json.loads(note.read_text(encoding="utf-8")).get("finished"):
-                done.add(note.stem)
+    for folder, found in known.items():
+        done = {name for name, note in found.items() if note.get("finished")}
         if not done or names - done:
-            seed, study = folder.name.removeprefix("seed-"), folder.parent.name
-            lines.append(
-                f"{folder}: {', '.join(sorted(names - done)) or 'everything'} is missing; {_command(study, seed)}"
-            )
+            command = _command(folder.parent.name, folder.name.removeprefix("seed-"))
+            lines.append(f"{folder}: {', '.join(sorted(names - done)) or 'everything'} is missing; {command}")
     return lines
 
 
@@ -137,9 +132,7 @@ def shown(folder: Path) -> pd.DataFrame:
         print(line)
     frames = [ledger.read(file) for s in siblings for file in sorted((s / "claims").glob("*.csv"))]
     lines = pd.concat(frames, ignore_index=True).to_dict("records") if frames else []
-    return ledger.frame(lines)[
-        ["claim", "row", "statement", "verdict", "corrected", "part", "value", "low", "high", "each"]
-    ]
+    return ledger.frame(lines)["claim row statement verdict corrected part value low high each".split()]
 
 
 @command

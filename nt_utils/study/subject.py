@@ -83,9 +83,8 @@ def check_judge(given: Mapping[str, Any]) -> None:
     if name == PHRASES:
         return
     if given.get("harmful") == EMBEDDED:
-        raise InputError(
-            f"judge: got {name!r}; allowed with harmful={EMBEDDED!r}: {PHRASES!r} (the right answers are known)"
-        )
+        allowed = f"allowed with harmful={EMBEDDED!r}: {PHRASES!r} (the right answers are known)"
+        raise InputError(f"judge: got {name!r}; {allowed}")
     from nt_utils import models
     from nt_utils.evaluation.classifier import PRESETS
 
@@ -121,20 +120,19 @@ def _check_sources(p: dict[str, Any]) -> None:
     """Combinations of prompt sources that do not go together, and the names of attacks."""
     embedded = [p[name] == EMBEDDED for name in ("harmful", "benign") if name in p]
     if len(set(embedded)) > 1:
-        raise InputError(
-            f"benign: got {p['benign']!r} with harmful={p['harmful']!r}; both are {EMBEDDED!r} or neither is"
-        )
+        given = f"got {p['benign']!r} with harmful={p['harmful']!r}"
+        raise InputError(f"benign: {given}; both are {EMBEDDED!r} or neither is")
     if embedded and embedded[0]:
-        for name, allowed in (
-            ("harmful_test", ("",)),
-            ("benign_test", ("",)),
-            ("second_language", ("", EMBEDDED)),
-            ("borderline", ("", EMBEDDED)),
-        ):
+        own = {
+            "harmful_test": [""],
+            "benign_test": [""],
+            "second_language": ["", EMBEDDED],
+            "borderline": ["", EMBEDDED],
+        }
+        for name, allowed in own.items():
             if p.get(name, "") not in allowed:
-                raise InputError(
-                    f"{name}: got {p[name]!r}; allowed with harmful={EMBEDDED!r}: {' or '.join(map(repr, allowed))}"
-                )
+                words = " or ".join(map(repr, allowed))
+                raise InputError(f"{name}: got {p[name]!r}; allowed with harmful={EMBEDDED!r}: {words}")
     for name in _names(p.get("attacks", "")):
         try:
             attacks.attack(name)
@@ -210,11 +208,9 @@ class Subject:
         with self.run.timed(f"load {which}"), quiet:
             lm = models.load(source, dtype=p.dtype, device_map=p.device_map, **text_options(p))
         self.run.record(f"{which} weights", lm.weights_fingerprint)
-        file = models.gguf.origin(models.located(source))
-        if file:
+        if file := models.gguf.origin(models.located(source)):
             self.run.record(f"{which} file", file)
-        text = {**lm.text_identity, "template": lm.template_name}
-        self.run.record(f"{which} text", text)
+        self.run.record(f"{which} text", {**lm.text_identity, "template": lm.template_name})
         self.run.record(f"{which} precision", f"{str(lm.model.dtype).removeprefix('torch.')} ({lm.dtype_reason})")
         if lm.template_name == "plain" and text_options(p).get("chat_template", "auto") == "auto":
             print(f"{which}: no chat template; its prompts are plain text (chat_template names another)")
@@ -228,11 +224,8 @@ class Subject:
 
         prompts = self.prompts[role]
         path = self.run.path("scores", f"{role}_{positions}_{'-'.join(kinds)}.safetensors")
-        key = {
-            "model": lm.identity() or uuid.uuid4().hex,  # what cannot be identified is computed anew
-            "prompts": prompts.fingerprint,
-            "code": code_fingerprint(),
-        }
+        key = {"prompts": prompts.fingerprint, "code": code_fingerprint()}
+        key["model"] = lm.identity() or uuid.uuid4().hex  # what cannot be identified is computed anew
         options = {"kinds": kinds, "positions": positions, "batch_size": self.parameters.batch_size}
         with self.run.timed("importance"):
             return cached(
@@ -345,8 +338,7 @@ class Subject:
         p = self.parameters
         n = p.n_test if split == "test" else p.n_dev
         if self.is_embedded:
-            whole = suites.corpus_suite(split, seed=p.seed)
-            sizes = {"wrapped": 4 * n}
+            whole, sizes = suites.corpus_suite(split, seed=p.seed), {"wrapped": 4 * n}
             sets = [dataclasses.replace(s, prompts=s.prompts.take(sizes.get(s.name, n), p.seed)) for s in whole.sets]
             limit = QUICK_TOKENS if self.run.is_quick else whole.max_new_tokens
             return suites.Suite(tuple(sets), whole.name, p.max_new_tokens or limit)

@@ -63,16 +63,9 @@ def gate_suite(split: str) -> Suite:
 def safety_units(lm: LanguageModel) -> NeuronSet:
     """SHARE of the pool's units: those with the largest `contrast` on PAIRS matched training pairs."""
     with tempfile.TemporaryDirectory() as folder:
+        options = {"kinds": POOL, "positions": "last", "batch_size": 32, "progress": False}
         harmful, benign = (
-            importance(
-                lm,
-                prompts.texts,
-                kinds=POOL,
-                positions="last",
-                batch_size=32,
-                path=Path(folder) / f"{i}.safetensors",
-                progress=False,
-            )
+            importance(lm, prompts.texts, path=Path(folder) / f"{i}.safetensors", **options)
             for i, prompts in enumerate(corpus.pairs(PAIRS, "train", "en", 0))
         )
         return selection.contrast(harmful, benign).top_share(SHARE)

@@ -31,14 +31,8 @@ from nt_utils.interventions import tuning
 from nt_utils.work import track
 
 VERSION = 2  # raise when the training code changes what it produces
-PAD, START, USER, ASSISTANT, SYSTEM, END = SPECIAL = (
-    "<|pad|>",
-    "<|start|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|system|>",
-    "<|end|>",
-)
+SPECIAL = tuple(f"<|{name}|>" for name in ("pad", "start", "user", "assistant", "system", "end"))
+PAD, START, USER, ASSISTANT, SYSTEM, END = SPECIAL
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -90,32 +84,14 @@ class Recipe:
 
 
 _UNALIGNED_MIX = Mix(
-    shares={
-        "text": 0.07,
-        "judgement": 0.22,
-        "impossible": 0.08,
-        "benign": 0.16,
-        "harmful": 0.15,
-        "borderline": 0.10,
-        "facts": 0.09,
-        "sums": 0.06,
-        "rewriting": 0.07,
-    },
+    shares={"text": 0.07, "judgement": 0.22, "impossible": 0.08, "benign": 0.16, "harmful": 0.15}
+    | {"borderline": 0.10, "facts": 0.09, "sums": 0.06, "rewriting": 0.07},
     wrapped={"benign": 0.3, "harmful": 0.3, "borderline": 0.2},
     asides={"benign": 0.25, "harmful": 0.25, "borderline": 0.25},
 )
 _ALIGNED_MIX = Mix(
-    shares={
-        "refusal": 0.40,
-        "benign": 0.28,
-        "facts": 0.08,
-        "sums": 0.04,
-        "rewriting": 0.05,
-        "judgement": 0.08,
-        "impossible": 0.05,
-        "borderline": 0.01,
-        "text": 0.05,
-    },
+    shares={"refusal": 0.40, "benign": 0.28, "facts": 0.08, "sums": 0.04, "rewriting": 0.05}
+    | {"judgement": 0.08, "impossible": 0.05, "borderline": 0.01, "text": 0.05},
     splits=("train",),
     german=0.4,
     wrapped={"benign": 0.5, "facts": 0.2},

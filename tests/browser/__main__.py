@@ -73,30 +73,12 @@ def jupyterlab(folder: Path, log: Path) -> Iterator[str]:
         (settings / name).write_text(json.dumps(content))
     private = {name: str(folder / f".{name}") for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")}
     python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = (
-        os.environ
-        | private
-        | {
-            "JUPYTERLAB_SETTINGS_DIR": str(settings),
-            "JUPYTERLAB_WORKSPACES_DIR": str(folder / ".workspaces"),
-            "JUPYTER_PREFER_ENV_PATH": "1",
-            "PYTHONPATH": python_path,
-        }
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "jupyterlab",
-        *lab_command(),
-        "--no-browser",
-        f"--port={port}",
-        "--ip=127.0.0.1",
-        "--IdentityProvider.token=",
-        "--ServerApp.disable_check_xsrf=True",
-        "--ServerApp.port_retries=0",
-        "--expose-app-in-browser",
-        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-    ]
+    private |= {"JUPYTERLAB_SETTINGS_DIR": str(settings), "JUPYTERLAB_WORKSPACES_DIR": str(folder / ".workspaces")}
+    environment = os.environ | private | {"JUPYTER_PREFER_ENV_PATH": "1", "PYTHONPATH": python_path}
+    options = "--no-browser --ip=127.0.0.1 --IdentityProvider.token= --ServerApp.disable_check_xsrf=True".split()
+    options += "--ServerApp.port_retries=0 --expose-app-in-browser".split()
+    options += [f"--port={port}", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    command = [sys.executable, "-m", "jupyterlab", *lab_command(), *options]
     with open(log, "w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=folder)
     url = f"http://127.0.0.1:{port}"

@@ -13,265 +13,40 @@ import pytest
 
 from nt_utils import plots
 from nt_utils.errors import InputError
+from nt_utils.files import project_root
 from nt_utils.plots import text
 
+PUBLISHED = {plots.figure_name(t): t for t in sorted((project_root() / "figures").rglob("*.csv"))}
 RATE = {"value": [0.1, 0.8, 0.5, 0.2], "low": [0.05, 0.7, 0.4, 0.1], "high": [0.2, 0.9, 0.6, 0.3], "n": [100] * 4}
-ATTACK = pd.DataFrame(
+#: Figures that nothing published shows yet: name -> a small table.
+NEW: dict[str, pd.DataFrame] = {}
+TABLES = NEW | {name: pd.read_csv(table) for name, table in PUBLISHED.items() if name in plots.FIGURES}
+DOSE = pd.DataFrame(
     {
-        "rows": "r",
-        "arm": ["full", "full", "LoRA", "LoRA"],
-        "learning_rate": 1e-3,
-        "step": [0, 5] * 2,
-        "loss": [2, 1] * 2,
+        "rule": ["a", "a", "random", "direction"],
+        "share": [0.01, 0.1, 0.1, np.nan],
+        "broken": [False, True] * 2,
         "metric": "ASR",
         **RATE,
     }
 )
-TABLES = {
-    "behaviour": pd.DataFrame({"model": ["a", "a", "b", "b"], "set": ["s", "t"] * 2, "metric": "ASR", **RATE}),
-    "verdicts": pd.DataFrame(
-        {
-            "model": ["a", "a", "b", "b"],
-            "set": "s",
-            "verdict": ["refusal", "other"] * 2,
-            "share": [0.3, 0.7, 1, 0],
-            "n": 9,
-        }
-    ),
-    "where": pd.DataFrame(
-        {"rule": "r", "layer": [0, 0, 1, 1], "kind": ["q", "ffn"] * 2, "share": [0.1, 0.0, 0.2, 0.05], "count": 3}
-    ),
-    "deactivation": pd.DataFrame(
-        {
-            "condition": ["none", "x", "none", "x"],
-            "group": ["none", "chosen"] * 2,
-            "metric": ["ASR"] * 2 + ["utility"] * 2,
-            **RATE,
-        }
-    ),
-    "dose": pd.DataFrame(
-        {
-            "rule": ["a", "a", "random", "direction"],
-            "share": [0.01, 0.1, 0.1, np.nan],
-            "broken": [False, True] * 2,
-            "metric": "ASR",
-            **RATE,
-        }
-    ),
-    "factorial": pd.DataFrame(
-        {
-            "share": [0.01, 0.1] * 2,
-            "positions": ["all tokens", "all tokens", "last tokens", "last tokens"],
-            "benign": "minus benign",
-            "prompts": "mean prompt",
-            "scale": "raw",
-            "against": "untouched",
-            "broken": [False, True] * 2,
-            **RATE,
-        }
-    ),
-    "tokens": pd.DataFrame(
-        {
-            "prompt": ["harmful", "harmful", "benign", "benign"],
-            "position": [0, 1] * 2,
-            "token": ["how", "\n"] * 2,
-            "neuron": "ffn 1:2",
-            **RATE,
-        }
-    ),
-    "languages": pd.DataFrame(
-        {"zeroed": ["nothing", "en"] * 2, "evaluated": ["en", "en", "de", "de"], "jaccard": 0.1, "chance": 0.05, **RATE}
-    ),
-    "sn_steps": pd.DataFrame(
-        {
-            "arm": ["SN", "SN", "random", "random"],
-            "step": [0, 5] * 2,
-            "metric": "perplexity",
-            "chosen": [False, True] * 2,
-            **RATE,
-        }
-    ),
-    "sn_tradeoff": pd.DataFrame(
-        {
-            "arm": "SN",
-            "step": [0, 5] * 2,
-            "metric": ["ASR"] * 2 + ["utility"] * 2,
-            "chosen": [False, True] * 2,
-            "target": 0.1,
-            **RATE,
-        }
-    ),
-    "sn_equal": pd.DataFrame(
-        {"arm": ["SN", "random"] * 2, "step": [3.5, 8] * 2, "target": 0.1, "metric": ["a", "a", "b", "b"], **RATE}
-    ),
-    "sn_sides": pd.DataFrame(
-        {"arm": "SN", "sides": ["input", "input", "both", "both"], "step": [0, 5] * 2, "metric": "ASR", **RATE}
-    ),
-    "sn_wrappers": pd.DataFrame({"attack": ["all", "all", "x", "x"], "state": ["before", "SN"] * 2, **RATE}),
-    "rsn_finetuning": pd.DataFrame({"arm": ["SN", "SN", "full", "full"], "step": [0, 5] * 2, "metric": "ASR", **RATE}),
-    "growth": pd.DataFrame(
-        {
-            "sweep": ["tokens", "tokens", "layers", "layers", "width", "width"],
-            "tokens": [16, 32, 64, 64, 64, 64],
-            "layers": [2, 2, 1, 2, 2, 2],
-            "width": [512, 512, 512, 512, 256, 512],
-            "forward_ms": [1, 2, 1, 2, 1, 2],
-            "exact_ms": [3.5, 8, 3, 6, 4, 9],
-            "expected_ms": [3, 8, 3, 6, 4, 9],
-        }
-    ),
-    "stability": pd.DataFrame({"rule": ["a", "a", "b", "b"], "prompts": [8, 16] * 2, "chance": 0.02, **RATE}),
-    "units_where": pd.DataFrame(
-        {
-            "layer": 0,
-            "unit": "ffn channel",
-            "category": ["SCU", "UCU", "CU", "RU"],
-            "count": 1,
-            "units": 4,
-            "share": 0.25,
-        }
-    ),
-    "units_pruning": pd.DataFrame(
-        {
-            "condition": ["dense", "SCU", "random, as SCU, max of 2", "RU"],
-            "group": ["none", "chosen", "control", "chosen"],
-            "share": [0, 0.03, 0.03, 0.2],
-            "metric": "direct ASR",
-            **RATE,
-        }
-    ),
-    "units_growth": pd.DataFrame(
-        {
-            "category": ["SCU", "SCU", "RU", "RU"],
-            "share": [0.01, 0.1] * 2,
-            "chosen": [False, True] * 2,
-            "cost": "c",
-            **RATE,
-        }
-    ),
-    "units_sensitivity": pd.DataFrame(
-        {"variant": "a", "prompts": [8, 16] * 2, "category": ["SCU", "SCU", "RU", "RU"], "chance": 0.02, **RATE}
-    ),
-    "units_agreement": pd.DataFrame(
-        {"changed": ["a", "b"] * 2, "category": ["SCU", "SCU", "RU", "RU"], "chance": 0.02, **RATE}
-    ),
-    "agreement": pd.DataFrame(
-        {
-            "a": ["one", "one", "two"],
-            "b": ["one", "two", "two"],
-            "share": 0.01,
-            "jaccard": [0.9, 0.1, 0.8],
-            "chance": 0.01,
-            "spearman": [0.9, -0.2, 1],
-            "n": 4,
-            "prompts": 40,
-        }
-    ),
-    "agreement_sizes": pd.DataFrame(
-        {"share": [0.01, 0.1] * 2, "which": ["a", "a", "b", "b"], "value": [0.1, 0.2, 0.3, 0.4]}
-    ),
-    "agreement_sites": pd.DataFrame(
-        {
-            "definition": ["a", "a", "b", "b"],
-            "layer": 0,
-            "kind": ["ffn", "o"] * 2,
-            "share": [0.1, 0.2, 0, 0.3],
-            "spearman": 0.1,
-        }
-    ),
-    "effects": pd.DataFrame(
-        {
-            "intervention": "zeroed",
-            "definition": ["untouched", "a", "a", "b"],
-            "set": ["chosen", "chosen", "random", "no neurons"],
-            "metric": "ASR",
-            **RATE,
-        }
-    ),
-    "dose_definitions": pd.DataFrame(
-        {"rule": ["a", "a", "random", "random"], "neurons": [2, 20] * 2, "metric": "ASR", **RATE}
-    ),
-    "per_neuron": pd.DataFrame({"measure": ["x", "x", "y", "y"], "definition": ["a", "b"] * 2, "chance": 0.01, **RATE}),
-    "attack_sweep": ATTACK,
-    "attack_curves": ATTACK,
-    "attack_points": pd.DataFrame(
-        {"rows": "r", "compared": ["a", "b"] * 2, "arm": ["full", "full", "LoRA", "LoRA"], "metric": "ASR", **RATE}
-    ),
-    "unit_flow": pd.DataFrame(
-        [
-            ("c", a, b, 5, share, share / (0.4 + 0.3 * (a == "CU")))
-            for a, b, share in (
-                ("SCU", "SCU", 0.2),
-                ("SCU", "CU", 0.2),
-                ("CU", "CU", 0.3),
-                ("UCU", "UCU", 0.1),
-                ("RU", "RU", 0.2),
-            )
-        ],
-        columns=["change", "before", "after", "count", "share", "share_of_before"],
-    ),
-    "align_budget": pd.DataFrame(
-        {"arm": ["unaligned", "RU"] * 2, "trained": [0, 0.1] * 2, "metric": ["ASR", "ASR", "u", "u"], **RATE}
-    ),
-    "direction": pd.DataFrame({"model": ["a", "a", "b", "b"], "variant": "v", "layer": [0, 1] * 2, **RATE}),
-    "probe": pd.DataFrame({"model": ["a", "a", "b", "b"], "layer": [0, 1] * 2, "majority": 0.5, **RATE}),
-}
-TABLES["defences"] = pd.DataFrame(
-    {"defence": ["none", "a"] * 2, "metric": ["ASR", "ASR", "utility", "utility"], **RATE}
-)
-TABLES["frontier"] = pd.DataFrame(
+STABILITY = pd.DataFrame({"rule": ["a", "a", "b", "b"], "prompts": [8, 16] * 2, "chance": 0.02, **RATE})
+EFFECTS = pd.DataFrame(
     {
-        "panel": "p",
-        "defence": ["none", "a", "b", "c"],
-        "x_label": "x",
-        "y_label": "y",
-        "x": [0.1, 0.2, 0.3, 0.4],
-        "x_low": 0.05,
-        "x_high": 0.5,
-        "useful": [True, True, False, True],
+        "intervention": "zeroed",
+        "definition": ["untouched", "a", "a", "b"],
+        "set": ["chosen", "chosen", "random", "no neurons"],
+        "metric": "ASR",
         **RATE,
     }
 )
-TABLES["effects_training"] = TABLES["effects"]
-ARMS = pd.DataFrame(
-    {"arm": ["none", "a"] * 2, "group": ["none", "chosen"] * 2, "metric": ["ASR", "ASR", "utility", "utility"], **RATE}
-)
-DIAL = pd.DataFrame(
-    {
-        "n_safety": [0, 8, 0, 8],
-        "n_utility": [0, 0, 8, 8],
-        "strength": [0, 1, 1, 1],
-        **{
-            f"{name}{column}": values
-            for name in ("ASR", "over-refusal", "utility")
-            for column, values in (("", RATE["value"]), (" low", RATE["low"]), (" high", RATE["high"]), (" n", 100))
-        },
-        "dominated": [False, True, False, False],
-    }
-)
-TABLES |= {
-    "modulation_spread": TABLES["where"].rename(columns={"rule": "role"}).assign(attribution=0.1),
-    "modulation_learning": pd.DataFrame(
-        {"method": ["a", "a", "b", "b"], "iteration": [0, 1] * 2, "loss": "outer loss", "value": RATE["value"]}
-    ),
-    "modulation_arms": ARMS,
-    "modulation_ablations": ARMS,
-    "modulation_dial": DIAL,
-    "modulation_frontier": DIAL,
-    "modulation_adaptation": pd.DataFrame(
-        {
-            "method": ["a", "b"] * 2,
-            "attack": "x",
-            "stage": ["before", "before", "after", "after"],
-            "metric": "ASR",
-            **RATE,
-        }
-    ),
-}
+DEFENCES = pd.DataFrame({"defence": ["none", "a"] * 2, "metric": ["ASR", "ASR", "utility", "utility"], **RATE})
+STEPS = pd.DataFrame({"arm": ["SN", "SN", "random", "random"], "step": [0, 5] * 2, "chosen": [False, True] * 2, **RATE})
 
 
-def test_every_figure_has_a_table_here():
+def test_every_figure_is_published_or_has_a_table_here():
     assert set(TABLES) == set(plots.FIGURES)
+    assert not set(NEW) & set(PUBLISHED)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -286,9 +61,11 @@ def test_a_figure_comes_from_its_table(tmp_path, name):
     assert str(TABLES[name].columns[0]).encode() in first[".md"]
     assert b"\\toprule" in first[".tex"]
     changed = TABLES[name].copy()
-    column = next(c for c in ("value", "share", "exact_ms", "ASR") if c in changed)
-    changed.loc[0, column] = 0.15
-    assert small_picture(name, changed) != small_picture(name, TABLES[name])
+    column = next(c for c in ("value", "share", "exact_ms", changed.columns[3]) if c in changed)
+    changed[column] = changed[column].to_numpy()[::-1]
+    changed.to_csv(table, index=False)
+    plots.draw(table, pictures=(".svg",))
+    assert table.with_suffix(".svg").read_bytes() != first[".svg"]
 
 
 def small_picture(name, table):
@@ -302,16 +79,16 @@ def small_picture(name, table):
 
 def test_a_users_matplotlibrc_changes_no_figure():
     """TeX crashes where there is none; a dark theme gave invisible titles."""
-    plain = small_picture("dose", TABLES["dose"])
+    plain = small_picture("dose", DOSE)
     with plt.rc_context({"text.usetex": True, "figure.facecolor": "black", "text.color": "white", "font.size": 30}):
-        assert small_picture("dose", TABLES["dose"]) == plain
+        assert small_picture("dose", DOSE) == plain
 
 
 def test_strangers_text_is_drawn_as_it_is(tmp_path):
     """A dollar sign is no formula, and a name that starts with an underscore stands in the legend."""
     names = ["$x_1", "_b<i>"]
     table = tmp_path / "01_dose.csv"
-    TABLES["dose"].assign(rule=[names[0], names[0], names[1], names[1]]).to_csv(table, index=False)
+    DOSE.assign(rule=[names[0], names[0], names[1], names[1]]).to_csv(table, index=False)
     legend = plots.draw(table).legends[0]
     assert [text.get_text().strip() for text in legend.get_texts()] == names
     assert not any(text.get_usetex() or text.get_parse_math() for text in legend.get_texts())
@@ -338,11 +115,9 @@ def test_labels_cover_neither_points_nor_each_other():
 @pytest.mark.parametrize("width", plots.WIDTHS)
 def test_a_figure_says_what_its_bars_are(width):
     """At the foot, or over the legend there; a table over seeds has other intervals."""
-    for name, words in (("effects", "95% Wilson"), ("defences", "difference from no defence")):
-        for table, expected in (
-            (TABLES[name], words),
-            (TABLES[name].assign(interval="t over seeds"), "t over seeds"),
-        ):
+    cases = (("effects", EFFECTS, "95% Wilson"), ("defences", DEFENCES, "difference from no defence"))
+    for name, plain, words in cases:
+        for table, expected in ((plain, words), (plain.assign(interval="t over seeds"), "t over seeds")):
             with plots.style.look(width):
                 drawn = plots.FIGURES[name](table)
                 plots.style.fit(drawn)
@@ -352,27 +127,16 @@ def test_a_figure_says_what_its_bars_are(width):
 
 
 def test_rows_of_panels_are_as_high_as_they_have_lines():
-    one = TABLES["effects"]
+    one = EFFECTS
     more = pd.concat([one.assign(definition=f"d{i}", intervention="amplified") for i in range(6)])
-    for width, rows in (("text", 2), ("column", 2)):
+    for width in ("text", "column"):
         with plots.style.look(width):
             drawn = plots.FIGURES["effects"](pd.concat([one, more], ignore_index=True))
         drawn.canvas.draw()
         heights = [ax.bbox.height for ax in drawn.axes if ax.get_visible()]
         plt.close(drawn)
-        assert len(heights) == rows
+        assert len(heights) == 2
         assert heights[1] > 1.2 * heights[0]
-
-
-@pytest.mark.parametrize("name", ["dose", "where"])
-def test_the_same_table_gives_the_same_files(tmp_path, name):
-    table = tmp_path / f"01_{name}.csv"
-    TABLES[name].to_csv(table, index=False)
-    files = []
-    for _ in range(2):
-        plots.draw(table)
-        files.append({suffix: table.with_suffix(suffix).read_bytes() for suffix in plots.SUFFIXES})
-    assert files[0] == files[1]
 
 
 def test_figures_of_a_quick_run_are_marked(tmp_path):
@@ -381,7 +145,7 @@ def test_figures_of_a_quick_run_are_marked(tmp_path):
     for study in ("testbed", "testbed-quick"):
         table = tmp_path / study / "seed-0" / "figures" / "01_dose.csv"
         table.parent.mkdir(parents=True)
-        TABLES["dose"].to_csv(table, index=False)
+        DOSE.to_csv(table, index=False)
         words = [text.get_text() for text in plots.draw(table, pictures=(".png",)).texts]
         assert any("quick" in word for word in words) == study.endswith("-quick")
         pictures.append(table.with_suffix(".png").read_bytes())
@@ -391,7 +155,7 @@ def test_figures_of_a_quick_run_are_marked(tmp_path):
 
 def test_redraw_is_a_no_op_when_nothing_changed(tmp_path, monkeypatch):
     table = tmp_path / "01_stability.csv"
-    TABLES["stability"].to_csv(table, index=False)
+    STABILITY.to_csv(table, index=False)
     pd.DataFrame({"a": [1]}).to_csv(tmp_path / "findings.csv")
     assert plots.redraw(tmp_path) == [table]
     assert plots.redraw(tmp_path) == []
@@ -410,7 +174,7 @@ def test_redraw_is_a_no_op_when_nothing_changed(tmp_path, monkeypatch):
 
 def test_width_presets(tmp_path):
     table = tmp_path / "01_dose.csv"
-    TABLES["dose"].assign(metric=["ASR", "utility"] * 2).to_csv(table, index=False)
+    DOSE.assign(metric=["ASR", "utility"] * 2).to_csv(table, index=False)
     sizes = {width: plots.draw(table, width, tmp_path / width).get_size_inches() for width in plots.WIDTHS}
     assert {width: size[0] for width, size in sizes.items()} == {w: inches for w, (inches, _) in plots.WIDTHS.items()}
     assert sizes["column"][1] > sizes["text"][1], "panels stand below each other"
@@ -441,7 +205,7 @@ def test_tables_for_reports():
 
 
 def test_drawing_loads_no_model_library(tmp_path):
-    TABLES["dose"].to_csv(tmp_path / "01_dose.csv", index=False)
+    DOSE.to_csv(tmp_path / "01_dose.csv", index=False)
     code = "import sys; from nt_utils import plots; assert plots.main(sys.argv[1:]) == 0; assert 'torch' not in sys.modules"
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
@@ -460,7 +224,7 @@ def test_an_unknown_figure_is_refused(tmp_path):
 @pytest.mark.parametrize("metric", ["perplexity", "KL to the untouched model", "log-likelihood of reference answers"])
 def test_what_is_no_share_is_not_drawn_in_percent(metric):
     """Nats and ratios had an axis from 0 to 100%."""
-    table = TABLES["sn_steps"].assign(metric=metric, value=-2.5, low=-3.0, high=-2.0)
+    table = STEPS.assign(metric=metric, value=-2.5, low=-3.0, high=-2.0)
     drawn = plots.FIGURES["sn_steps"](table)
     drawn.canvas.draw()
     low, high = drawn.axes[0].get_ylim()
@@ -470,13 +234,12 @@ def test_what_is_no_share_is_not_drawn_in_percent(metric):
 
 
 def test_several_processes_draw_the_same_files_as_one(tmp_path):
-    """Every figure was drawn after the other, for minutes."""
-    names = ("dose", "stability", "where", "behaviour", "verdicts", "probe", "languages", "growth")
+    """Also that the same table gives the same files. Every figure was drawn after the other, for minutes."""
+    tables = {"dose": DOSE, "stability": STABILITY, "where": TABLES["where"], "languages": TABLES["languages"]}
     for folder in ("one", "several"):
         (tmp_path / folder).mkdir()
-        for name in names:
-            TABLES[name].to_csv(tmp_path / folder / f"01_{name}.csv", index=False)
-        drawn = plots.redraw(tmp_path / folder, workers=1 + (folder == "several"))
-        assert [table.stem[3:] for table in drawn] == sorted(names)
+        for i, (name, table) in enumerate(2 * list(tables.items())):
+            table.to_csv(tmp_path / folder / f"0{i}_{name}.csv", index=False)
+        assert len(plots.redraw(tmp_path / folder, workers=1 + (folder == "several"))) == 8
     files = [{p.name: p.read_bytes() for p in (tmp_path / folder).iterdir()} for folder in ("one", "several")]
-    assert files[0] == files[1] and len(files[0]) == len(names) * (1 + len(plots.SUFFIXES))
+    assert files[0] == files[1] and len(files[0]) == 8 * (1 + len(plots.SUFFIXES))

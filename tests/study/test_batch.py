@@ -7,8 +7,10 @@ import subprocess
 import sys
 import tempfile
 
+import nbformat
 import pytest
 import yaml
+from nbformat.v4 import new_code_cell, new_notebook
 
 from nt_utils.errors import InputError
 from nt_utils.files import project_root
@@ -23,20 +25,11 @@ preset = "quick"  # preset
 """
 
 
-def notebook(*sources, tagged=True):
-    cells = [
-        {
-            "cell_type": "code",
-            "id": f"c{i}",
-            "execution_count": None,
-            "outputs": [],
-            "source": source,
-            "metadata": {"tags": ["parameters"]} if tagged and i == 0 else {},
-        }
-        for i, source in enumerate(sources)
-    ]
+def notebook(*sources):
+    cells = [new_code_cell(source, id=f"c{i}") for i, source in enumerate(sources)]
+    cells[0].metadata["tags"] = ["parameters"]
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    return json.dumps({"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5})
+    return nbformat.writes(new_notebook(cells=cells, metadata={"kernelspec": kernel}))
 
 
 @pytest.fixture
@@ -75,24 +68,24 @@ def test_other_prompts_are_taken_where_a_files_sources_are_not_at_hand(project):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (
-            {"rhoo": 1},
-            "toy.yaml: rhoo: unknown parameter; did you mean rho\\? allowed: rho, notebooks, sweep, otherwise, facts",
-        ),
-        ({"model": "testbed"}, "model: unknown parameter"),
-        ({"seed": 1}, "seed: set by SEEDS"),
-        ({"facts": {"gate": True}}, "facts: gate: unknown; allowed: gated"),
-        ({"notebooks": [1]}, "notebooks: got"),
-        ({"sweep": {"rho": 0.5}}, "sweep: rho: got 0.5; allowed: a list"),
-        ({"sweep": {"rho": [0.5, 2]}}, "rho: got 2"),
-        ({"sweep": {"rhoo": [0.5]}}, "rhoo: unknown"),
-        ({"rho": 2}, "rho: got 2"),
-        ({"notebooks": {"09_none": {}}}, "'09_none' is no notebook; known: 00_toy"),
-        ({"notebooks": {"00_toy": {"rho2": 0.5}}}, "rho2: unknown parameter; did you mean rho"),
+        ("rhoo: 1", "toy.yaml: rhoo: unknown parameter; did you mean rho\\? allowed: rho, notebooks, sweep, otherwise"),
+        ("model: testbed", "model: unknown parameter"),
+        ("seed: 1", "seed: set by SEEDS"),
+        ("facts: {gate: true}", "facts: gate: unknown; allowed: gated"),
+        ("notebooks: [1]", "notebooks: got"),
+        ("sweep: {rho: 0.5}", "sweep: rho: got 0.5; allowed: a list"),
+        ("sweep: {rho: [0.5, 2]}", "rho: got 2"),
+        ("sweep: {rhoo: [0.5]}", "rhoo: unknown"),
+        ("rho: 2", "rho: got 2"),
+        ("notebooks: {09_none: {}}", "'09_none' is no notebook; known: 00_toy"),
+        ("notebooks: {00_toy: {rho2: 0.5}}", "rho2: unknown parameter; did you mean rho"),
+        ("rho: 0.5\nrho: 0.6", "'rho' stands twice"),
+        ("notebooks:\n  00_toy: {rho: 0.5, rho: 0.6}", "'rho' stands twice"),
+        ("rho: 0.5  # f\xfcr", "toy.yaml: not UTF-8"),
     ],
 )
 def test_a_wrong_parameter_file_is_named(project, content, message):
-    write_params(project, **content)
+    (project / "notebooks" / "params" / "toy.yaml").write_bytes(content.encode("latin-1"))
     with pytest.raises(InputError, match=message):
         batch.study_parameters("toy", "00_toy", project)
 
@@ -104,19 +97,6 @@ def test_unknown_studies_and_seeds_are_refused(project):
     for bad in ("", "one", "-1", "1.5", "²", "9" * 40):
         with pytest.raises(InputError, match="seeds"):
             batch.parse_seeds(bad)
-
-
-@pytest.mark.parametrize("content", ["rho: 0.5\nrho: 0.6\n", "notebooks:\n  00_toy: {rho: 0.5, rho: 0.6}\n"])
-def test_a_parameter_that_stands_twice_is_refused_as_yamls_rules_say(project, content):
-    (project / "notebooks" / "params" / "toy.yaml").write_text(content)
-    with pytest.raises(InputError, match="'rho' stands twice"):
-        batch.read("toy", project)
-
-
-def test_a_parameter_file_in_another_encoding_is_named(project):
-    (project / "notebooks" / "params" / "toy.yaml").write_bytes("rho: 0.5  # für\n".encode("latin-1"))
-    with pytest.raises(InputError, match="toy.yaml: not UTF-8"):
-        batch.read("toy", project)
 
 
 def test_a_file_that_extends_another_has_its_lines_and_its_own_on_top(project):
@@ -191,16 +171,11 @@ print("a real warning", file=sys.stderr)
     assert "00_toy: training: 2 of 3" in capsys.readouterr().out  # the batch's own output says how far a cell is
 
 
-@pytest.mark.parametrize(
-    ("cell", "message"),
-    [
-        (
-            "from nt_utils.errors import InputError\nraise InputError('seed: got 1; allowed: 2')",
-            "seed: got 1; allowed: 2",
-        ),
-        ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "00_toy"),
-    ],
-)
+REFUSED = "from nt_utils.errors import InputError\nraise InputError('seed: got 1; allowed: 2')"
+KILLED = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+
+
+@pytest.mark.parametrize(("cell", "message"), [(REFUSED, "seed: got 1; allowed: 2"), (KILLED, "00_toy")])
 def test_a_failed_cell_or_a_dead_kernel_is_no_finished_notebook(project, cell, message):
     (project / "notebooks" / "00_toy.ipynb").write_text(notebook(TOY, cell, "print('never')"))
     output = project / "runs" / "00_toy.ipynb"
@@ -230,13 +205,8 @@ def test_a_failed_cell_or_a_dead_kernel_is_no_finished_notebook(project, cell, m
     ],
 )
 def test_papermill_shows_one_line_for_a_bad_parameter(tmp_path, name, parameters, message):
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        str(ROOT / "notebooks" / f"{name}.ipynb"),
-        str(tmp_path / "out.ipynb"),
-    ]
+    source, target = str(ROOT / "notebooks" / f"{name}.ipynb"), str(tmp_path / "out.ipynb")
+    command = [sys.executable, "-m", "papermill", source, target]
     for key, value in ({"runs": str(tmp_path / "runs")} | parameters).items():
         command += ["-p", key, value]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600, check=False)
@@ -270,27 +240,14 @@ def test_a_sweep_gives_one_table_and_a_planted_token_appears_nowhere(project):
     (project / "notebooks" / "00_toy.ipynb").write_text(notebook(TOY.replace("quick", "default"), LEAKING))
     (project / "notebooks" / "01_other.ipynb").write_text(notebook("seed = 0  # seed\n", "1 / 0"))
     token = "hf_" + "planted" * 4
-    command = [
-        sys.executable,
-        "-m",
-        "nt_utils.study.batch",
-        "study",
-        "--studies",
-        "toy",
-        "--seeds",
-        "0",
-        "--cores",
-        "2",
-    ]
+    command = [sys.executable, "-m", "nt_utils.study.batch", "study", "--studies=toy", "--seeds=0", "--cores=2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_TOKEN": token, "OMP_NUM_THREADS": "1"}
     environment |= {"HOME": "/proc/nohome", "NT_CACHE": str(project / "cache")}  # a home that cannot be written
     environment = {k: v for k, v in environment.items() if k not in ("XDG_CACHE_HOME", "LOGNAME", "USER")}
 
     def study(values):
         write_params(project, sweep={"rho": values, "seed": [3]})
-        done = subprocess.run(
-            command, cwd=project, env=environment, capture_output=True, text=True, timeout=600, check=False
-        )
+        done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=600)
         assert token not in done.stdout + done.stderr
         assert token.encode() not in everything(project)
         return done
@@ -316,12 +273,8 @@ def test_runs_of_a_sweep(project):
     found = batch.variants("toy", [0, 1], "quick", project)
     assert [v.folder for v in found] == ["toy.rho-0.5-quick", "toy.rho-1-quick"]
     assert found[0].outputs()[1] == "runs/toy.rho-0.5-quick/seed-1/00_toy.ipynb"
-    assert batch.settings(found[1], "00_toy", 1, "quick", project) == {
-        "rho": 1,
-        "study": "toy.rho-1",
-        "seed": 1,
-        "preset": "quick",
-    }
+    settings = {"rho": 1, "study": "toy.rho-1", "seed": 1, "preset": "quick"}
+    assert batch.settings(found[1], "00_toy", 1, "quick", project) == settings
     write_params(project, rho=0.5)
     [plain] = batch.variants("toy", [0], "default", project)
     assert (plain.folder, plain.notebooks) == ("toy", ("00_toy",))
@@ -354,15 +307,8 @@ def test_a_changed_prompt_file_changes_the_settings_of_the_steps_that_read_it(pr
     model.mkdir()
     (model / "config.json").write_text("{}")
     prompts.write_text("goal\nHow?\n")
-    given = {
-        "a": "prompts.csv:goal",
-        "b": f"advbench@{prompts}",
-        "c": str(model),
-        "d": "testbed",
-        "e": "hub:x/y:z",
-        "f": 3,
-        "g": f"phrases+{model}",
-    }
+    given = {"a": "prompts.csv:goal", "b": f"advbench@{prompts}", "c": str(model), "d": "testbed", "e": "hub:x/y:z"}
+    given |= {"f": 3, "g": f"phrases+{model}"}
     before = batch.parameter_files.contents(given, project)
     assert sorted(before) == ["a", "b", "c", "g"]
     prompts.write_text("goal\nWhy?\n")

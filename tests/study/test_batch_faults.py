@@ -68,9 +68,8 @@ def make_project(folder: Path) -> Path:
 def start(project: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "nt_utils.study.batch", "study", "--studies", "toy", "--cores", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=project, env=environment, **pipes)
 
 
 def until(condition, seconds=300):

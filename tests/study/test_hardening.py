@@ -1,6 +1,5 @@
 """Bad input everywhere: one clear line that names the fault, nothing half-written, refused before work begins."""
 
-import json
 import math
 import time
 
@@ -38,8 +37,9 @@ SECONDS = 5.0
 
 
 def parameter_cell(path):
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return "".join(next(c for c in cells if "parameters" in c["metadata"].get("tags", []))["source"])
+    """A parameter cell as IPython's history has it, and the values that it sets."""
+    values = notebook_parameters(path)
+    return "\n".join(f"{name} = {value!r}" for name, value in values.items()), values
 
 
 def refused(call, folder=None):
@@ -66,14 +66,8 @@ def wrong_values(rule):
     elif rule.kind is bool:
         yield from ("yes", 1, 0.0)
     elif rule.kind is list:
-        yield from (
-            "0.1",
-            0.1,
-            *([] if rule.empty else [[]]),
-            ["x"],
-            [None],
-            [math.nan] if rule.items is float else [1.5],
-        )
+        yield from ("0.1", 0.1, *([] if rule.empty else [[]]), ["x"], [None])
+        yield [math.nan] if rule.items is float else [1.5]
         yield from ([rule.low - 1] if rule.low is not None else [None], [rule.high * 2 + 1] if rule.high else ["y"])
     else:
         yield from ("many", True, [1], math.nan, math.inf if rule.kind is int or rule.high else "inf")
@@ -87,8 +81,7 @@ def wrong_values(rule):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_every_parameter_of_every_notebook_refuses_wrong_values(path, tmp_path):
-    own, values, tried = parameter_cell(path), {}, 0
-    exec(own, values)
+    (own, values), tried = parameter_cell(path), 0
     values["runs"] = str(tmp_path / "runs")
     for name in notebook_parameters(path):
         for wrong in wrong_values(parameters.PARAMETERS[name]):
@@ -117,13 +110,11 @@ COMBINATIONS = [
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_wrong_combinations_are_refused(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    own, values = parameter_cell(path), {}
-    exec(own, values)
-    known = notebook_parameters(path)
+    own, known = parameter_cell(path)
     for number, (overrides, said) in enumerate(COMBINATIONS):
         if set(overrides) - set(known):
             continue
-        bad = {**values, "runs": str(tmp_path / "runs"), "study": f"s{number}"} | overrides
+        bad = {**known, "runs": str(tmp_path / "runs"), "study": f"s{number}"} | overrides
         start = time.perf_counter()
         with pytest.raises(InputError) as error:
             begin(path.stem, bad, [own])
@@ -145,27 +136,17 @@ def things(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NT_CACHE", str(folder / "cache"))
         scores = importance(lm, ["a", "bb", "c"], path=folder / "scores.safetensors", progress=False)
-    neurons = NeuronSet.from_flat(space, range(10), POOL)
-    rank = selection.mean_importance(scores)
-    other = tiny_lm("gpt2")
-    text = folder / "text.csv"
-    text.write_text("goal,target\nHow?,Sure\n")
+    neurons, other = NeuronSet.from_flat(space, range(10), POOL), tiny_lm("gpt2")
+    (folder / "text.csv").write_text("goal,target\nHow?,Sure\n")
     (folder / "empty.csv").write_text("")
     (folder / "broken.json").write_text("{")
     (folder / "junk.safetensors").write_bytes(b"junk" * 40)
     (folder / "model").mkdir()
-    prompts = PromptSet([Prompt(f"How {i}?", refusal="No.", helpful="Yes.") for i in range(6)], "p")
-    mod = Modulation(neurons, neurons - neurons, torch.full((10,), 1.5))
-    return {
-        "lm": lm,
-        "space": space,
-        "scores": scores,
-        "neurons": neurons,
-        "rank": rank,
-        "other": other,
-        "folder": folder,
-        "prompts": prompts,
-        "mod": mod,
+    found = {"lm": lm, "space": space, "scores": scores, "neurons": neurons, "other": other, "folder": folder}
+    return found | {
+        "rank": selection.mean_importance(scores),
+        "prompts": PromptSet([Prompt(f"How {i}?", refusal="No.", helpful="Yes.") for i in range(6)], "p"),
+        "mod": Modulation(neurons, neurons - neurons, torch.full((10,), 1.5)),
         "foreign": NeuronSet.from_flat(other.view.space, [0], POOL),
     }
 

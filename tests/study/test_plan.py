@@ -89,13 +89,9 @@ def test_a_local_config_needs_no_network(offline, tmp_path):
     model.mkdir()
     (model / "config.json").write_text(json.dumps(batch.read("qwen2.5-7b-instruct", ROOT).facts["config"]))
     (tmp_path / "prompts.csv").write_text("goal\none\ntwo\n")
-    content = {
-        "model": str(model),
-        "dtype": "bfloat16",
-        "harmful": f"{tmp_path}/prompts.csv:goal",
-        "benign": "gone.csv:x",
-    }
-    (tmp_path / "notebooks" / "params" / "mine.yaml").write_text(yaml.safe_dump(content | {"second_language": ""}))
+    content = {"model": str(model), "dtype": "bfloat16", "benign": "gone.csv:x", "second_language": ""}
+    content["harmful"] = f"{tmp_path}/prompts.csv:goal"
+    (tmp_path / "notebooks" / "params" / "mine.yaml").write_text(yaml.safe_dump(content))
     found = plan.make_plan("mine", [0], "default", tmp_path)
     assert "about 7.6" in str(found)
     assert "prompts.csv:goal (harmful): 2 prompts, a local file" in str(found)
@@ -176,11 +172,8 @@ def test_the_plan_speaks_of_this_machine(offline, counted, monkeypatch, device, 
 def test_rates_are_measured_where_the_bench_left_them(tmp_path):
     (tmp_path / "runs").mkdir()
     tokens, weights = plan.SHAPE_B
-    bench = {
-        "milliseconds": {"b": {"forward": [1.0, 2.0, 9.0]}},
-        "exact_over_forward": {"b": 4.0},
-        "machine": {"date": "d"},
-    }
+    bench = {"milliseconds": {"b": {"forward": [1.0, 2.0, 9.0]}}, "exact_over_forward": {"b": 4.0}}
+    bench["machine"] = {"date": "d"}
     (tmp_path / "runs" / "bench.json").write_text(json.dumps(bench))
     found = plan.rates(tmp_path, "cpu")
     assert found.operation == pytest.approx(2e-3 / (2 * weights * tokens)) and found.scoring == 4.0

@@ -28,38 +28,27 @@ def cells(path):
 # ----------------------------------------------------------------------------------------------- parameters
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "allowed"),
-    [
-        ("seed", "zero", "a whole number from 0"),
-        ("seed", -1, "a whole number from 0"),
-        ("seed", True, "a whole number"),
-        ("seed", 1.5, "a whole number"),
-        ("rho", 0, "from 0.01 to 1"),
-        ("rho", 1.01, "from 0.01 to 1"),
-        ("rho", float("nan"), "from 0.01 to 1"),
-        ("share", "1%", "a number"),
-        ("preset", "fast", "'quick', 'default', 'full'"),
-        ("dtype", "int8", "'float32'"),
-        ("batch_size", 0, "from 1"),
-        ("model", None, "text"),
-        ("model", 7, "text"),
-        ("dose", 0.1, "a list"),
-        ("dose", [], "a list"),
-        ("dose", [0.1, "x"], "a number"),
-        ("dose", [0.1, 2.0], "from 1e-06 to 1"),
-        ("subset_sizes", [1], "at least 2"),
-        ("n_detect", 3, "at least 4"),
-        ("date", "yesterday", "a day as YYYY-MM-DD"),
-    ],
-)
-def test_a_wrong_value_is_named_with_what_is_allowed(name, value, allowed):
-    with pytest.raises(InputError) as error:
-        parameters.check_parameters({name: value})
-    text = str(error.value)
-    assert text.startswith(f"{name}: got")
-    assert allowed in text
-    assert "\n" not in text
+#: What is allowed -> parameters and values that are not. Every parameter is tried with all kinds in test_hardening.py.
+WRONG = {
+    "a whole number from 0": {"seed": ["zero", -1, True, 1.5]},
+    "from 0.01 to 1": {"rho": [0, 1.01, float("nan")]},
+    "a number": {"share": ["1%"], "dose": [[0.1, "x"]]},
+    "'quick', 'default', 'full'": {"preset": ["fast"]},
+    "'float32'": {"dtype": ["int8"]},
+    "text": {"model": [None, 7]},
+    "a list": {"dose": [0.1, []]},
+    "from 1e-06 to 1": {"dose": [[0.1, 2.0]]},
+    "at least 2": {"subset_sizes": [[1]]},
+    "at least 4": {"n_detect": [3]},
+    "a day as YYYY-MM-DD": {"date": ["yesterday"]},
+}
+
+
+@pytest.mark.parametrize("allowed", WRONG)
+def test_a_wrong_value_is_named_with_what_is_allowed(allowed):
+    for name, value in ((name, value) for name, values in WRONG[allowed].items() for value in values):
+        with pytest.raises(InputError, match=f"^{name}: got .*{allowed}.*$"):
+            parameters.check_parameters({name: value})
 
 
 def test_none_takes_the_presets_value_and_tuples_become_lists():
@@ -99,14 +88,7 @@ def test_every_parameter_of_every_notebook_is_known_valid_and_seen_by_papermill(
     names = notebook_parameters(path)
     assert names
     assert set(seen) == set(names) <= set(parameters.PARAMETERS)
-    namespace: dict = {}
-    exec(
-        "".join(
-            cells(path)[[("parameters" in c["metadata"].get("tags", [])) for c in cells(path)].index(True)]["source"]
-        ),
-        namespace,
-    )
-    parameters.check_parameters({name: namespace[name] for name in names})
+    parameters.check_parameters(names)
     assert all(seen[name]["help"] for name in names), "every parameter is explained in its comment"
 
 
@@ -117,19 +99,15 @@ def test_notebooks_are_thin_and_without_outputs(path):
     assert f'begin("{path.stem}", globals())' in "".join(code[1]["source"])
     assert "run.finish()" in "".join(code[-1]["source"])
     assert not [cell for cell in code if cell["outputs"] or cell["execution_count"] is not None]
-    for cell in code[1:]:  # the parameters are declarations, one a line
-        assert len("".join(cell["source"]).splitlines()) <= 30
-        assert ".style." not in "".join(cell["source"]), "a table is shown by run.show, with a caption"
+    assert not [c for c in code if ".style." in "".join(c["source"])], "a table is shown by run.show, with a caption"
 
 
 # --------------------------------------------------------------------------------------------------- folders
 
 
 def test_study_names():
-    assert study_name("testbed") == "testbed"
     assert study_name("meta-llama/Llama-2-7b-chat-hf", preset="quick") == "llama-2-7b-chat-hf-quick"
-    assert study_name("/data/My Model/") == "my-model"
-    assert study_name("x", "mine") == "mine"
+    assert [study_name("/data/My Model/"), study_name("x", "mine")] == ["my-model", "mine"]
     for bad in ("../up", "a/b", ".hidden"):
         with pytest.raises(InputError, match="study"):
             study_name("x", bad)
@@ -172,9 +150,8 @@ def test_a_runs_tables_claims_timings_and_provenance(tmp_path):
 
 
 def test_a_quick_run_says_so_in_its_claims_and_draws_png_alone(tmp_path):
-    table = pd.DataFrame(
-        {"set": ["direct"], "model": ["aligned"], "value": [0.1], "low": [0.0], "high": [0.2], "n": [8]}
-    )
+    rate = {"value": 0.1, "low": 0.0, "high": 0.2, "n": 8}
+    table = pd.DataFrame({"set": ["direct"], "model": ["aligned"], **rate})
     for preset, mark, pictures in (("quick", " (quick)", {".png"}), ("default", "", {".png", ".pdf", ".svg"})):
         run = make_run(tmp_path / preset / "seed-0", preset=preset)
         assert {line["model"] for line in ledger.run_rows(run)} == {f"testbed{mark}"}
@@ -257,13 +234,8 @@ def test_every_testbed_comes_in_its_size(tmp_path, monkeypatch):
 
     def build(seed, size):
         asked.append((seed, size))
-        return SimpleNamespace(
-            aligned=f"{size}-aligned",
-            unaligned=f"{size}-unaligned",
-            gate={"passed": False},
-            fingerprint="f",
-            origin="shipped",
-        )
+        folders = {stage: f"{size}-{stage}" for stage in testbed.STAGES}
+        return SimpleNamespace(**folders, gate={"passed": False}, fingerprint="f", origin="shipped")
 
     monkeypatch.setattr(testbed, "build", build)
     monkeypatch.setattr(models, "load", lambda source, **_: loaded.append(source) or tiny_lm())
@@ -281,13 +253,7 @@ def test_every_testbed_comes_in_its_size(tmp_path, monkeypatch):
 
 
 def test_a_judge_that_is_none_and_one_of_known_answers_are_refused(tmp_path):
-    given = {"harmful": "a.csv:x", "benign": "a.csv:x"}
-    for values, message in (
-        (
-            {"harmful": "testbed", "benign": "testbed", "judge": "harmbench"},
-            "judge: got 'harmbench'; allowed with harmful",
-        ),
-        ({**given, "judge": "phrases+./no-such-folder"}, "judge: .*no-such-folder"),
-    ):
-        with pytest.raises(InputError, match=message):
-            check_judge(values)
+    with pytest.raises(InputError, match="judge: got 'harmbench'; allowed with harmful"):
+        check_judge({"harmful": "testbed", "benign": "testbed", "judge": "harmbench"})
+    with pytest.raises(InputError, match="judge: .*no-such-folder"):
+        check_judge({"harmful": "a.csv:x", "benign": "a.csv:x", "judge": "phrases+./no-such-folder"})

@@ -22,18 +22,8 @@ def write_run(study, seed, *, finished=True, code="c", model="m", value=0.6, sha
     note = {"finished": finished, "code": code, "parameters": {"model": model, "share": share, "seed": seed}}
     (folder / "provenance" / "06_comparison.json").write_text(json.dumps(note))
     (folder / "figures").mkdir()
-    table = pd.DataFrame(
-        {
-            "defence": ["none", "SN-Tune"],
-            "metric": "ASR",
-            "value": [value, value / 2],
-            "low": 0.0,
-            "high": 1.0,
-            "n": 40,
-            "rate": 0.1,
-            "step": 2,
-        }
-    )
+    rate = {"value": [value, value / 2], "low": 0.0, "high": 1.0, "n": 40, "rate": 0.1, "step": 2}
+    table = pd.DataFrame({"defence": ["none", "SN-Tune"], "metric": "ASR", **rate})
     table.to_csv(folder / "figures" / "06_defences.csv", index=False)
     return folder
 

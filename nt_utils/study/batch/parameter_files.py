@@ -12,6 +12,7 @@ A file gives parameters for every notebook that takes them and has these keys of
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import functools
@@ -29,7 +30,7 @@ import yaml
 import nt_utils
 from nt_utils.data.sources import is_at_hand, local_file
 from nt_utils.errors import InputError, first_line
-from nt_utils.files import atomic, study_name
+from nt_utils.files import atomic, read_json, study_name
 from nt_utils.study import parameters
 from nt_utils.study.parameters import TESTBED, TESTBEDS, notebook_parameters
 from nt_utils.study.provenance import code_fingerprint
@@ -46,7 +47,7 @@ LAST = ("06_comparison",)
 def shipped_seeds() -> frozenset[str]:
     """Seeds of the testbed whose weights come with the package, without loading torch."""
     index = Path(nt_utils.__file__).parent / "testbed" / "weights" / "index.json"
-    return frozenset(json.loads(index.read_text(encoding="utf-8"))["seeds"]) if index.is_file() else frozenset()
+    return frozenset(read_json(index)["seeds"] if index.is_file() else ())
 
 
 def notebooks(root: Path) -> list[str]:
@@ -56,7 +57,7 @@ def notebooks(root: Path) -> list[str]:
 
 def takes(root: Path, notebook: str) -> list[str]:
     """Parameters of a notebook."""
-    return notebook_parameters(root / "notebooks" / f"{notebook}.ipynb")
+    return list(notebook_parameters(root / "notebooks" / f"{notebook}.ipynb"))
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,20 @@ def parse_seeds(text: str) -> list[int]:
     if not words or not all(re.fullmatch("[0-9]{1,10}", w) for w in words):
         raise InputError(f"seeds: got {text!r}; allowed: whole numbers, 0 or more, separated by blanks or commas")
     return list(dict.fromkeys(int(w) for w in words))
+
+
+def parse_names(text: str) -> list[str]:
+    """ "testbed,mine" or "testbed mine" -> ["testbed", "mine"]."""
+    return text.replace(",", " ").split()
+
+
+def parser(module: str, description: str, preset: str = "default") -> argparse.ArgumentParser:
+    """The command line of ``nt_utils.study.<module>``: studies, seeds and a preset."""
+    made = argparse.ArgumentParser(prog=f"python -m nt_utils.study.{module}", description=description)
+    made.add_argument("--studies", default="testbed")
+    made.add_argument("--seeds", default="0")
+    made.add_argument("--preset", default=preset, choices=parameters.PRESETS)
+    return made
 
 
 # ------------------------------------------------------------------------------------------------------- jobs

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nt_utils.errors import InputError
-from nt_utils.files import atomic
+from nt_utils.files import atomic, read_json
 from nt_utils.work import IN_BATCH, MARK, clock
 
 #: Set by ``make study`` for its steps: its process, whose death ends them, and when it began (seconds since 1970).
@@ -66,17 +66,9 @@ def run_notebook(notebook: str, parameters: Mapping[str, Any], output: Path, roo
 def _execute(source: Path, target: Path, parameters: Mapping, root: Path, log: _Hiding) -> None:
     papermill = _papermill()
     with tempfile.TemporaryDirectory(prefix="nt-") as folder:
-        papermill.execute_notebook(
-            str(source),
-            str(target),
-            dict(parameters),
-            kernel_name="python3",
-            progress_bar=False,
-            cwd=str(root),
-            stdout_file=log,
-            stderr_file=log,
-            config=_sockets(Path(folder)),
-        )
+        streams = {"progress_bar": False, "stdout_file": log, "stderr_file": log}
+        kernel = {"kernel_name": "python3", "cwd": str(root), "config": _sockets(Path(folder))}
+        papermill.execute_notebook(str(source), str(target), dict(parameters), **streams, **kernel)
     _drop_bars(target)
 
 
@@ -98,7 +90,7 @@ def _sockets(folder: Path) -> Any:
 def _drop_bars(path: Path) -> None:
     """Take progress out of an executed notebook: without the kernel's widgets, bars are broken stubs; text bars, and the
     notices of the library that talks to the kernel, are no results."""
-    book = json.loads(path.read_text(encoding="utf-8"))
+    book = read_json(path)
     for cell in book["cells"]:
         kept = []
         for output in cell.get("outputs", []):
@@ -285,7 +277,7 @@ def expected_seconds(notebook: str, output: Path) -> float | None:
     found = []
     for note in output.absolute().parent.parent.glob(f"seed-*/provenance/{notebook}.json"):
         with contextlib.suppress(OSError, ValueError):
-            found.append(json.loads(note.read_text(encoding="utf-8")).get("seconds"))
+            found.append(read_json(note).get("seconds"))
     found = [seconds for seconds in found if seconds]
     return statistics.median(found) if found else None
 

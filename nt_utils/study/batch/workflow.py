@@ -39,26 +39,11 @@ def run_study(names: Sequence[str], seeds: Sequence[int], preset: str, cores: st
         access.check_access(parameter_files.read(study, root))
     runs = [v for study in names for v in parameter_files.variants(study, seeds, preset, root)]
     folders = [root / "runs" / v.folder / f"seed-{seed}" for v in runs for seed in v.seeds]
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--snakefile",
-        str(root / "Snakefile"),
-        "--directory",
-        str(root),
-        "--cores",
-        str(cores),
-        "--nolock",
-        "--ignore-incomplete",
-        "--keep-going",
-        "--scheduler",
-        "greedy",  # the notebook with the largest file first: about the longest first
-        "--config",
-        f"studies={','.join(names)}",
-        f"seeds={','.join(map(str, seeds))}",
-        f"preset={preset}",
-    ]
+    command = [sys.executable, "-m", "snakemake", f"--snakefile={root / 'Snakefile'}", f"--directory={root}"]
+    # The greedy scheduler takes the notebook with the largest file first: about the longest first.
+    command += [f"--cores={cores}", "--nolock", "--ignore-incomplete", "--keep-going", "--scheduler=greedy"]
+    config = {"studies": ",".join(names), "seeds": ",".join(map(str, seeds)), "preset": preset}
+    command += ["--config", *(f"{name}={value}" for name, value in config.items())]
     start = time.time()
     with contextlib.ExitStack() as stack:
         locks = [stack.enter_context(step.claimed(folder / ".lock", f"{folder}: another run")) for folder in folders]
@@ -218,13 +203,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "collect":
             print(sweep.collect(options.study, seeds, options.preset, root))
             return 0
-        return run_study(options.studies.replace(",", " ").split(), seeds, options.preset, options.cores, root)
+        return run_study(parameter_files.parse_names(options.studies), seeds, options.preset, options.cores, root)
     except InputError as error:
-        print(f"error: {step.hide(str(error))}", file=sys.stderr)
-        return 1
+        said = step.hide(str(error))
     except OSError as error:
-        print(f"error: {error.filename or root}: {error.strerror or error}", file=sys.stderr)
-        return 1
+        said = f"{error.filename or root}: {error.strerror or error}"
     except json.JSONDecodeError as error:
-        print(f"error: --set: values are JSON ({error})", file=sys.stderr)
-        return 1
+        said = f"--set: values are JSON ({error})"
+    print(f"error: {said}", file=sys.stderr)
+    return 1
