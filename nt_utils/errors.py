@@ -40,7 +40,7 @@ def check_count(name: str, value: Any, least: int = 1, most: int | None = None, 
         raise InputError(f"{name}: got {value!r}; allowed: a whole number from {least}{end}{what}")
 
 
-def package(name: str, why: str) -> Any:
+def optional_package(name: str, why: str) -> Any:
     """An optional package, imported; InputError says ``why`` and how it is installed where it is missing."""
     try:
         return importlib.import_module(name)

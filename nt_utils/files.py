@@ -158,7 +158,7 @@ def read_sealed(path: Path | str, wanted: str) -> tuple[dict, dict[str, Tensor]]
 
 
 @contextlib.contextmanager
-def understanding(path: Path | str) -> Iterator[None]:
+def damage_reported(path: Path | str) -> Iterator[None]:
     """An entry of a file's header that is missing or makes no sense, inside, is said of the file in one line."""
     try:
         yield

@@ -179,7 +179,10 @@ def scale(source: LanguageModel | DecoderView, factors: Mapping[Site, Tensor], n
     for site, values in factors.items():
         _check_width(view, site, values, "factors")
 
-    with edit(view, {site: lambda x, factor=v: x * _like(factor, x) for site, v in factors.items()}, name):
+    def times(x: Tensor, factor: Tensor) -> Tensor:
+        return x * _like(factor, x)
+
+    with edit(view, {site: partial(times, factor=factor) for site, factor in factors.items()}, name):
         yield
 
 
@@ -192,9 +195,11 @@ def ablate(source: LanguageModel | DecoderView, neurons: NeuronSet, name: str = 
     """
     view = _view(source)
     neurons.space.check("neurons: found on", view.space)
-    with edit(
-        view, {site: lambda x, mask=m: x.masked_fill(mask.to(x.device), 0) for site, m in neurons.masks.items()}, name
-    ):
+
+    def zero(x: Tensor, mask: Tensor) -> Tensor:
+        return x.masked_fill(mask.to(x.device), 0)
+
+    with edit(view, {site: partial(zero, mask=mask) for site, mask in neurons.masks.items()}, name):
         yield
 
 

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nt_utils.errors import InputError
-from nt_utils.files import digest_of_file, read_header, read_sealed, sealed, understanding, write_sealed
+from nt_utils.files import damage_reported, digest_of_file, read_header, read_sealed, sealed, write_sealed
 
 KINDS = ("q", "k", "v", "o", "ffn")
 #: The channels that write to the residual stream: the pool of every ranking across kinds. A value row and its
@@ -241,7 +241,7 @@ class NeuronScores:
         """Open a score file. Raises InputError when it is damaged or, given ``space``, of another architecture."""
         path = Path(path)
         meta = read_header(path, "nt_utils.scores.")
-        with understanding(path):
+        with damage_reported(path):
             found = NeuronSpace.from_json(meta["space"])
             found.check(f"{path}: made for", space)
             with open(path, "rb") as raw:
@@ -430,7 +430,7 @@ class NeuronSet:
     def load(cls, path, space: NeuronSpace | None = None) -> NeuronSet:
         """Read a set; raises InputError when the file is damaged or, given ``space``, of another architecture."""
         header, tensors = read_sealed(path, "nt_utils.neurons.")
-        with understanding(path):
+        with damage_reported(path):
             found = NeuronSpace.from_json(header["space"])
             found.check(f"{path}: made for", space)
             masks = {site_of(name): values.bool() for name, values in tensors.items()}

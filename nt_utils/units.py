@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nt_utils.errors import InputError
-from nt_utils.files import read_sealed, understanding, write_sealed
+from nt_utils.files import damage_reported, read_sealed, write_sealed
 from nt_utils.neurons import POOL, NeuronSet, NeuronSpace, Site, site_of
 
 CATEGORIES = ("SCU", "UCU", "CU", "RU")
@@ -156,7 +156,7 @@ class UnitMap:
         Raises InputError when the file is damaged or, given ``space``, of another architecture.
         """
         header, tensors = read_sealed(path, "nt_utils.units.")
-        with understanding(path):
+        with damage_reported(path):
             found = NeuronSpace.from_json(header["space"])
             found.check(f"{path}: made for", space)
             order = torch.tensor([CATEGORIES.index(category(n)) for n in json.loads(header["categories"])])

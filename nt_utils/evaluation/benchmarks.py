@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from nt_utils.data.records import PromptSet
 from nt_utils.data.sources import quiet
-from nt_utils.errors import InputError, package
+from nt_utils.errors import InputError, optional_package
 from nt_utils.evaluation.metrics import wilson
 
 if TYPE_CHECKING:
@@ -55,7 +55,9 @@ def run_benchmarks(
     if task_folder is not None and not Path(task_folder).is_dir():
         raise InputError(f"task_folder: there is no folder {task_folder}")
     missing = 'benchmarks need lm-evaluation-harness: pip install "nt-utils[benchmarks]"'
-    harness, *_ = (package(name, missing) for name in ("lm_eval", "lm_eval.models.huggingface", "lm_eval.tasks"))
+    harness, *_ = (
+        optional_package(name, missing) for name in ("lm_eval", "lm_eval.models.huggingface", "lm_eval.tasks")
+    )
     with quiet(*_HARNESS):  # its warnings about plain choices stay out of notebooks
         manager = _manager(harness, tasks, task_folder)
         model = harness.models.huggingface.HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=batch_size)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from nt_utils.data.records import Prompt, PromptSet
-from nt_utils.errors import check_count, package
+from nt_utils.errors import check_count, optional_package
 from nt_utils.work import track
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def gcg_attack(
     counts = {"steps": steps, "search_width": search_width, "topk": topk, "suffix_length": suffix_length}
     for name, value in counts.items():
         check_count(name, value)
-    nanogcg = package("nanogcg", 'attack gcg needs nanogcg: pip install "nt-utils[attacks]"')
+    nanogcg = optional_package("nanogcg", 'attack gcg needs nanogcg: pip install "nt-utils[attacks]"')
     budget = {"num_steps": steps, "search_width": search_width, "topk": topk, "early_stop": True}
     start = " ".join("x" * suffix_length)
     found = []

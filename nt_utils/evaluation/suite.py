@@ -349,8 +349,12 @@ def evaluate(
     for member in suite.sets:
         frame = _prompt_rows(member)
         if member.is_answered:
-            chief, others = _judges_of(member, judge, judges)
-            end = EARLY_END if early_end and chief.name == "phrases" and not others and not member.needs_whole else None
+            main_judge, others = _judges_of(member, judge, judges)
+            end = (
+                EARLY_END
+                if early_end and main_judge.name == "phrases" and not others and not member.needs_whole
+                else None
+            )
             length = max_new_tokens or member.max_new_tokens or suite.max_new_tokens
             keys = [(p.text, p.prefill, length, end) for p in member.prompts]
             asked = {k: p for k, p in zip(keys, member.prompts, strict=True) if k not in answers}
@@ -358,7 +362,7 @@ def evaluate(
             given = generate(lm, list(asked.values()), max_new_tokens=length, early_end=end, **options)
             answers |= zip(asked, given, strict=True)
             responses = [answers[k] for k in keys]
-            _judge(frame, member, responses, chief, others, _thought_begun(lm))
+            _judge(frame, member, responses, main_judge, others, _thought_begun(lm))
             if limit is not None:
                 _mark_improbable(frame, member, responses, None if itself else reference, limit, batch_size)
         frames.append(frame)
@@ -415,7 +419,7 @@ def _judge(
     frame: pandas.DataFrame,
     member: SuiteSet,
     responses: Sequence[Response],
-    chief: Judge,
+    main_judge: Judge,
     judges: Sequence[Judge],
     begun: str,
 ) -> None:
@@ -424,9 +428,9 @@ def _judge(
     frame["response"] = texts
     frame["hit_limit"] = [response.hit_limit for response in responses]
     frame["cut"] = [response.cut for response in responses]
-    frame["judge"] = chief.name
+    frame["judge"] = main_judge.name
     frame["correct"] = [_correct(member.correct, p, text) for p, text in zip(member.prompts, texts, strict=True)]
-    for judge, column in ((chief, "verdict"), *((j, f"verdict_{j.name}") for j in judges)):
+    for judge, column in ((main_judge, "verdict"), *((j, f"verdict_{j.name}") for j in judges)):
         verdicts = checked_verdicts(judge, judge(member.prompts, texts), len(texts))
         frame[column] = pandas.Series(verdicts, dtype=object)  # text and NaN side by side
 

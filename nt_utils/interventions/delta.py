@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nt_utils.errors import InputError
-from nt_utils.files import read_sealed, understanding, write_sealed
+from nt_utils.files import damage_reported, read_sealed, write_sealed
 from nt_utils.models import LanguageModel, is_sharded
 from nt_utils.neurons import same_architecture
 
@@ -290,7 +290,7 @@ class Delta:
             InputError: no file, damaged, or made on another architecture or other weights.
         """
         header, tensors = read_sealed(path, FORMAT)
-        with understanding(path):
+        with damage_reported(path):
             low = json.loads(header["low_rank"])
             parts: dict[str, Part | LowRank] = {}
             for name, axis in json.loads(header["axes"]).items():

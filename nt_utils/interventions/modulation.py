@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nt_utils import hooks
 from nt_utils.errors import InputError
-from nt_utils.files import read_sealed, understanding, write_sealed
+from nt_utils.files import damage_reported, read_sealed, write_sealed
 from nt_utils.models import LanguageModel, device_of
 from nt_utils.neurons import POOL, NeuronSet, NeuronSpace, Site, site_of
 
@@ -129,7 +129,7 @@ class Modulation:
         """Read a modulation; raises InputError when it is damaged or, given ``space``, of another architecture."""
         header, tensors = read_sealed(path, FORMAT)
         masks: dict[str, dict[Site, Tensor]] = {"safety": {}, "utility": {}}
-        with understanding(path):
+        with damage_reported(path):
             found = NeuronSpace.from_json(header["space"])
             found.check(f"{path}: made for", space)
             alpha = tensors.pop("alpha")

@@ -417,8 +417,8 @@ class _Runs:
         def enter(args: tuple, kwargs: dict, layer: int) -> None:
             hidden[layer] = args[0] if args else kwargs["hidden_states"]
 
-        layers = self.view.layers if prefix is not None else []
-        watched = [(block, partial(enter, layer=i)) for i, block in enumerate(layers)]
+        layers = range(self.view.num_layers if prefix is not None else 0)
+        watched = [(self.view.layers[i], partial(enter, layer=i)) for i in layers]
         edits = {site: partial(keep, site=site) for site in self.sites}
         with torch.no_grad(), hooks.edit(self.view, edits), hooks.observe(watched):
             loss = responses.loss(self.lm, prefix=prefix)[0]

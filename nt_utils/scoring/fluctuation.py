@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nt_utils import hooks
 from nt_utils.errors import InputError, check_count
-from nt_utils.files import read_sealed, understanding, write_sealed
+from nt_utils.files import damage_reported, read_sealed, write_sealed
 from nt_utils.models import DecoderView, Encoded, LanguageModel, check_evaluating, decoder
 from nt_utils.neurons import POOL, NeuronSpace, Site
 from nt_utils.work import count, track
@@ -141,7 +141,7 @@ class Fluctuation:
     def load(cls, path, space: NeuronSpace | None = None) -> Fluctuation:
         """Read statistics. Raises InputError when the file is damaged or, given ``space``, of another architecture."""
         header, tensors = read_sealed(path, FORMAT)
-        with understanding(path):
+        with damage_reported(path):
             found, counts = NeuronSpace.from_json(header["space"]), json.loads(header["counts"])
             found.check(f"{path}: made for", space)
             names = {site: f"{site[0]}.{site[1]}" for site in found.sites(POOL)}

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 import pytest
 
 from nt_utils.data.records import Prompt, PromptSet
-from nt_utils.errors import InputError
 from nt_utils.evaluation import generation, suite
 from nt_utils.evaluation.suite import Suite, SuiteSet, compare, corpus_suite, evaluate, make_suite
 from nt_utils.interventions import Deactivate
@@ -127,8 +126,7 @@ def test_unjudged_is_counted_and_never_a_zero(lm):
 )
 def test_malformed_judge_output_is_refused(lm, answer, message):
     member = SuiteSet("direct", SMALL["direct"].prompts, ("asr",), Says(answer))
-    with pytest.raises(InputError, match=message):
-        evaluate(lm, Suite((member,), max_new_tokens=8), **PLAIN)
+    refused(message, lambda: evaluate(lm, Suite((member,), max_new_tokens=8), **PLAIN))
 
 
 def test_second_judge_and_agreement(lm):
@@ -153,8 +151,7 @@ def test_intervention_changes_the_rows_and_compare_pairs_them(lm):
     assert line["difference"] == pytest.approx(1 / 3) and line["n"] == 3 and line["comparisons"] == 2
     assert line["p_holm"] >= line["p"]
     other = Suite((SuiteSet("direct", prompts("harmful", "rob a bank"), ("asr",)),), max_new_tokens=8)
-    with pytest.raises(InputError, match="different prompts"):
-        compare(before, evaluate(lm, other, **PLAIN))
+    refused("different prompts", lambda: compare(before, evaluate(lm, other, **PLAIN)))
 
 
 def test_improbable_responses_are_degenerate(lm):
