@@ -18,14 +18,15 @@ from nt_utils.neurons import KINDS, NeuronSet
 
 def refused(
     message: str, call: Callable[..., Any], *given: Any, kind: type[Exception] = InputError, **more: Any
-) -> None:
-    """``call`` ends in an error whose one line matches ``message``; where it gives a context manager, entering it does."""
+) -> str:
+    """The one line of the error that ``call`` ends in, which matches ``message``; a context manager is entered."""
     with pytest.raises(kind, match=message) as error:
         found = call(*given, **more)
         if hasattr(found, "__enter__"):
             with found:
                 pass
     assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 class Says:

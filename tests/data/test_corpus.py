@@ -6,7 +6,7 @@ import pytest
 
 from nt_utils.data import corpus as c
 from nt_utils.data.attacks import ATTACKS, attack, attacks
-from nt_utils.errors import InputError
+from tests.common import refused
 
 MIX = c.Mix(
     dict.fromkeys(c.ROW_KINDS, 1.0),
@@ -169,6 +169,4 @@ def test_attacks_registered_later_do_not_change_the_testbed(monkeypatch):
     ],
 )
 def test_bad_input_gets_one_line(call, word):
-    with pytest.raises(InputError) as error:
-        call()
-    assert word in str(error.value) and "\n" not in str(error.value)
+    refused(word, call)

@@ -240,9 +240,7 @@ REFUSALS = {
 def test_files_that_are_refused_in_one_line(tmp_path, name):
     file, content, message = REFUSALS[name]
     (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(InputError, match=message) as error:
-        load_prompts(f"{tmp_path / file}:q")
-    assert "\n" not in str(error.value) and str(tmp_path / file) in str(error.value)
+    assert str(tmp_path / file) in refused(message, lambda: load_prompts(f"{tmp_path / file}:q"))
 
 
 def test_parquet_needs_text(tmp_path):

@@ -621,8 +621,8 @@ def test_a_divergence_ends_the_training_with_a_row_and_keeps_what_came_before(dt
     with pytest.raises(DivergedError):
         _ = tuned.delta
     assert_same(before, snapshot(lm))
-    calm = quick(lm, Everything(), steps=2, train_dtype="model")
-    assert calm.diverged is None and "diverged" not in calm.table and calm.delta.moved
+    stable = quick(lm, Everything(), steps=2, train_dtype="model")
+    assert stable.diverged is None and "diverged" not in stable.table and stable.delta.moved
 
 
 class NoFloat32(TorchDispatchMode):
