@@ -546,13 +546,9 @@ class _LoRATraining(Training):
         meta = {"trained": "lora", "rank": scope.rank, "alpha": scope.alpha, "dropout": scope.dropout}
         self._places = _all_projections(lm.view)
         super().__init__(lm, (), meta, scope.name)
-        config = peft.LoraConfig(
-            r=scope.rank,
-            lora_alpha=scope.alpha,
-            lora_dropout=scope.dropout,
-            target_modules=list(self._places),
-            fan_in_fan_out=any(p.transposed for p in self._places.values()),
-        )
+        options: dict[str, Any] = {"r": scope.rank, "lora_alpha": scope.alpha, "lora_dropout": scope.dropout}
+        fan_in_fan_out = any(p.transposed for p in self._places.values())
+        config = peft.LoraConfig(target_modules=list(self._places), fan_in_fan_out=fan_in_fan_out, **options)
         with warnings.catch_warnings():  # peft asks transformers by an older name, which warns at every adapter
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             self._wrapped: Any = peft.get_peft_model(lm.model, config)
