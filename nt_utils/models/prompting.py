@@ -105,8 +105,8 @@ DATE = "2024-07-26"
 #: Template arguments unless a run says otherwise: models that can think before they answer do not (Qwen 3, Granite 3).
 ARGUMENTS = {"enable_thinking": False, "thinking": False}
 # The calendar module's would follow the machine's language.
-_MONTHS = "January February March April May June July August September October November December".split()  # noqa: SIM905
-_WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()  # noqa: SIM905
+_MONTHS = "January February March April May June July August September October November December".split()
+_WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 _MARKERS = "\u2063first\u2063", "\u2063second\u2063", "\u2063third\u2063"
 
 
