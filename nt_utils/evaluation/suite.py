@@ -562,8 +562,9 @@ def _lines(frame: pandas.DataFrame, name: str, wanted: Iterable[str]) -> list[tu
     return lines
 
 
-def clusters_of(rows: pandas.DataFrame) -> Any:
-    """Cluster of each row, 0, 1, ...: its topic, or itself where it has none."""
+def clusters_of(rows: pandas.DataFrame, name: str = "") -> Any:
+    """Cluster of each row (of one set, if named), 0, 1, ...: its topic, or itself where it has none."""
+    rows = rows[rows["set"] == name] if name else rows
     return pandas.factorize(rows["topic"].where(rows["topic"] != "", rows["number"].astype(str)))[0]
 
 

@@ -17,8 +17,8 @@ from nt_utils import work
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError
 from nt_utils.evaluation import metrics
-from nt_utils.evaluation.suite import Evaluation, Suite
-from nt_utils.experiments.bench import NOTHING, Bench, Finding, Measure, clusters_of, rates
+from nt_utils.evaluation.suite import Evaluation, Suite, clusters_of
+from nt_utils.experiments.bench import NOTHING, Bench, Finding, Measure, rates
 from nt_utils.experiments.finetuning import DIVERGED, FineTuned, Scope, diverged_rows, finetune
 from nt_utils.experiments.units import Calibration, random_like
 from nt_utils.interventions.delta import Delta
@@ -238,7 +238,7 @@ def point_difference(
     after = np.mean([p.values(measure) for p in chosen[arm]], axis=0)
     controls = [np.zeros_like(after)] if other is None else [p.values(measure) for p in chosen[other]]
     evaluation = next(iter(chosen[arm][0].run.evaluations.values()))
-    return metrics.clustered_difference(controls, after, clusters_of(evaluation, measure.set), seed=seed)
+    return metrics.clustered_difference(controls, after, clusters_of(evaluation.rows, measure.set), seed=seed)
 
 
 def by_arm(
@@ -379,7 +379,7 @@ def budget_findings(
             name: [t[name].evaluation.values(measure.set, measure.metric).to_numpy(float) for t in trainings]
             for name in ("RU", "full")
         }
-        clusters = clusters_of(trainings[0]["RU"].evaluation, measure.set)
+        clusters = clusters_of(trainings[0]["RU"].evaluation.rows, measure.set)
         after = np.mean(found["RU"], axis=0)
         yield Finding("A8", "", part, metrics.clustered_difference(found["full"], after, clusters, seed=seed))
 

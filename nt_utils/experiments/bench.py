@@ -16,7 +16,7 @@ from nt_utils.data import corpus
 from nt_utils.data.records import PromptSet
 from nt_utils.evaluation import metrics
 from nt_utils.evaluation.metrics import Interval
-from nt_utils.evaluation.suite import METRICS, Evaluation, Suite, SuiteSet, evaluate
+from nt_utils.evaluation.suite import METRICS, Evaluation, Suite, SuiteSet, clusters_of, evaluate
 from nt_utils.evaluation.utility import perplexity_ratio, prose
 from nt_utils.interventions import Deactivate, Intervention
 from nt_utils.models import LanguageModel
@@ -128,24 +128,6 @@ def draw_rows(found: Sequence[Interval], label: str = "", **labels) -> list[dict
 def spread(values: Sequence[float], n: int) -> dict:
     """Mean, smallest and largest of some values as a row's value, low and high."""
     return {"value": float(np.mean(values)), "low": float(min(values)), "high": float(max(values)), "n": n}
-
-
-def difference(controls: Sequence[Evaluation], after: Evaluation, measure: Measure, seed: int = 0) -> Interval:
-    """A rate minus the mean rate of the controls on the same prompts, resampled over topics and controls."""
-
-    def values(found):
-        return found.values(measure.set, measure.metric).to_numpy(float)
-
-    clusters = clusters_of(after, measure.set)
-    return metrics.clustered_difference([values(c) for c in controls], values(after), clusters, seed=seed)
-
-
-def clusters_of(found: Evaluation, name: str) -> np.ndarray:
-    """Cluster of each prompt of a set, 0, 1, ...: its topic, or itself where it has none."""
-    rows = found.rows
-    rows = rows[rows["set"] == name]
-    topics = rows["topic"].where(rows["topic"] != "", rows["number"].astype(str))
-    return pd.factorize(topics)[0]
 
 
 def total(*parts: Interval) -> Interval:
@@ -300,7 +282,7 @@ class Bench:
         after = self.mean_values(actions, measure)
         rows = [np.zeros_like(after)] if controls is None else [self.mean_values([c], measure) for c in controls]
         return metrics.clustered_difference(
-            rows, after, clusters_of(self.part(measure).on(measure.set), measure.set), seed=seed
+            rows, after, clusters_of(self.part(measure).on(measure.set).rows, measure.set), seed=seed
         )
 
     def harmful_score(

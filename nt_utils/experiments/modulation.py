@@ -24,8 +24,8 @@ from nt_utils.data import corpus, splits
 from nt_utils.data.attacks import ATTACKS, FULL_LENGTH, Attack, attacks
 from nt_utils.data.records import PromptSet
 from nt_utils.evaluation import metrics
-from nt_utils.evaluation.suite import Suite, SuiteSet
-from nt_utils.experiments.bench import Bench, Finding, Measure, clusters_of, ratio, total
+from nt_utils.evaluation.suite import Suite, SuiteSet, clusters_of
+from nt_utils.experiments.bench import Bench, Finding, Measure, ratio, total
 from nt_utils.interventions import Intervention, dial, export, learning, steering
 from nt_utils.interventions.dial import Preset, assign, whole_layers
 from nt_utils.interventions.learning import Learnt, Recipe
@@ -623,7 +623,7 @@ def adapted_difference(
     asr = metrics.Interval(*(v / len(classes) for v in asr[:3]), asr.n)
     change = [bench.mean_values([a], over) - bench.mean_values([b], over) for a, b in pairs]
     mean = np.mean(change, axis=0)
-    topics = clusters_of(bench.on(over.set), over.set)
+    topics = clusters_of(bench.on(over.set).rows, over.set)
     return total(asr, metrics.clustered_difference([np.zeros_like(mean)], mean, topics, seed=seed))
 
 
@@ -702,7 +702,7 @@ def dial_slope(bench: Bench, settings: Mapping[tuple, Modulation | None], axis: 
     x = np.array(levels) / max(max(levels), 1) - np.mean(levels) / max(max(levels), 1)
     slope = (x[:, None] * found).sum(0) / max(float((x**2).sum()), 1e-12)
     return metrics.clustered_difference(
-        [np.zeros_like(slope)], slope, clusters_of(bench.on(measure.set), measure.set), seed=seed
+        [np.zeros_like(slope)], slope, clusters_of(bench.on(measure.set).rows, measure.set), seed=seed
     )
 
 

@@ -24,8 +24,8 @@ from nt_utils.errors import InputError
 from nt_utils.evaluation import metrics
 from nt_utils.evaluation.generation import generate
 from nt_utils.evaluation.metrics import Interval
-from nt_utils.evaluation.suite import Evaluation
-from nt_utils.experiments.bench import Bench, Finding, Measure, clusters_of, rates, ratio, spread
+from nt_utils.evaluation.suite import Evaluation, clusters_of
+from nt_utils.experiments.bench import Bench, Finding, Measure, rates, ratio, spread
 from nt_utils.experiments.cost import peak_of
 from nt_utils.experiments.finetuning import DIVERGED, FineTuned, Scope
 from nt_utils.interventions.delta import Delta
@@ -438,7 +438,7 @@ def equal_table(
             places = [crossing(bench, draw, goal.harm, goal.target) for draw in draws]
             step = float(np.mean([sum(s * w for s, w in place.items()) for place in places]))
             interval = metrics.clustered_difference(
-                [np.zeros_like(values)], values, clusters_of(bench.on(m.set), m.set), seed=seed
+                [np.zeros_like(values)], values, clusters_of(bench.on(m.set).rows, m.set), seed=seed
             )
             labels = {"arm": name, "step": step, "target": goal.target, "metric": m.label}
             rows.append({**labels, **interval._asdict()})
@@ -456,4 +456,4 @@ def rise(run: FineTuned, measure: Measure, control: FineTuned | None = None, see
 
     own = values(run)
     base = values(control) if control is not None else np.zeros_like(own)
-    return metrics.clustered_difference([base], own, clusters_of(run.last, measure.set), seed=seed)
+    return metrics.clustered_difference([base], own, clusters_of(run.last.rows, measure.set), seed=seed)
