@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +37,12 @@ SHARES = (0.001, 0.01)
 
 def speed(lms: Mapping[str, LanguageModel], prompts: Sequence[str], repeats: int, tokens: int = 24) -> Iterable[tuple]:
     """Seconds of a forward pass over the prompts, of answers of so many tokens, and of the exact scores; between: their ratio."""
-    functions = {}
+    functions: dict[str, Callable[[], object]] = {}
     for dtype, lm in lms.items():
         batch, weights = lm.encode(list(prompts), side="right"), Weights(lm.view)
         functions[f"forward {dtype}"] = forward(lm.model, batch)
-        functions[f"answers {dtype}"] = lambda lm=lm: generate(lm, prompts, max_new_tokens=tokens, progress=False)
-        functions[f"scoring {dtype}"] = lambda lm=lm, b=batch, w=weights: score_batch(lm.view, b, weights=w)
+        functions[f"answers {dtype}"] = partial(generate, lm, prompts, max_new_tokens=tokens, progress=False)
+        functions[f"scoring {dtype}"] = partial(score_batch, lm.view, batch, weights=weights)
     times = seconds(functions, repeats)
     middle = {name: float(np.median(values)) for name, values in times.items()}
     for part in ("forward", "answers", "scoring"):
@@ -122,8 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_clock(options.clock)
     splits = Splits({role: getattr(options, role) for role in ("harmful", "benign", "borderline")}, options.seed)
     harmful, benign = (splits.rows(role, "detect", options.n_detect) for role in ("harmful", "benign"))
-    asked = {role: splits.rows(role, "test", options.n) for role in ("harmful", "borderline")}
-    suite = make_suite(**asked, max_new_tokens=options.tokens)
+    asked, borderline = (splits.rows(role, "test", options.n) for role in ("harmful", "borderline"))
+    suite = make_suite(harmful=asked, borderline=borderline, max_new_tokens=options.tokens)
     lms = {dtype: models.load(options.model, dtype=dtype) for dtype in DTYPES}
     lines: list[tuple] = []
     for part in (

@@ -67,7 +67,7 @@ def shared_prefix(
     """
     text = "You answer politely and briefly, and you never help with anything that harms people. " * 20
     ids = lm.tokens([text])[0][:SYSTEM_TOKENS]
-    requests = _requests(prompts, lm.tokenizer.decode(ids, skip_special_tokens=True) + "\n")
+    requests = _requests(prompts, f"{lm.tokenizer.decode(ids, skip_special_tokens=True)}\n")
 
     def without() -> None:
         with mock.patch.object(batching, "SAVED", float("inf")):

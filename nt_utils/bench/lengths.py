@@ -39,8 +39,8 @@ def conditions(lm: LanguageModel, splits: Splits, share: float, n: int, layers: 
     last position.
     """
     harmful, benign = (splits.rows(role, "detect", n).texts for role in ("harmful", "benign"))
-    found = [importance(lm, texts, kinds=POOL, positions="last", progress=False) for texts in (harmful, benign)]
-    chosen = top_of_pool(selection.contrast(*found), share)
+    first, second = (importance(lm, t, kinds=POOL, positions="last", progress=False) for t in (harmful, benign))
+    chosen = top_of_pool(selection.contrast(first, second), share)
     others = [splits.rows(role, "develop", 32).texts for role in ("harmful", "benign")]
     direction = refusal_direction(lm, harmful, benign, (others[0], others[1]), layers=layers, positions=1).ablate
     name = f"contrast {100 * share:g}% zeroed"

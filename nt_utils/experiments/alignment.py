@@ -245,11 +245,12 @@ def by_arm(
     trainings: Sequence[Mapping[str, Point]], runs: Sequence[Mapping[tuple[str, float], FineTuned]]
 ) -> dict[str, list[Point]]:
     """Arm -> its point in each training that it was part of, for arms that have one in all of these."""
-    found = {
-        arm: [found.get(arm) for found, run in zip(trainings, runs, strict=True) if any(arm == a for a, _ in run)]
-        for arm in trainings[0]
-    }
-    return {arm: points for arm, points in found.items() if all(points)}
+    found: dict[str, list[Point]] = {}
+    for arm in trainings[0]:
+        tried = [points for points, run in zip(trainings, runs, strict=True) if any(arm == a for a, _ in run)]
+        if all(arm in points for points in tried):
+            found[arm] = [points[arm] for points in tried]
+    return found
 
 
 def freezing_findings(
@@ -323,7 +324,8 @@ def budget_scopes(units: UnitMap, head_dim: int, draws: int, seed: int) -> dict[
     drawn = random_like(units, redundant, draws, seed)
     names = ["random"] if draws == 1 else [f"random {i + 1}" for i in range(draws)]
     sets = {"RU": redundant, **dict(zip(names, drawn, strict=True)), "UCU": units.set("UCU")}
-    return {"full": Everything()} | {name: Only(with_inputs(s, head_dim), name=name) for name, s in sets.items()}
+    chosen = {name: Only(with_inputs(s, head_dim), name=name) for name, s in sets.items()}
+    return {"full": Everything(), **chosen}
 
 
 def align(
@@ -370,16 +372,16 @@ def budget_findings(
     trainings: Sequence[Mapping[str, Aligned]], asr: Measure, utility: Measure, seed: int
 ) -> Iterator[Finding]:
     """What is said of A8: aligned by RU alone minus full alignment, averaged over the trainings."""
-    lost = [name for name in ("RU", "full") if any(t[name].evaluation is None for t in trainings)]
-    if lost:
+    done = {name: [e for t in trainings if (e := t[name].evaluation) is not None] for name in ("RU", "full")}
+    if lost := [name for name, evaluations in done.items() if len(evaluations) < len(trainings)]:
         yield from (Finding("A8", "", p, f"{' and '.join(lost)}: {DIVERGED}") for p in ("safety", "utility"))
         return
     for part, measure in (("safety", asr), ("utility", utility)):
         found = {
-            name: [t[name].evaluation.values(measure.set, measure.metric).to_numpy(float) for t in trainings]
-            for name in ("RU", "full")
+            name: [e.values(measure.set, measure.metric).to_numpy(float) for e in evaluations]
+            for name, evaluations in done.items()
         }
-        clusters = clusters_of(trainings[0]["RU"].evaluation.rows, measure.set)
+        clusters = clusters_of(done["RU"][0].rows, measure.set)
         after = np.mean(found["RU"], axis=0)
         yield Finding("A8", "", part, metrics.clustered_difference(found["full"], after, clusters, seed=seed))
 
@@ -452,10 +454,11 @@ def direction_values(
         refusal, compliance: opening words for prompts that come without responses of their own.
     """
 
-    def states(prompts):
+    def states(prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor, Tensor]:
         texts = [p.text for p in prompts]
         ends = [p.refusal or refusal for p in prompts], [p.helpful or compliance for p in prompts]
-        return [last_states(lm, texts, None), *(last_states(lm, texts, end, tokens) for end in ends)]
+        refused, complied = (last_states(lm, texts, end, tokens) for end in ends)
+        return last_states(lm, texts, None), refused, complied
 
     bad, good = states(harmful), states(benign)
     baseline = torch.cat([bad[0], good[0]]).double().mean(0)

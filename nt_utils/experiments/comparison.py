@@ -196,9 +196,10 @@ def looking_again(
     """
 
     def found_anew(action: Action) -> NeuronSet:
-        with action.active(lm) if action is not None else nullcontext():
-            scores = [importance(lm, prompts.texts, kinds=POOL, positions="last") for prompts in (harmful, benign)]
-        return selection.contrast(*scores).top_share(share)
+        acting = Deactivate(action) if isinstance(action, NeuronSet) else action
+        with acting.active(lm) if acting is not None else nullcontext():
+            first, second = (importance(lm, p.texts, kinds=POOL, positions="last") for p in (harmful, benign))
+        return selection.contrast(first, second).top_share(share)
 
     undefended = Deactivate(found_anew(None))
     return {

@@ -267,7 +267,7 @@ def defence_table(
     """
     rows = []
     for _, defence in work.parts({d.name: d for d in defences}):
-        labels = {"defence": defence.name, "rate": 0.0, "step": 0}
+        labels: dict[str, Any] = {"defence": defence.name, "rate": 0.0, "step": 0}
         rows += rates(None, bench.measures, **labels) if defence.diverged else bench.rates(defence.action, **labels)
         for attack in attacks:
             after = [dataclasses.replace(m, label=f"{m.label} after {attack.name}") for m in (asr, useful)]

@@ -323,7 +323,7 @@ def factorial(
             values = values / values.mean(dim=1, keepdim=True).clamp_min(1e-30)
         return values.amin(dim=0) if prompts == "every prompt" else values.mean(dim=0)
 
-    rankings = {}
+    rankings: dict[tuple[str, ...], Ranking] = {}
     for positions, prompts, scale in itertools.product(FACTORS["positions"], FACTORS["prompts"], FACTORS["scale"]):
         first, second = (value(scores[positions], prompts, scale) for scores in (harmful, benign))
         for subtracted in FACTORS["benign"]:
@@ -398,7 +398,8 @@ def largest(values: torch.Tensor, space, kinds: Sequence[str], n: int) -> list[N
     for position in order.tolist():
         at = int(np.searchsorted(ends, position, side="right"))
         start = ends[at] - space.width(sites[at])
-        found.append(Neuron(*sites[at], int(position - start)))
+        layer, kind = sites[at]
+        found.append(Neuron(layer, kind, int(position - start)))
     return found
 
 

@@ -90,7 +90,7 @@ class Dial:
 
     def rival_answer(self, prompt: str) -> str:
         """The answer under the rival intervention."""
-        options = {"max_new_tokens": self.tokens, "progress": False, "intervention": self.rival}
+        options: dict[str, Any] = {"max_new_tokens": self.tokens, "progress": False, "intervention": self.rival}
         return generate(self.lm, [prompt], **options)[0].text
 
     def answers(self, prompt: str, n_safety: int, n_utility: int, strength: float) -> tuple[str, str]:
@@ -104,7 +104,7 @@ class Dial:
         setting = None
         if n_safety + n_utility and strength:
             setting = dial(self.ranked.safety, self.ranked.utility, n_safety, n_utility, strength, learnt=self.learnt)
-        options = {"max_new_tokens": self.tokens, "progress": False}
+        options: dict[str, Any] = {"max_new_tokens": self.tokens, "progress": False}
         plain, modulated = (
             [r.text for r in generate(self.lm, list(prompts), intervention=i, **options)] for i in (None, setting)
         )
@@ -173,7 +173,7 @@ def panel(
     field = {"disabled": True, "rows": 5, "layout": {"width": "22em"}}
     heads, answers = [widgets.HTML() for _ in columns], [widgets.Textarea(**field) for _ in columns]
     rates, plain_rates = (widgets.Label(layout={"width": "66em"}) for _ in range(2))
-    status, paused = widgets.Label(), []
+    status, paused = widgets.Label(), list[bool]()
 
     def show(_=None) -> None:
         if paused:

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -154,7 +154,7 @@ def given_material(
     def known(benign: PromptSet) -> PromptSet:
         answers = [""] * len(benign)
         if not all(benign.column("helpful")):
-            options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "cache": True}
+            options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "cache": True}
             answers = [response.text for response in generate(lm, benign, **options)]
         kept = [
             p.replace(helpful=p.helpful or own, refusal=p.refusal or REFUSAL)
@@ -217,7 +217,7 @@ def rankings(
         n: harmful requests, and benign ones; utility: scores of another call, not to be made again; folder: where the score files go (default: a temporary one).
     """
     folder = Path(folder) if folder is not None else Path(tempfile.mkdtemp(prefix="nt_attribution_"))
-    options = {"method": method, "steps": steps, "batch_size": 16, "rows": 128}
+    options: dict[str, Any] = {"method": method, "steps": steps, "batch_size": 16, "rows": 128}
     cases = safety_cases(found.plain[:n], found.wrappers)
     if not attack_aware:
         cases = [c for c in cases if c.group == cases[0].group]  # the plain request once, not once an attack
@@ -377,7 +377,7 @@ def added_directions(
     found: Material,
     strengths: Sequence[float],
     measure: Callable[[Intervention], float],
-    **choice: int,
+    **choice: Any,
 ) -> list[steering.Steering]:
     """The refusal direction added at each strength: the direction as its paper chooses it, on the prompts apart.
 
@@ -435,8 +435,8 @@ def modulation_suite(
     if novel:
         direct = suite["direct"]
         wrappers = [ATTACKS[name] for name in novel]
-        prompts = [wrappers[i % len(wrappers)].apply(p) for i, p in enumerate(direct.prompts.take(n, 1))]
-        sets.append(dataclasses.replace(direct, name="novel", prompts=PromptSet(prompts, "novel")))
+        wrapped = [wrappers[i % len(wrappers)].apply(p) for i, p in enumerate(direct.prompts.take(n, 1))]
+        sets.append(dataclasses.replace(direct, name="novel", prompts=PromptSet(wrapped, "novel")))
     if text is not None and not any(s.name == "text" for s in sets):
         sets.append(SuiteSet("text", text, ("perplexity",)))
     return Suite(tuple(sets), suite.name, suite.max_new_tokens)
@@ -517,10 +517,11 @@ def arms_table(bench: Bench, arms: Mapping[str, Intervention | Sequence[Interven
     rows = []
     for name, arm in work.parts(arms):
         group = "none" if arm is None else "chosen" if name.startswith("NeuronTune") else "control"
-        if not isinstance(arm, (list, tuple)) or len(arm) == 1:
-            rows += bench.rates(arm[0] if isinstance(arm, (list, tuple)) else arm, arm=name, group=group)
-            continue
-        rows += bench.mean_rates(arm, arm=f"{name}, mean of {len(arm)}", group=group)
+        draws = list(arm) if isinstance(arm, Sequence) else [arm]
+        if len(draws) == 1:
+            rows += bench.rates(draws[0], arm=name, group=group)
+        else:
+            rows += bench.mean_rates(draws, arm=f"{name}, mean of {len(draws)}", group=group)
     return pd.DataFrame(rows)
 
 
@@ -620,7 +621,8 @@ def adapted_difference(
     classes = list(adapted[first])
     pairs = [(adapted[first][name][1], adapted[second][name][1]) for name in classes]
     asr = total(*[bench.excess(a, [b], m, seed) for (a, b), m in zip(pairs, class_measures(classes), strict=True)])
-    asr = metrics.Interval(*(v / len(classes) for v in asr[:3]), asr.n)
+    value, low, high = (v / len(classes) for v in asr[:3])
+    asr = metrics.Interval(value, low, high, asr.n)
     change = [bench.mean_values([a], over) - bench.mean_values([b], over) for a, b in pairs]
     mean = np.mean(change, axis=0)
     topics = clusters_of(bench.on(over.set).rows, over.set)

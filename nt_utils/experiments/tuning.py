@@ -418,7 +418,7 @@ def at_level(bench: Bench, arms: Sequence[Arm], harm: Measure, level: float, mea
         weights = crossing(bench, arm, harm, level)
         if weights is None:
             return None
-        found.append(sum(w * bench.mean_values([arm.steps[s]], measure) for s, w in weights.items()))
+        found.append(np.sum([w * bench.mean_values([arm.steps[s]], measure) for s, w in weights.items()], axis=0))
     return np.mean(found, axis=0)
 
 
@@ -429,14 +429,16 @@ def equal_table(
 
     Intervals resample topics. An arm that never comes down to the target is left out.
     """
+    if (target := goal.target) is None:
+        raise InputError("goal: got no target; allowed: one whose target is a harmful score")
     rows = []
     for name, draws in arms.items():
         for m in measures:
-            values = at_level(bench, draws, goal.harm, goal.target, m)
+            values = at_level(bench, draws, goal.harm, target, m)
             if values is None:
                 continue
-            places = [crossing(bench, draw, goal.harm, goal.target) for draw in draws]
-            step = float(np.mean([sum(s * w for s, w in place.items()) for place in places]))
+            places = [crossing(bench, draw, goal.harm, target) for draw in draws]
+            step = float(np.mean([sum(s * w for s, w in (place or {}).items()) for place in places]))
             interval = metrics.clustered_difference(
                 [np.zeros_like(values)], values, clusters_of(bench.on(m.set).rows, m.set), seed=seed
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -299,7 +300,7 @@ def frontier(table: pd.DataFrame) -> Figure:
     drawn, parts = across(table, "panel", height=4.4)
     for ax, _, rows in parts:
         for row in rows.to_dict("records"):
-            error = {
+            error: dict[str, Any] = {
                 k: [[max(row[v] - row[lo], 0)], [max(row[hi] - row[v], 0)]]
                 for k, v, lo, hi in (("xerr", "x", "x_low", "x_high"), ("yerr", "value", "low", "high"))
             }

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nt_utils import selection
 from nt_utils.data import corpus
@@ -63,7 +64,7 @@ def gate_suite(split: str) -> Suite:
 def safety_units(lm: LanguageModel) -> NeuronSet:
     """SHARE of the pool's units: those with the largest `contrast` on PAIRS matched training pairs."""
     with tempfile.TemporaryDirectory() as folder:
-        options = {"kinds": POOL, "positions": "last", "batch_size": 32, "progress": False}
+        options: dict[str, Any] = {"kinds": POOL, "positions": "last", "batch_size": 32, "progress": False}
         harmful, benign = (
             importance(lm, prompts.texts, path=Path(folder) / f"{i}.safetensors", **options)
             for i, prompts in enumerate(corpus.pairs(PAIRS, "train", "en", 0))
