@@ -53,7 +53,7 @@ class Definitions:
         utility_shares: set difference -> share of the pool that it leaves out as useful.
     """
 
-    lm: LanguageModel | None
+    lm: LanguageModel
     material: Material
     registry: Mapping[str, Definition] = field(default_factory=lambda: definitions.REGISTRY)
     utility_shares: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(DIFFERENCES, 0.1))

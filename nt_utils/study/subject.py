@@ -172,11 +172,6 @@ class Subject:
         """Whether the prompts are the embedded corpus, whose answers are known."""
         return getattr(self.parameters, "harmful", "") == EMBEDDED
 
-    @property
-    def makes_units(self) -> bool:
-        """Whether this notebook makes unit maps."""
-        return hasattr(self.parameters, "unit_shares")
-
     # ------------------------------------------------------------------------------------------------ models
 
     @cached_property

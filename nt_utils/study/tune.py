@@ -79,19 +79,10 @@ def run(options: argparse.Namespace) -> None:
     lm = parallel.load(options.model, accelerator, dtype=options.dtype)
     dtype = next(lm.model.parameters()).dtype
     mine, whole = parallel.held(lm.model)
-    tuned = tune(
-        lm,
-        scope,
-        harmful=harmful,
-        benign=benign,
-        learning_rate=options.learning_rate,
-        steps=epoch if options.steps is None else options.steps,
-        batch_size=options.batch_size,
-        max_length=options.max_length,
-        seed=options.seed,
-        gradient_checkpointing=options.gradient_checkpointing,
-        accelerator=accelerator,
-    )
+    same = ("learning_rate", "batch_size", "max_length", "seed", "gradient_checkpointing")
+    given = {name: getattr(options, name) for name in same}
+    steps = epoch if options.steps is None else options.steps
+    tuned = tune(lm, scope, harmful=harmful, benign=benign, steps=steps, accelerator=accelerator, **given)
     accelerator.end_training()  # nobody waits for the first process, whose merging takes minutes for a large model
     if accelerator.is_main_process:
         path = tuned.delta.save(options.output)

@@ -198,10 +198,7 @@ def test_a_failed_cell_or_a_dead_kernel_is_no_finished_notebook(project, cell, m
     ("name", "parameters", "message"),
     [
         ("01_safety_neurons", {"rhoo": "1"}, "rhoo: unknown parameter"),
-        ("01_safety_neurons", {"harmful": "prompts.csv:goal", "model": "testbed"}, "harmful"),
         ("00_model_under_study", {"model": "./no-such-folder"}, "no-such-folder"),
-        ("03_ssah_units", {"preset": "fast"}, "preset: got 'fast'"),
-        ("05_neurontune", {"seed": "-1"}, "seed: got -1"),
     ],
 )
 def test_papermill_shows_one_line_for_a_bad_parameter(tmp_path, name, parameters, message):

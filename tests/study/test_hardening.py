@@ -98,18 +98,24 @@ COMBINATIONS = [
     ({"study": "a/b"}, "study: got 'a/b'"),
     ({"study": ".."}, "study: got '..'"),
     ({"harmful": "prompts.csv:goal"}, "benign: got 'testbed' with harmful="),
+    ({"harmful": "testbed", "benign": "a.csv:x"}, "benign: got 'a.csv:x' with harmful='testbed'"),
+    ({"second_language": "a.csv:x"}, "second_language: got 'a.csv:x'; allowed with harmful='testbed': '' or 'testbed'"),
+    ({"judge": "harmbench"}, "judge: got 'harmbench'; allowed with harmful='testbed'"),
+    ({"harmful": "mine.txt", "benign": "mine.txt", "judge": "phrases+./none"}, "judge: "),
     ({"harmful": "none.csv:goal", "benign": "none.csv:goal"}, "harmful: none.csv"),
     ({"harmful": "hub:x", "benign": "hub:x"}, "harmful: "),
     ({"harmful": "no-such-source", "benign": "no-such-source"}, "harmful: unknown prompt set 'no-such-source'"),
     ({"harmful_test": "advbench"}, "harmful_test: got 'advbench'"),
     ({"attacks": "nonsense"}, "attacks: unknown attack 'nonsense'"),
     ({"runs": "/proc/nothing"}, "runs: /proc/nothing"),
+    ({"runs": "mine.txt"}, "runs: mine.txt"),
 ]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_wrong_combinations_are_refused(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("How?\n" * 4)
     own, known = parameter_cell(path)
     for number, (overrides, said) in enumerate(COMBINATIONS):
         if set(overrides) - set(known):

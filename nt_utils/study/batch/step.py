@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
+
 from nt_utils.errors import InputError
 from nt_utils.files import atomic, read_json
 from nt_utils.work import IN_BATCH, MARK, clock
@@ -259,14 +261,11 @@ def die_with_the_study() -> None:
 def _alive(process: int) -> bool:
     """Whether a process runs; one that ended and that its parent has not asked about yet (a zombie) does not."""
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
+    except psutil.AccessDenied:
         return True
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
-    return True
 
 
 # ------------------------------------------------------------------------------------------------------ progress
