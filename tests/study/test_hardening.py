@@ -115,7 +115,7 @@ COMBINATIONS = [
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_wrong_combinations_are_refused(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.txt").write_text("How?\n" * 4)
+    (tmp_path / "mine.txt").write_text("One?\nTwo?\nThree?\nFour?\n")
     own, known = parameter_cell(path)
     for number, (overrides, said) in enumerate(COMBINATIONS):
         if set(overrides) - set(known):
