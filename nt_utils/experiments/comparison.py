@@ -7,10 +7,10 @@ amplifying, training and freezing equal numbers of neurons does; of defences on 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import combinations_with_replacement
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,7 @@ from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError
 from nt_utils.evaluation import metrics
 from nt_utils.evaluation.suite import Suite
-from nt_utils.experiments.bench import Action, Bench, Measure
+from nt_utils.experiments.bench import Action, Bench, Finding, Measure
 from nt_utils.experiments.defences import Defence, then
 from nt_utils.experiments.definitions import DIFFERENCES, Definitions, answered
 from nt_utils.experiments.finetuning import Scope
@@ -69,7 +69,7 @@ def agreement_table(definitions: Definitions, halves: Halves, shares: Sequence[f
     """
     whole, rows = definitions.rankings(), []
     tops = {share: ([tuple(_tops(h, share) for h in pair) for pair in halves], _tops(whole, share)) for share in shares}
-    for a, b in combinations_with_replacement(whole, 2):
+    for a, b in itertools.combinations_with_replacement(whole, 2):
         ranks = _middle([v for first, second in halves for v in _both(spearman, first, second, a, b)])
         for share in sorted(shares):
             sets, full = tops[share]
@@ -150,7 +150,9 @@ def agreement_interval(halves: Halves, share: float, prompts: int, minus: str) -
     for pair in halves:
         first, second = (_tops(half, share) for half in pair)
         pairs = [
-            (a, b, v) for a, b in combinations_with_replacement(first, 2) for v in _both(_overlap, first, second, a, b)
+            (a, b, v)
+            for a, b in itertools.combinations_with_replacement(first, 2)
+            for v in _both(_overlap, first, second, a, b)
         ]
         between = np.mean([v[0] for a, b, v in pairs if a != b])
         other = {
@@ -281,7 +283,6 @@ def effect_table(
     bench: Bench,
     chosen: Chosen,
     act: Act,
-    measures: Sequence[Measure],
     untouched: Action = None,
     others: Mapping[str, Action] | None = None,
     **labels,
@@ -291,17 +292,17 @@ def effect_table(
     The mean of a control's draws is shown with the smallest and the largest. ``others``: what has no neurons, by name.
     Columns: labels, definition, set (chosen, the control's name, or "no neurons"), metric, value, low, high, n.
     """
-    rows = bench.rates(untouched, measures, **labels, definition="untouched", set="chosen")
+    rows = bench.rates(untouched, **labels, definition="untouched", set="chosen")
     for name, neurons in work.parts(chosen.sets):
-        rows += bench.rates(act(neurons), measures, **labels, definition=name, set="chosen")
+        rows += bench.rates(act(neurons), **labels, definition=name, set="chosen")
         for control, draws in chosen.controls[name].items():
             labels_here = {**labels, "definition": name, "set": control}
             if len(draws) > 1:
-                rows += bench.mean_rates([act(d) for d in draws], measures, **labels_here)
+                rows += bench.mean_rates([act(d) for d in draws], **labels_here)
             else:
-                rows += bench.rates(act(draws[0]), measures, **labels_here)
+                rows += bench.rates(act(draws[0]), **labels_here)
     for name, action in (others or {}).items():
-        rows += bench.rates(action, measures, **labels, definition=name, set="no neurons")
+        rows += bench.rates(action, **labels, definition=name, set="no neurons")
     return pd.DataFrame(rows)
 
 
@@ -373,7 +374,7 @@ def hit_table(rankings: Mapping[str, Ranking], effects: Ranking, share: float) -
     return pd.DataFrame(rows, columns=["definition", "value", "low", "high", "n", "chance", "spearman"])
 
 
-def half_counts(curve: pd.DataFrame, metric: str, sizes: Mapping[float, int], level: float = 0.5) -> pd.DataFrame:
+def half_counts(curve: pd.DataFrame, metric: str, level: float = 0.5) -> pd.DataFrame:
     """Neurons at which a dose curve first reaches ``level``, interpolated over the logarithm of the count.
 
     Columns definition, neurons (NaN: never reached), largest (the largest count tried).
@@ -381,7 +382,7 @@ def half_counts(curve: pd.DataFrame, metric: str, sizes: Mapping[float, int], le
     rows = []
     for name, part in curve[curve["metric"] == metric].groupby("rule", sort=False):
         part = part.sort_values("share")
-        counts, values = [sizes[s] for s in part["share"]], part["value"].tolist()
+        counts, values = part["neurons"].tolist(), part["value"].tolist()
         reached, before = float("nan"), None
         for count, value in zip(counts, values, strict=True):
             if value >= level:
@@ -499,3 +500,29 @@ def frontier_table(
                 }
             )
     return pd.DataFrame(rows)
+
+
+# --------------------------------------------------------------------------------------------------------- claims
+
+
+def findings(
+    agreement: metrics.Interval,
+    against_direction: metrics.Interval | None,
+    across: Mapping[str, metrics.Interval],
+    looked: Mapping[str, Mapping[str, metrics.Interval]],
+    rows: Mapping[str, Sequence[str]],
+) -> Iterator[Finding]:
+    """What is said of X1 to X4.
+
+    Args:
+        agreement: :func:`agreement_interval`; against_direction: the strongest definition against the refusal direction, None
+            where there is no direction; across: :func:`across_data`; looked: :func:`looking_again`;
+        rows: "X2" -> definitions and "X4" -> defences that are spoken of.
+    """
+    yield Finding("X1", "", "jaccard", agreement)
+    missing = "no second set of harmful prompts, or this definition has no base model"
+    yield from (Finding("X2", name, "jaccard", across.get(name, missing)) for name in rows["X2"])
+    none = "no candidate met the bounds of the paper's choice of a direction"
+    yield Finding("X3", "", "jailbroken", against_direction or none)
+    for name, part in itertools.product(rows["X4"], ("asr", "utility")):
+        yield Finding("X4", name, part, looked.get(name, {}).get(part, "this defence was left out of the run"))

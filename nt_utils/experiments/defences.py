@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from nt_utils import work
+from nt_utils import selection, work
 from nt_utils.data.records import PromptSet
 from nt_utils.evaluation.suite import Evaluation
 from nt_utils.experiments import alignment, tuning
@@ -30,8 +30,8 @@ from nt_utils.experiments.modulation import Material
 from nt_utils.interventions.steering import SystemPrompt
 from nt_utils.interventions.tuning import AllBut, Everything, LoRA, Only, tune
 from nt_utils.models import LanguageModel, decoder
-from nt_utils.neurons import NeuronSet
-from nt_utils.selection import UnitScores
+from nt_utils.neurons import POOL, NeuronScores, NeuronSet
+from nt_utils.selection import Ranking, UnitScores
 from nt_utils.units import UnitMap, with_inputs
 
 NONE = "none"
@@ -159,6 +159,16 @@ def build(
     ways |= {name: partial(Defence, name, frozen=units) for name, units in frozen.items()}
     wanted = {name: make for name, make in ways.items() if name in setting.wanted or not setting.wanted}
     return [Defence(NONE), *(make() for _, make in work.parts(wanted))]
+
+
+def learnt_sets(ranking: Ranking, general: NeuronScores, units: UnitMap, share: float) -> dict[str, NeuronSet]:
+    """The neurons that are trained alone: the ranking's top ``share`` of the pool, the same without foundation neurons, and RU.
+
+    Foundation neurons: the ``2 * share`` that are most important for every general text (``general``).
+    """
+    foundation = selection.consistency(general, 1.0, POOL, per="pool").top_share(2 * share)
+    without = tuning.without(ranking, foundation, share)
+    return {"SN-Tune": ranking.top_share(share), "RSN-Tune": without, "RU budget": units.set("RU")}
 
 
 def frozen_units(units: UnitMap, scores: UnitScores, share: float, head_dim: int) -> dict[str, NeuronSet]:

@@ -14,12 +14,14 @@ import pandas as pd
 import torch
 
 from nt_utils import hooks, selection, work
+from nt_utils.data.records import PromptSet
 from nt_utils.errors import InputError
 from nt_utils.evaluation.generation import generate
 from nt_utils.evaluation.metrics import Interval
+from nt_utils.evaluation.suite import Suite
 from nt_utils.evaluation.utility import perplexity_ratio
-from nt_utils.experiments.bench import Action, Bench, Finding, Measure, draw_rows, spread
-from nt_utils.interventions import Deactivate
+from nt_utils.experiments.bench import Action, Bench, Finding, Measure, draw_rows, measures, spread
+from nt_utils.interventions import Deactivate, steering
 from nt_utils.models import LanguageModel
 from nt_utils.neurons import POOL, NeuronScores, NeuronSet
 from nt_utils.selection import Ranking
@@ -291,6 +293,21 @@ def part_table(
             labels = {"rule": rule, "part": name, "against": other, "neurons": len(part), "others": len(rest)}
             rows.append({**labels, **found._asdict()})
     return pd.DataFrame(rows)
+
+
+def refusal_direction(
+    lm: LanguageModel, prompts: Mapping[str, PromptSet], dev: Suite, **choice: int
+) -> steering.RefusalDirection:
+    """The rival: the refusal direction as its paper chooses it, on the study's prompts and validated on development ones.
+
+    Args:
+        prompts: "harmful" and "benign" ones; dev: a suite whose direct and useful prompts decide, 32 of each;
+        choice: layers and positions that it is chosen from (see :func:`steering.refusal_direction`).
+    """
+    validation = [dev[m.set].prompts.texts[:32] for m in measures(dev, "direct", "useful").values()]
+    refusals = [prompt.refusal for prompt in prompts["harmful"] if prompt.refusal] or ["I"]
+    both = prompts["harmful"].texts, prompts["benign"].texts
+    return steering.refusal_direction(lm, *both, (validation[0], validation[1]), refusals=refusals, **choice)
 
 
 # ----------------------------------------------------------------------------------- what the rules differ in

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 from nt_utils import hooks, selection, work
 from nt_utils.data import corpus, splits
@@ -183,6 +182,15 @@ def given_material(
     )
 
 
+def study_material(lm: LanguageModel, subject, n: int) -> Material:
+    """A study's material (``subject``: a ``study.Subject``): the embedded prompts', n a task, else that of its given prompts."""
+    p = subject.parameters
+    if subject.is_embedded:
+        return material(n, p.seed)
+    uses = {"detect": p.n_detect, "tune": p.n_detect, "develop": p.n_dev}
+    return given_material(lm, *(subject.learning_rows(use, n) for use, n in uses.items()))
+
+
 # ---------------------------------------------------------------------------------------------------- attribution
 
 
@@ -309,6 +317,16 @@ def nothing(like: NeuronSet) -> NeuronSet:
     return NeuronSet(like.space, {})
 
 
+def size_table(tuned: Mapping[str, Modulation]) -> pd.DataFrame:
+    """How many neurons are turned and by how much: preset, safety and utility neurons, their mean alphas (1: as it is)."""
+    rows = [
+        (name, len(a.safety), len(a.utility), float(a.safety_alpha.mean()), float(a.utility_alpha.mean()))
+        for name, a in tuned.items()
+    ]
+    columns = ["preset", "safety neurons", "utility neurons", "mean alpha, safety", "mean alpha, utility"]
+    return pd.DataFrame(rows, columns=columns)
+
+
 # ------------------------------------------------------------------------------------------------------ baselines
 
 
@@ -348,30 +366,6 @@ def layer_scaling(by: Ranking, factors: Sequence[float], measure: Callable[[Inte
     return min(options, key=measure)
 
 
-def refusal_directions(lm: LanguageModel, found: Material) -> Tensor:
-    """The refusal direction at every place, from plain harmful and benign requests, float32 [layers + 1, hidden]."""
-    calm = found.plain_benign.filter(kind="benign", attack="", task=lambda task: task in ("", "how-to"))
-    calm = calm if len(calm) else found.plain_benign
-    return steering.mean_difference(lm, found.plain.texts, calm.texts)
-
-
-def steered(
-    lm: LanguageModel,
-    found: Material,
-    mode: str,
-    strengths: Sequence[float],
-    measure: Callable[[Intervention], float],
-    directions: Tensor | None = None,
-) -> steering.Steering:
-    """Refusal-direction addition or ablation, place and strength chosen by ``measure`` (smaller is better).
-
-    ``directions``: as :func:`refusal_directions` gives them, where they are known.
-    """
-    directions = refusal_directions(lm, found) if directions is None else directions
-    best, _ = steering.choose(steering.candidates(lm, directions, mode, strengths), measure)
-    return best
-
-
 def added_directions(
     lm: LanguageModel,
     found: Material,
@@ -391,7 +385,9 @@ def added_directions(
     prompts = found.plain.texts, harmless.texts, validation
     chosen = steering.refusal_direction(lm, *prompts, refusals=refusals, **choice).add
     if chosen is None:
-        chosen = steered(lm, found, "add", strengths[:1], measure)
+        asked = found.plain_benign.filter(kind="benign", attack="", task=lambda task: task in ("", "how-to"))
+        everywhere = steering.mean_difference(lm, found.plain.texts, (asked or found.plain_benign).texts)
+        chosen, _ = steering.choose(steering.candidates(lm, everywhere, "add", strengths[:1]), measure)
     return [dataclasses.replace(chosen, strength=float(s)) for s in strengths]
 
 
@@ -494,12 +490,6 @@ def class_suite(suite: Suite, names: Sequence[str]) -> Suite:
         if len(prompts):
             sets.append(dataclasses.replace(member, name=name, prompts=prompts.rename(name)))
     return Suite(tuple(sets), suite.name, suite.max_new_tokens)
-
-
-def reader(lm: LanguageModel, suite: Suite, measures: Iterable[Measure]) -> Bench:
-    """A bench of the suite's sets that these measures read, and no others."""
-    measures = list(measures)
-    return Bench(lm, suite.only(*dict.fromkeys(m.set for m in measures)), measures)
 
 
 def key_roles(measures: Mapping[str, Measure]) -> tuple[str, str, str]:

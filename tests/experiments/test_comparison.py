@@ -12,6 +12,7 @@ from nt_utils.data.attacks import FULL_LENGTH, attacks
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.definitions import REGISTRY, Definition, Material
 from nt_utils.errors import InputError
+from nt_utils.evaluation import metrics
 from nt_utils.evaluation.suite import Suite, SuiteSet
 from nt_utils.experiments import comparison, definitions
 from nt_utils.experiments.bench import Bench, Measure
@@ -141,9 +142,9 @@ def test_sites_count_the_set():
 
 def test_half_counts_interpolate_in_the_logarithm():
     curve = pd.DataFrame(
-        {"rule": ["a"] * 3 + ["b"] * 3, "share": [0.01, 0.1, 1] * 2, "metric": "m", "value": [0, 0.4, 0.6, 0, 0, 0.4]}
+        {"rule": [*"aaabbb"], "share": [0.01, 0.1, 1] * 2, "metric": "m", "value": [0, 0.4, 0.6, 0, 0, 0.4]}
     )
-    half = comparison.half_counts(curve, "m", {0.01: 1, 0.1: 10, 1: 100}).set_index("definition")["neurons"]
+    half = comparison.half_counts(curve.assign(neurons=[1, 10, 100] * 2), "m").set_index("definition")["neurons"]
     assert half["a"] == pytest.approx(10 * 10**0.5)
     assert np.isnan(half["b"])
 
@@ -165,7 +166,7 @@ def bench():
 def test_effects_of_sets_and_controls(found, bench):
     few = {name: found.rankings()[name] for name in ("contrast", "SCU")}
     chosen = comparison.choose(few, 0.05, draws=2, seed=0)
-    table = comparison.effect_table(bench, chosen, lambda n: comparison.amplify(n, 2.0), [ASR], intervention="louder")
+    table = comparison.effect_table(bench, chosen, lambda n: comparison.amplify(n, 2.0), intervention="louder")
     assert table["definition"].tolist() == ["untouched", "contrast", "contrast", "SCU", "SCU"]
     assert table["set"].tolist() == ["chosen", "chosen", "random", "chosen", "random"]
     excess = comparison.excess_table(bench, chosen, ASR, 0)
@@ -177,7 +178,7 @@ def test_what_has_no_neurons_stands_beside_the_sets(found, bench):
     chosen = comparison.choose({"contrast": found.rankings()["contrast"]}, 0.05, draws=2, seed=0)
     direction = torch.randn(lm.view.hidden_size, generator=torch.Generator().manual_seed(0))
     options = {f"place {s.place}": s for s in steering.candidates(lm, direction.expand(3, -1), "ablate")}
-    table = comparison.effect_table(bench, chosen.alone, lambda n: n, [ASR], others=options, intervention="zeroed")
+    table = comparison.effect_table(bench, chosen.alone, lambda n: n, others=options, intervention="zeroed")
     assert table["set"].tolist() == ["chosen", "chosen", *["no neurons"] * len(options)]
     assert table["definition"].tolist()[2:] == list(options)
 
@@ -286,3 +287,20 @@ def test_an_attacker_who_looks_again_detects_in_the_defended_model(monkeypatch, 
     assert seen == ["score", "score", "in", "score", "score", "out"]
     (action, (undefended,)) = compared[0]
     assert action.first.key == "defended" and action.second.neurons == chosen[5] and undefended.neurons == chosen[2]
+
+
+def test_a_claim_row_without_a_measurement_says_why():
+    found = metrics.Interval(0.2, 0.1, 0.3, 8)
+    rows = {"X2": ["contrast", "SCU"], "X4": ["SN-Tune", "LoRA"]}
+    looked = {"SN-Tune": {"asr": found, "utility": found}}
+    said = {f[:3]: f.found for f in comparison.findings(found, None, {"contrast": found}, looked, rows)}
+    measured = {key for key, what in said.items() if what is found}
+    assert measured == {
+        ("X1", "", "jaccard"),
+        ("X2", "contrast", "jaccard"),
+        ("X4", "SN-Tune", "asr"),
+        ("X4", "SN-Tune", "utility"),
+    }
+    reasons = {key: what for key, what in said.items() if key not in measured}
+    assert len(reasons) == 4 and "direction" in reasons["X3", "", "jailbroken"]
+    assert "left out of the run" in reasons["X4", "LoRA", "asr"] and "second set" in reasons["X2", "SCU", "jaccard"]

@@ -157,7 +157,7 @@ def test_learning_adapting_and_their_tables(lm, found, ranked, suite):
     before, after = adapted["first"]["persona"]
     assert before is alphas["first"] and not torch.equal(before.alpha, after.alpha)
     over = study.roles(suite)["over"]
-    bench = study.reader(lm, study.class_suite(suite, ["persona"]), [*study.class_measures(["persona"]), over])
+    bench = Bench(lm, study.class_suite(suite, ["persona"]), [*study.class_measures(["persona"]), over])
     table = study.adaptation_table(bench, adapted, over)
     assert len(table) == 2 * 2 * 2 and set(table["stage"]) == {"before", "after"}
     value, low, high, n = study.adapted_difference(bench, adapted, "first", "joint", over, 0)
@@ -210,10 +210,10 @@ def test_trainings_differ_in_their_draws_alone():
 def test_baselines_are_chosen_by_the_cost(lm, found, ranked, suite):
     scaled = study.layer_scaling(ranked.safety, (0.5, 2.0), lambda m: abs(float(m.alpha[0]) - 2))
     assert set(scaled.alpha.tolist()) == {2.0} and len({layer for layer, _, _ in scaled.safety}) == 1
-    steered = study.steered(lm, found, "add", (0.5, 1.0), lambda s: -s.strength)
+    steered = study.added_directions(lm, found, (0.5, 1.0), lambda s: -s.strength)[1]
     assert steered.mode == "add" and steered.strength == 1.0
     measures = study.roles(suite)
-    bench = study.reader(lm, suite, measures.values())
+    bench = Bench(lm, suite, list(measures.values()))
     rate = {r: bench(scaled).rate(m.set, m.metric).value for r, m in measures.items()}
     expected = rate["direct"] + rate["seen"] + rate["over"] - rate["useful"]
     assert study.cost(bench, measures)(scaled) == pytest.approx(expected)
@@ -258,7 +258,7 @@ def test_ratios_have_the_interval_of_their_parts():
 
 def test_the_dial_turns_and_shows_rates(lm, ranked, suite, capsys):
     measures = study.roles(suite)
-    bench = study.reader(lm, suite, [measures[r] for r in ("unseen", "over", "useful")])
+    bench = Bench(lm, suite, [measures[r] for r in ("unseen", "over", "useful")])
     learnt = Modulation(*study.preset_sets(ranked, "safety-first"), torch.full((14,), 1.5))
     table = study.dial_table(ranked, learnt, bench, [0.0, 0.05], [0.5, 1.0])
     assert len(table) == 1 + 3 * 2 and "dominated" in table
@@ -296,7 +296,7 @@ def test_the_panels_prompt_is_the_first_that_the_dial_turns(lm, ranked, suite, m
 def test_the_panel_follows_its_sliders(lm, ranked, suite, monkeypatch):
     widgets = pytest.importorskip("ipywidgets")
     measures = study.roles(suite)
-    bench = study.reader(lm, suite, [measures[r] for r in ("unseen", "over", "useful")])
+    bench = Bench(lm, suite, [measures[r] for r in ("unseen", "over", "useful")])
     learnt = Modulation(*study.preset_sets(ranked, "safety-first"), torch.full((14,), 1.5))
     table = study.dial_table(ranked, learnt, bench, [0.0, 0.05], [1.0])
     monkeypatch.setattr(dial_panel, "has_front_end", lambda: True)
@@ -346,7 +346,7 @@ def test_claims_of_the_dial_and_of_the_modulated_model(lm, found, ranked, suite)
     assert rows["N1", "random"].value == 0, "against itself"
     kl = bench.on(quality["kl"].set, tuned).values(quality["kl"].set, "kl").mean()
     assert rows["N4", "kl"].value == pytest.approx(kl) and kl > 0
-    three = study.reader(lm, suite, [measures[r] for r in ("unseen", "over", "useful")])
+    three = Bench(lm, suite, [measures[r] for r in ("unseen", "over", "useful")])
     settings = study.dial_settings(ranked, tuned, [0.0, 0.05], [1.0])
     assert len(settings) == 4 and settings[0, 0, 1.0] is None
     directions = study.added_directions(lm, found, (0.5, 1.0), lambda s: -s.strength)
