@@ -75,24 +75,10 @@ def agreement_table(definitions: Definitions, halves: Halves, shares: Sequence[f
             sets, full = tops[share]
             pairs = [v for first, second in sets for v in _both(_overlap, first, second, a, b)]
             overlap = _middle([overlap for overlap, _ in pairs])
-            rows.append(
-                {
-                    "a": a,
-                    "b": b,
-                    "share": share,
-                    "jaccard": overlap[0],
-                    "low": overlap[1],
-                    "high": overlap[2],
-                    "all": full[a].jaccard(full[b]),
-                    "chance": float(np.mean([chance for _, chance in pairs])),
-                    "spearman": ranks[0],
-                    "spearman_low": ranks[1],
-                    "spearman_high": ranks[2],
-                    "n": len(halves),
-                    "prompts": definitions.prompts,
-                }
-            )
-    return pd.DataFrame(rows)
+            together, chance = full[a].jaccard(full[b]), float(np.mean([chance for _, chance in pairs]))
+            rows.append((a, b, share, *overlap, together, chance, *ranks, len(halves), definitions.prompts))
+    columns = ["a", "b", "share", "jaccard", "low", "high", "all", "chance"]
+    return pd.DataFrame(rows, columns=[*columns, "spearman", "spearman_low", "spearman_high", "n", "prompts"])
 
 
 def _both(compare, first, second, a, b) -> list:
@@ -345,18 +331,8 @@ def excess_table(
         if not chosen.random(name):
             continue
         found = bench.excess(act(neurons), [act(d) for d in chosen.random(name)], measure, seed)
-        rows.append(
-            {
-                "definition": name,
-                "neurons": len(neurons),
-                "metric": measure.label,
-                "value": found.value,
-                "low": found.low,
-                "high": found.high,
-                "n": found.n,
-                "per_neuron": 100 * found.value / len(neurons),
-            }
-        )
+        labels = {"definition": name, "neurons": len(neurons), "metric": measure.label}
+        rows.append({**labels, **found._asdict(), "per_neuron": 100 * found.value / len(neurons)})
     return pd.DataFrame(rows)
 
 
@@ -413,16 +389,7 @@ def trained(
     lm: LanguageModel, scope: Scope, harmful: Sequence[Prompt], benign: Sequence[Prompt], effort: Effort
 ) -> Delta:
     """What tuning on refusals and benign answers leaves when only ``scope`` is trained."""
-    return tune(
-        lm,
-        scope,
-        harmful=harmful,
-        benign=benign,
-        learning_rate=effort.learning_rate,
-        steps=effort.steps,
-        batch_size=effort.batch_size,
-        seed=effort.seed,
-    ).delta
+    return tune(lm, scope, harmful=harmful, benign=benign, **vars(effort)).delta
 
 
 def training(lm: LanguageModel, sides: str, harmful: PromptSet, benign: PromptSet, effort: Effort) -> Act:
@@ -483,23 +450,11 @@ def frontier_table(
         both = [table[table["metric"] == m].set_index("defence") for m in (across, up)]
         for name in both[0].index.intersection(both[1].index, sort=False):
             x, y = (part.loc[name] for part in both)
-            rows.append(
-                {
-                    "panel": panel,
-                    "defence": name,
-                    "x_label": across,
-                    "y_label": up,
-                    "x": x["value"],
-                    "x_low": x["low"],
-                    "x_high": x["high"],
-                    "value": y["value"],
-                    "low": y["low"],
-                    "high": y["high"],
-                    "n": int(y["n"]),
-                    "useful": bool(kept[name] >= floor * kept.iloc[0]),
-                }
-            )
-    return pd.DataFrame(rows)
+            places = [one[column] for one in (x, y) for column in ("value", "low", "high")]
+            useful_there = bool(kept[name] >= floor * kept.iloc[0])
+            rows.append((panel, name, across, up, *places, int(y["n"]), useful_there))
+    columns = ["panel", "defence", "x_label", "y_label", "x", "x_low", "x_high", "value", "low", "high", "n", "useful"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 # --------------------------------------------------------------------------------------------------------- claims

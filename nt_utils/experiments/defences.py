@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -244,24 +244,11 @@ def worst_case(
 def _attacked(lm: LanguageModel, defence: Defence, attack: FineTuning, rate: float) -> dict:
     scope = Everything() if defence.frozen is None else AllBut(defence.frozen)
 
-    def run() -> dict:
-        found = tune(
-            lm,
-            scope,
-            benign=attack.rows,
-            learning_rate=rate,
-            steps=max(attack.steps),
-            every=list(attack.steps),
-            snapshots=True,
-            batch_size=attack.batch_size,
-            seed=attack.seed,
-        )
-        return {step: delta for step, delta in found.snapshots.items() if step}
-
-    if defence.action is None:
-        return run()
-    with defence.action.active(lm):
-        return run()
+    more = {"batch_size": attack.batch_size, "seed": attack.seed, "snapshots": True}
+    with defence.action.active(lm) if defence.action is not None else nullcontext():
+        steps = {"steps": max(attack.steps), "every": list(attack.steps)}
+        found = tune(lm, scope, benign=attack.rows, learning_rate=rate, **steps, **more)
+    return {step: delta for step, delta in found.snapshots.items() if step}
 
 
 # -------------------------------------------------------------------------------------------------------- tables

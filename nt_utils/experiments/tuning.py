@@ -122,20 +122,9 @@ class Arm:
 
 def train_arm(lm: LanguageModel, scope: Scope, pairs: Pairs, rate: float, steps: Sequence[int], **options) -> Tuned:
     """Tune on the pairs at one rate, keeping the delta of each of these steps (in main memory)."""
-    return tune(
-        lm,
-        scope,
-        harmful=pairs.harmful,
-        benign=pairs.benign if pairs.benign_share else (),
-        benign_share=pairs.benign_share,
-        learning_rate=rate,
-        steps=max(steps),
-        every=list(steps),
-        snapshots=True,
-        batch_size=pairs.batch_size,
-        seed=pairs.seed,
-        **options,
-    )
+    shown = vars(pairs) | {"benign": pairs.benign if pairs.benign_share else ()}
+    more = {"steps": max(steps), "every": list(steps), "snapshots": True, **options}
+    return tune(lm, scope, learning_rate=rate, **shown, **more)
 
 
 def choose(
@@ -360,17 +349,7 @@ def spent_table(lm: LanguageModel, arms: Mapping[str, Arm], pairs: Pairs, steps:
     for name, arm in arms.items():
 
         def work(arm=arm) -> Tuned:
-            return tune(
-                lm,
-                arm.scope,
-                harmful=pairs.harmful,
-                benign=pairs.benign if pairs.benign_share else (),
-                benign_share=pairs.benign_share,
-                learning_rate=arm.rate,
-                steps=steps,
-                batch_size=pairs.batch_size,
-                progress=False,
-            )
+            return train_arm(lm, arm.scope, pairs, arm.rate, [steps], snapshots=False, progress=False)
 
         rows.append((name, work().seconds / steps, peak_of(work) / 2**20))
     return pd.DataFrame(rows, columns=["arm", "seconds_a_step", "peak_mib"])
