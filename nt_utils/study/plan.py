@@ -1,9 +1,9 @@
 """``make plan``: what a study will do, need and take, and what is missing, without loading any weights.
 
 Nothing here knows what a notebook computes: every run counts its work (nt_utils/work.py) into its provenance, and a plan
-takes the counts of the same study and preset where it ran before, else those published with the package (work.json, of
-the testbed, written by ``python -m nt_utils.study.plan --publish``), scaled to the study's own numbers of prompts and
-answer tokens. A model's shapes and the machine's rates turn them into seconds and bytes. Sizes come from the model's config
+takes the counts of the same study and preset where it ran before, else those published with the package (work.json,
+written by ``python -m nt_utils.study.plan --publish``): the study's own, else the testbed's, scaled to the study's own
+numbers of prompts and answer tokens. A model's shapes and the machine's rates turn them into seconds and bytes. Sizes come from the model's config
 alone (a local folder, the hub's cache, the hub, or the shapes in the parameter file's ``facts``, in this order).
 """
 
@@ -23,15 +23,18 @@ from typing import Any
 from nt_utils.errors import InputError, command, gate_message
 from nt_utils.files import atomic, project_root, read_json, run_folder, study_name
 from nt_utils.study import batch, parameters
-from nt_utils.study.batch.access import cached_file, has_token, is_local
+from nt_utils.study.batch.access import boxed, cached_file, has_token, is_local
 from nt_utils.study.batch.step import expected_seconds
 from nt_utils.study.parameters import EMBEDDED, SOURCES
 from nt_utils.work import clock
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-#: Counts of the testbed's runs: preset -> notebook -> {"work": counts, "parameters": those the counts follow}.
+#: Published counts: study -> preset -> notebook -> {"work": counts, "parameters": those the counts follow}.
 PUBLISHED = Path(__file__).with_name("work.json")
+#: Parameters that counts follow, and what a run's provenance says of its cost beside them.
+FOLLOWED = ("harmful", "n_detect", "n_test", "max_new_tokens")
+COSTS = ("peak_bytes", "gpu_peak_bytes", "cpu_seconds")
 #: Rates assumed where ``make bench`` or ``make bench-gpu`` has measured none: operations a second of a forward pass, bytes a
 #: second of reading weights while generating, exact scoring over the plain forward pass.
 ASSUMED = {"gpu": (2.5e14, 1.2e12, 3.0), "cpu": (1e11, 1e10, 3.0)}
@@ -88,11 +91,13 @@ def config_of(model: str, facts: Mapping[str, Any]) -> tuple[dict, str]:
         file = folder / "config.json"
         return (read_json(file), "local folder") if file.is_file() else ({}, "no config.json")
     if cached := cached_file(model):
-        return read_json(cached), "the hub's cache"
+        return read_json(cached), "the cache"
     from nt_utils.data.sources import hub_reachable
 
     why = "the hub cannot be reached and nothing is cached"
-    if hub_reachable():
+    if boxed(model):
+        why = "its checkpoint is made when it is first loaded"
+    elif hub_reachable():
         from huggingface_hub import hf_hub_download
 
         try:
@@ -134,8 +139,11 @@ class Rates:
     source: str
 
 
-def rates(root: Path, device: str) -> Rates:
-    """Rates of "gpu" or "cpu": measured where the bench left them in runs/, else assumed."""
+def rates(root: Path, device: str, dtype: str = "float32") -> Rates:
+    """Rates of "gpu" or "cpu": measured where the bench left them in runs/, else assumed.
+
+    On a CPU the bench's forward pass is one in float32; of a study in bfloat16 it takes what ``make bench`` measured of that.
+    """
     speed, bandwidth, scoring = ASSUMED[device]
     read = f"generation assumed to read {bandwidth / 1e9:g} GB/s of weights"
     file = root / "runs" / ("bench_gpu.json" if device == "gpu" else "bench.json")
@@ -148,8 +156,10 @@ def rates(root: Path, device: str) -> Rates:
     if device == "cpu" and found and "milliseconds" in found:
         times = sorted(found["milliseconds"]["b"]["forward"])
         seconds = times[len(times) // 2] / 1e3 / (2 * SHAPE_B[0] * SHAPE_B[1])
+        faster = found.get("bfloat16_over_float32", {}) if dtype == "bfloat16" else {}
+        scoring = found["exact_over_forward"]["b"] * faster.get("scoring", 1) / faster.get("forward", 1)
         source = f"measured on this CPU (runs/bench.json, {found['machine']['date']}); {read}"
-        return Rates(seconds, 1 / bandwidth, found["exact_over_forward"]["b"], source)
+        return Rates(seconds * faster.get("forward", 1), 1 / bandwidth, scoring, source)
     bench = "make bench-gpu" if device == "gpu" else "make bench"
     source = f"assumed: {speed / 1e12:g} TFLOP/s, scoring {scoring:g} forward passes ({bench} measures); {read}"
     return Rates(1 / speed, 1 / bandwidth, scoring, source)
@@ -190,34 +200,39 @@ def _prompt_tokens(p: SimpleNamespace) -> float:
     return EMBEDDED_TOKENS if getattr(p, "harmful", EMBEDDED) == EMBEDDED else PROMPT_TOKENS
 
 
-def work_of(notebook: str, folder: Path, preset: str, p: SimpleNamespace) -> Work | None:
-    """A notebook's work: counted in a run of this study where there is one, else published, scaled; None: unknown."""
+def work_of(notebook: str, folder: Path, study: str, preset: str, p: SimpleNamespace) -> Work | None:
+    """A notebook's work: counted in a run of this study where there is one, else published, of this study or of the testbed,
+    scaled; None: unknown. folder: runs/<study>/seed-N."""
     for note in sorted(folder.parent.glob(f"seed-*/provenance/{notebook}.json")):
         found = read_json(note)
         if found.get("work") and not found["work"].get("cached_answers"):
             return Work(found["work"], "counted when this study last ran")
     published = read_json(PUBLISHED) if PUBLISHED.is_file() else {}
-    entry = published.get(preset, {}).get(notebook)
-    return Work(entry["work"], "counts of the testbed", entry["parameters"]).scaled(p) if entry else None
+    for name in dict.fromkeys((study, parameters.TESTBED)):
+        if entry := published.get(name, {}).get(preset, {}).get(notebook):
+            return Work(entry["work"], f"counts of {name}", entry["parameters"]).scaled(p)
+    return None
 
 
-def publish(folder: Path, preset: str) -> Path:
-    """Take the counts of a finished run of the testbed into the package. Raises InputError when none counted its work."""
+def publish(folder: Path, study: str, preset: str) -> Path:
+    """Take the counts of a study's finished run into the package. Raises InputError when none counted its work."""
     found = {}
     for note in sorted((folder / "provenance").glob("*.json")):
         content = read_json(note)
-        work = content.get("work")
-        if work and (cached := work.get("cached_answers")):
-            raise InputError(f"{note}: {cached} answers came from the cache; run it with an empty NT_CACHE")
+        work = {name: n for name, n in content.get("work", {}).items() if name not in COSTS}
+        if work.get("cached_answers"):
+            raise InputError(
+                f"{note}: {work['cached_answers']} answers came from the cache; run it with an empty NT_CACHE"
+            )
         if work:
-            names = ("harmful", "n_detect", "n_test", "max_new_tokens")
-            kept = {k: v for k, v in content["parameters"].items() if k in names}
+            kept = {k: v for k, v in content["parameters"].items() if k in FOLLOWED}
             found[note.stem] = {"work": work, "parameters": kept}
     if not found:
         raise InputError(f"{folder}: no finished run that counted its work")
     known = read_json(PUBLISHED) if PUBLISHED.is_file() else {}
+    known[study] = known.get(study, {}) | {preset: found}
     with atomic(PUBLISHED) as tmp:
-        tmp.write_text(json.dumps(known | {preset: found}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        tmp.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return PUBLISHED
 
 
@@ -304,13 +319,13 @@ def _model_lines(plan: Plan, file, run, times: float, preset: str, root: Path) -
     )
     _disk(plan, [n for n in (name, base) if n and n != "auto"], model.weights(dtype))
     device = _device()
-    rate = rates(root, "gpu" if device else "cpu")
+    rate = rates(root, "gpu" if device else "cpu", dtype)
     plan.lines.append(f"steps ({device[0] if device else 'the CPU of this machine'}; {rate.source})")
     peak = total = 0.0
     unknown = []
     for notebook in run.notebooks:
         p = filled(notebook, run, preset, root)
-        work = work_of(notebook, root / "runs" / run.folder / "seed-0", preset, p)
+        work = work_of(notebook, root / "runs" / run.folder / "seed-0", file.name, preset, p)
         if work is None:
             unknown.append(notebook)
             plan.lines.append(f"  {notebook}: its work has not been counted for this preset")
@@ -359,6 +374,8 @@ def _describe(source: str, plan: Plan) -> str:
             return "cannot be read"
     if "@" in source:
         return f"{ROWS.get(head, 'many')} prompts as published, from {source.split('@', 1)[1]}"
+    if found := sources.local_file(source):
+        return f"{ROWS.get(head, 'many')} prompts as published, from {found}"
     entry = registry.REGISTRY[head]
     where = ", else ".join(place.id for place in entry.places)
     rows = f"{ROWS[head]} prompts" if head in ROWS else "large, read from the front" if entry.stream else "of any size"
@@ -385,6 +402,10 @@ def _access(plan: Plan, model: str, gated: bool) -> None:
         return
     from nt_utils.data.sources import hub_reachable
 
+    if row := boxed(model):
+        where = "from the folder NT_MODELS" if row["here"] else "from the hub, else with pip"
+        plan.lines.append(f"  {row['bytes'] / GIB:.2f} GiB {where}, made into a checkpoint once")
+        return
     if gated and not has_token():
         plan.missing.append(gate_message(model))
     elif gated:
@@ -398,6 +419,7 @@ def _disk(plan: Plan, models: Sequence[str], each: float) -> None:
 
     weights = ("model.safetensors", "model.safetensors.index.json")
     wanted = [m for m in models if not is_local(m) and not any(cached_file(m, name) for name in weights)]
+    wanted = [m for m in wanted if not boxed(m)]
     if not wanted:
         return
     folder = Path(constants.HF_HUB_CACHE)
@@ -452,7 +474,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for study in batch.parse_names(options.studies):
         if options.publish:
             folder = run_folder("", study_name(study, study, options.preset), seeds[0])
-            print(publish(folder, options.preset))
+            print(publish(folder, study, options.preset))
         else:
             print(make_plan(study, seeds, options.preset, project_root()))
     return 0

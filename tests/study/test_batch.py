@@ -14,7 +14,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from nt_utils.errors import InputError
 from nt_utils.files import project_root
-from nt_utils.study import batch
+from nt_utils.study import batch, parameters
 
 ROOT = project_root()
 TOY = """
@@ -55,6 +55,22 @@ def test_a_notebook_gets_the_parameters_it_takes(project):
     write_params(project, model="testbed", rho=0.5, notebooks={"00_toy": {"rho": 0.25}})
     assert batch.study_parameters("toy", "00_toy", project) == {"rho": 0.25}
     assert batch.study_parameters("toy", "01_other", project) == {"model": "testbed", "rho": 0.5}
+
+
+def test_a_quick_run_is_quick_whatever_sizes_a_file_gives(project):
+    """Sizes that a study's results need came through to PRESET=quick, which then took hours."""
+    cell = TOY + "n_test = None  # n\ndose = None  # d\nsides = 'both'  # s\n"
+    (project / "notebooks" / "00_toy.ipynb").write_text(notebook(cell))
+    own = {"n_test": 40, "dose": [0.01, 0.02, 0.03], "sides": "input"}
+    write_params(project, rho=0.5, notebooks={"00_toy": own})
+    (variant,) = batch.variants("toy", [0], "quick", project)
+    quick, default = (batch.settings(variant, "00_toy", 0, preset, project) for preset in ("quick", "default"))
+    assert own.items() <= default.items()
+    most = parameters.PARAMETERS["n_test"].presets[0]
+    assert (quick["n_test"], quick["dose"], quick["sides"], quick["rho"]) == (most, [0.01, 0.02], "input", 0.5)
+    write_params(project, n_test=4, notebooks={"00_toy": {"dose": [0.03]}})
+    small = batch.settings(variant, "00_toy", 0, "quick", project)
+    assert (small["n_test"], small["dose"]) == (4, [0.03])
 
 
 def test_other_prompts_are_taken_where_a_files_sources_are_not_at_hand(project):

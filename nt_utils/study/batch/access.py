@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
+import yaml
+
+import nt_utils
 from nt_utils.errors import InputError, gate_message
+from nt_utils.files import cache_folder
 from nt_utils.study.batch.parameter_files import StudyFile
+
+#: Models that any machine can have, read here without loading PyTorch (see nt_utils/models/box.py).
+BOX = Path(nt_utils.__file__).parent / "models" / "box.yaml"
+
+
+def boxed(model: str) -> dict[str, Any]:
+    """What is known of a model in the box, with "here": its file lies in NT_MODELS; {} for any other model."""
+    row = yaml.safe_load(BOX.read_text(encoding="utf-8")).get(model)
+    if row is None:
+        return {}
+    given = os.environ.get("NT_MODELS")
+    return row | {"here": bool(given) and (Path(given).expanduser() / row["file"]).is_file()}
 
 
 def cached_file(model: str, name: str = "config.json") -> Path | None:
-    """A file of a hub model in the hub's cache, or None."""
+    """A file of a hub model in the hub's cache, of a model in the box in this project's; or None."""
     from huggingface_hub import try_to_load_from_cache
+
+    if row := boxed(model):
+        path = cache_folder() / "models" / row["sha256"] / name
+        return path if path.is_file() else None
 
     try:
         found = try_to_load_from_cache(model, name)

@@ -74,10 +74,12 @@ class StudyFile:
     facts: Mapping[str, Any] = field(default_factory=dict)
     has_model: bool = True  # whether any notebook takes a model
 
-    def parameters(self, notebook: str, root: Path) -> dict[str, Any]:
-        """The parameters this file gives to a notebook."""
+    def parameters(self, notebook: str, root: Path, preset: str = "") -> dict[str, Any]:
+        """The parameters this file gives to a notebook; with preset "quick" none is larger than quick's own value, since a
+        file's sizes are meant for results."""
         known = takes(root, notebook)
-        return {k: v for k, v in self.shared.items() if k in known} | dict(self.own.get(notebook) or {})
+        given = {k: v for k, v in self.shared.items() if k in known} | dict(self.own.get(notebook) or {})
+        return {k: _quick(k, v) for k, v in given.items()} if preset == "quick" else given
 
     @property
     def model(self) -> str:
@@ -119,6 +121,15 @@ def read(study: str, root: Path) -> StudyFile:
         if name not in FACTS:
             raise InputError(f"{file}: facts: {name}: unknown; allowed: {', '.join(FACTS)}")
     return StudyFile(study, content, own, sweep, facts, "model" in anywhere)
+
+
+def _quick(name: str, value: Any) -> Any:
+    """A number no larger than the quick preset's, a list no longer than its, else the value itself."""
+    rule = parameters.PARAMETERS.get(name)
+    most = rule.presets[0] if rule and rule.presets else None
+    if isinstance(most, list) and isinstance(value, list):
+        return value[: len(most)]
+    return min(value, most) if isinstance(most, (int, float)) and isinstance(value, (int, float)) else value
 
 
 class _Loader(yaml.SafeLoader):
@@ -186,9 +197,9 @@ def _check_sweep(file: Path, sweep: Mapping, allowed: Sequence[str]) -> None:
                 _check(file, name, value, allowed, ("seed",))
 
 
-def study_parameters(study: str, notebook: str, root: Path) -> dict[str, Any]:
+def study_parameters(study: str, notebook: str, root: Path, preset: str = "") -> dict[str, Any]:
     """The parameters notebooks/params/<study>.yaml gives to a notebook, checked."""
-    return read(study, root).parameters(notebook, root)
+    return read(study, root).parameters(notebook, root, preset)
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -260,7 +271,7 @@ def variants(study: str, seeds: Sequence[int], preset: str, root: Path) -> list[
 def settings(variant: Variant, notebook: str, seed: int, preset: str, root: Path) -> dict[str, Any]:
     """Everything the workflow passes to a notebook: the file's parameters, the sweep's point, and what it sets itself."""
     known = takes(root, notebook)
-    given = study_parameters(variant.study, notebook, root) | dict(variant.changes)
+    given = study_parameters(variant.study, notebook, root, preset) | dict(variant.changes)
     given |= {"study": variant.name, "seed": seed, "preset": preset}
     return {k: v for k, v in given.items() if k in known}
 
