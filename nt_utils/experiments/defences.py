@@ -243,11 +243,10 @@ def worst_case(
 
 def _attacked(lm: LanguageModel, defence: Defence, attack: FineTuning, rate: float) -> dict:
     scope = Everything() if defence.frozen is None else AllBut(defence.frozen)
-
-    more = {"batch_size": attack.batch_size, "seed": attack.seed, "snapshots": True}
+    more: dict[str, Any] = {"steps": max(attack.steps), "every": list(attack.steps), "snapshots": True}
+    more |= {"batch_size": attack.batch_size, "seed": attack.seed}
     with defence.action.active(lm) if defence.action is not None else nullcontext():
-        steps = {"steps": max(attack.steps), "every": list(attack.steps)}
-        found = tune(lm, scope, benign=attack.rows, learning_rate=rate, **steps, **more)
+        found = tune(lm, scope, benign=attack.rows, learning_rate=rate, **more)
     return {step: delta for step, delta in found.snapshots.items() if step}
 
 

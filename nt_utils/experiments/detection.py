@@ -296,18 +296,20 @@ def part_table(
 
 
 def refusal_direction(
-    lm: LanguageModel, prompts: Mapping[str, PromptSet], dev: Suite, **choice: int
+    lm: LanguageModel, prompts: Mapping[str, PromptSet], dev: Suite, *, layers: int = 0, positions: int = 0
 ) -> steering.RefusalDirection:
     """The rival: the refusal direction as its paper chooses it, on the study's prompts and validated on development ones.
 
     Args:
         prompts: "harmful" and "benign" ones; dev: a suite whose direct and useful prompts decide, 32 of each;
-        choice: layers and positions that it is chosen from (see :func:`steering.refusal_direction`).
+        layers, positions: what it is chosen from (see :func:`steering.refusal_direction`).
     """
     validation = [dev[m.set].prompts.texts[:32] for m in measures(dev, "direct", "useful").values()]
     refusals = [prompt.refusal for prompt in prompts["harmful"] if prompt.refusal] or ["I"]
     both = prompts["harmful"].texts, prompts["benign"].texts
-    return steering.refusal_direction(lm, *both, (validation[0], validation[1]), refusals=refusals, **choice)
+    return steering.refusal_direction(
+        lm, *both, (validation[0], validation[1]), refusals=refusals, layers=layers, positions=positions
+    )
 
 
 # ----------------------------------------------------------------------------------- what the rules differ in
