@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 
 from nt_utils import work
 from nt_utils.errors import InputError
-from nt_utils.files import atomic, project_root, run_folder, study_name
+from nt_utils.files import atomic, cached, project_root, run_folder, study_name
 from nt_utils.study import claims, display, ledger
 from nt_utils.study.parameters import check_parameters, from_notebook
 from nt_utils.study.provenance import code_fingerprint, git_revision, notes, versions
@@ -138,6 +138,20 @@ class Run:
         finally:
             self.timings[what] = self.timings.get(what, 0.0) + time.perf_counter() - start
 
+    def kept(self, name: str, make: Callable[[], Any]):
+        """``make()``, a table that takes long, or what an interrupted run left of it: with the same parameters, code, weights
+        and prompts. The file goes when the run is finished."""
+        import pandas as pd
+
+        def anew(path: Path):
+            made = make()
+            with atomic(path) as tmp:
+                made.to_parquet(tmp)
+            return made
+
+        key = {"parameters": vars(self.parameters), "facts": self.facts, "code": code_fingerprint()}
+        return cached(self.path("kept", f"{name}.parquet"), pd.read_parquet, anew, key)
+
     def timing_table(self, name: str, frame) -> Path:
         """Save a table of seconds and bytes, which differ from run to run, beside the timings."""
         return _write(self.path("timings", f"{name}.csv"), frame, "%.4g")
@@ -200,9 +214,9 @@ class Run:
 
     def _drop_leftovers(self) -> None:
         """Remove what an earlier run of this notebook left and this one did not write again."""
-        for kind in ("tables", "figures", "neurons", "deltas"):
+        for kind in ("tables", "figures", "neurons", "deltas", "kept"):
             for file in (self.folder / kind).glob(f"{self.number}_*"):
-                if file.stat().st_mtime < self.since:
+                if kind == "kept" or file.stat().st_mtime < self.since:
                     file.unlink()
 
     def provenance(self, seconds: float | None = None) -> Path:

@@ -129,6 +129,27 @@ def make_run(folder, **parameters):
     return Run("01_safety_neurons", p, folder)
 
 
+def test_a_table_of_an_interrupted_run_is_kept_for_the_same_parameters_and_prompts_alone(tmp_path):
+    made = pd.DataFrame({"name": ["", "b"], "value": [1 / 3, float("nan")], "n": [1, 2]})
+    calls = []
+
+    def again(preset="default", prompts="x"):
+        run = make_run(tmp_path, preset=preset)
+        run.record("prompts", prompts)
+        found = run.kept("dose", lambda: calls.append(1) or made)
+        pd.testing.assert_frame_equal(found, made)
+        return run
+
+    again()
+    run = again()
+    assert len(calls) == 1
+    again(preset="full")
+    again(preset="full", prompts="y")
+    assert len(calls) == 3
+    run.finish()
+    assert not list((tmp_path / "kept").iterdir())
+
+
 def test_a_runs_tables_claims_timings_and_provenance(tmp_path):
     run = make_run(tmp_path)
     run.table("rates", pd.DataFrame({"a": [1 / 3]}))
