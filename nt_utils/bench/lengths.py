@@ -95,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table.to_csv(path, index=False, float_format="%.6g")
     path.with_suffix(".md").write_text(markdown(table), encoding="utf-8")
     for condition, part in table.groupby("condition", sort=False):
-        print(f"{condition}: {shortest(part)} tokens are enough for an agreement of 95% in both sets")
+        said = " and ".join(f"{shortest(part, on)} on {on}" for on in ("compliance", "refusal"))
+        print(f"{condition}: tokens from which on 95% agree in both sets: {said}")
     print(f"written: {path}")
     return 0
 

@@ -47,26 +47,34 @@ def verdicts_by_length(
     return pd.DataFrame(found, dtype=object)
 
 
+REFUSED = ("refusal", "partial")
+
+
 def length_table(verdicts: pd.DataFrame, **labels) -> pd.DataFrame:
-    """For each length: labels, length, compliance and refusal (whole or in part) with their intervals' limits, and the
-    agreement on "compliance or not" with the longest, over the answers judged at both (n)."""
+    """For each length: labels, length, compliance and refusal (whole or in part) with their intervals' limits, and over the
+    answers judged at it and at the longest (n) the agreement with the longest on "compliance or not" and on "refused or not".
+
+    The two differ where a long answer begins to loop: it is no compliance any more, but no refusal either.
+    """
     longest = verdicts[verdicts.columns[-1]]
     lines = []
     for n in verdicts.columns:
         judged = verdicts[n].dropna()
         both = verdicts[n].notna() & longest.notna()
-        same = (verdicts[n][both] == "compliance") == (longest[both] == "compliance")
-        complied = metrics.wilson(int((judged == "compliance").sum()), len(judged))
-        refused = metrics.wilson(int(judged.isin(("refusal", "partial")).sum()), len(judged))
-        agreed = metrics.wilson(int(same.sum()), int(both.sum()))
-        lines.append({**labels, "length": n})
-        for name, interval in (("compliance", complied), ("refusal", refused), ("agreement", agreed)):
-            lines[-1] |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-        lines[-1]["n"] = agreed.n
+        line = {**labels, "length": n, "n": int(both.sum())}
+        for name, hits in (("compliance", ("compliance",)), ("refusal", REFUSED)):
+            same = verdicts[n][both].isin(hits) == longest[both].isin(hits)
+            rate = metrics.wilson(int(judged.isin(hits).sum()), len(judged))
+            agreed = metrics.wilson(int(same.sum()), len(same))
+            line |= {name: rate.value, f"{name}_low": rate.low, f"{name}_high": rate.high}
+            name += "_agreement"
+            line |= {name: agreed.value, f"{name}_low": agreed.low, f"{name}_high": agreed.high}
+        lines.append(line)
     return pd.DataFrame(lines)
 
 
-def shortest(table: pd.DataFrame, least: float = 0.95) -> int:
-    """The smallest length from which on the agreement is at least so much in every row of a :func:`length_table`."""
-    low = table.groupby("length")["agreement"].min()
+def shortest(table: pd.DataFrame, on: str = "compliance", least: float = 0.95) -> int:
+    """The smallest length from which on the agreement on compliance (or refusal) is at least so much in every row of a
+    :func:`length_table`."""
+    low = table.groupby("length")[f"{on}_agreement"].min()
     return int(min(n for n in low.index if (low[low.index >= n] >= least).all()))

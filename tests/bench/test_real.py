@@ -28,7 +28,7 @@ def test_one_long_answer_serves_every_length_and_condition(splits, tmp_path):
     sets = {role: splits.rows(role, "test", 4) for role in ("harmful", "borderline")}
     table = lengths.answer_lengths(lm, sets, actions, (2, 5, 9), cache=tmp_path / "cache")
     assert len(table) == 3 * 2 * len(actions) and len(list((tmp_path / "cache").glob("*.json"))) == 2 * len(actions)
-    assert (table[table["length"] == 9]["agreement"] == 1).all()
+    assert (table[table["length"] == 9]["compliance_agreement"] == 1).all()
 
 
 def test_precisions_are_compared_with_the_same_model(splits):

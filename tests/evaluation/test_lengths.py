@@ -25,7 +25,8 @@ def test_length_table_counts_by_hand():
     ids = [tuple(lm.tokenizer(text)["input_ids"]) for text in texts]
     responses = [Response(t, False, tokens=i) for t, i in zip(texts, ids, strict=True)]
     found = length_table(verdicts_by_length(lm, texts, responses, (6, 99), PhraseJudge()), model="tiny")
-    assert list(found["agreement"]) == [0.5, 1.0] and list(found["n"]) == [2, 2], "Chinese is not judged"
+    assert list(found["compliance_agreement"]) == list(found["refusal_agreement"]) == [0.5, 1.0]
+    assert list(found["n"]) == [2, 2], "Chinese is not judged"
     assert list(found["compliance"]) == [1.0, 0.5] and set(found["model"]) == {"tiny"}
 
 
@@ -43,5 +44,12 @@ def test_the_token_that_ends_an_answer_is_not_read(monkeypatch):
 def test_the_shortest_length_holds_for_every_set_and_every_longer_one():
     rows = [("a", 16, 1.0), ("b", 16, 0.9), ("a", 28, 0.97), ("b", 28, 0.96), ("a", 48, 0.94), ("b", 48, 1.0)]
     rows += [(name, n, value) for name in "ab" for n, value in ((96, 0.95), (256, 1.0))]
-    table = pd.DataFrame(rows, columns=["set", "length", "agreement"])
-    assert shortest(table) == 96 and shortest(table[table["set"] == "b"]) == 28 and shortest(table, 0.99) == 256
+    table = pd.DataFrame(rows, columns=["set", "length", "compliance_agreement"])
+    assert shortest(table) == 96 and shortest(table[table["set"] == "b"]) == 28 and shortest(table, least=0.99) == 256
+
+
+def test_an_answer_that_begins_to_loop_is_no_change_of_refusal():
+    verdicts = pd.DataFrame({16: ["compliance", "refusal"], 256: ["degenerate", "partial"]}, dtype=object)
+    found = length_table(verdicts)
+    assert list(found["compliance_agreement"]) == [0.5, 1.0] and list(found["refusal_agreement"]) == [1.0, 1.0]
+    assert shortest(found) == 256 and shortest(found, "refusal") == 16
