@@ -353,8 +353,8 @@ class CPUOffloadPolicy:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "DEEPSPEED"}, "distributed_type: got DEEPSPEED; allowed: NO, FSDP, MULTI_CPU"),
-        ({"kind": "MEGATRON_LM"}, "distributed_type: got MEGATRON_LM; allowed: NO"),
+        ({"kind": "DEEPSPEED"}, "distributed_type: got 'DEEPSPEED'; allowed: NO, FSDP, MULTI_CPU"),
+        ({"kind": "MEGATRON_LM"}, "distributed_type: got 'MEGATRON_LM'; allowed: NO"),
         ({"precision": "bf16"}, "mixed_precision: got 'bf16'; allowed: 'no'"),
         ({"accumulation": 4}, "gradient_accumulation_steps: got 4; allowed: 1"),
         ({"fsdp_version": 1}, "fsdp_version: got 1; allowed: 2"),
