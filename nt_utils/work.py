@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import resource
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tqdm as bars
@@ -22,6 +24,8 @@ from tqdm.auto import tqdm
 COUNTS: Counter[str] = Counter()
 #: Set in the steps of a batch: progress goes, as lines, to the kernel's error stream, which is the step's log.
 IN_BATCH = "NT_BATCH_STEP"
+#: When ``make study`` began (seconds since 1970), for its steps; and when this process did.
+STARTED, _begun = "NT_STUDY_STARTED", time.time()
 MARK, SECONDS = "progress: ", 30.0
 #: Seconds before a loop shows a bar in a live notebook: thousands are shorter.
 DELAY = 2.0
@@ -34,13 +38,24 @@ def count(**amounts: float) -> None:
 
     read_tokens                      through a plain forward pass, without gradients: prompts, likelihoods, statistics
     written_tokens, decode_steps     of answers: tokens, and forward passes of one token a row
-    cached_answers                   answers that were there already and cost nothing
+    cached_answers                   answers that an earlier study or process left (see :func:`is_older`) and that cost nothing
     scored_rows, scored_tokens       scored exactly
     gradient_tokens                  forward and backward with frozen weights: attribution, learning alpha
     trained_steps, trained_rows, trained_tokens    a backward pass into some weights
     tuned_steps, tuned_rows, tuned_tokens          into more than half of all weights
     """
     COUNTS.update({name: int(amount) for name, amount in amounts.items()})
+
+
+def is_older(path: Path) -> bool:
+    """Whether a file was there before this study, or this process where it is none's, began: what it holds was no work of it.
+
+    An answer that the same study gave before is one that it does not have to give twice, on any machine.
+    """
+    try:
+        return path.stat().st_mtime < float(os.environ.get(STARTED, _begun))
+    except OSError:  # deleted meanwhile
+        return True
 
 
 def clock(seconds: float) -> str:

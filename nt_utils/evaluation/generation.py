@@ -22,7 +22,7 @@ from nt_utils.evaluation import batching
 from nt_utils.evaluation.judges import THINKING_MARK
 from nt_utils.files import atomic, cache_folder
 from nt_utils.models import context_of
-from nt_utils.work import count, track
+from nt_utils.work import count, is_older, track
 
 if TYPE_CHECKING:
     from nt_utils.models import LanguageModel
@@ -104,7 +104,8 @@ def generate(
             identity = lm.identity("" if intervention is None else getattr(intervention, "key", None))
         path = _cache_path(lm, records, max_new_tokens, size, identity, cache, early_end)
     if path is not None and (stored := _read_cache(path, len(records))) is not None:
-        count(cached_answers=len(records))
+        if is_older(path):
+            count(cached_answers=len(records))
         return stored
     with intervention.active(lm) if intervention is not None else contextlib.nullcontext():
         responses = _generate(lm, records, max_new_tokens, size, progress, early_end)

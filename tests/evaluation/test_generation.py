@@ -1,6 +1,8 @@
 import copy
 import json
+import time
 import warnings
+from collections import Counter
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from tokenizers import processors
 
+from nt_utils import work
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError, ModelError
 from nt_utils.evaluation import batching, generation, likelihood
@@ -357,3 +360,17 @@ def test_gradients_work_after_answers_of_an_offloaded_model(lm):
         embedded = lm.model.get_input_embeddings()(ids).detach().requires_grad_(True)
         lm.model(inputs_embeds=embedded).logits.sum().backward()
     assert embedded.grad.abs().sum() > 0
+
+
+def test_only_answers_that_were_there_before_count_as_cached(lm, tmp_path, monkeypatch):
+    """What a notebook answers once and needs twice is its own saving, on every machine."""
+    counts = Counter()
+    monkeypatch.setattr(work, "COUNTS", counts)
+    monkeypatch.setenv(work.STARTED, "0")
+    options = {"max_new_tokens": 2, "progress": False, "cache": tmp_path}
+    generate(lm, TEXTS, **options)
+    generate(lm, TEXTS, **options)
+    assert "cached_answers" not in counts
+    monkeypatch.setenv(work.STARTED, str(time.time() + 60))
+    generate(lm, TEXTS, **options)
+    assert counts["cached_answers"] == len(TEXTS)

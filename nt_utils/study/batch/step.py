@@ -22,10 +22,10 @@ import psutil
 
 from nt_utils.errors import InputError
 from nt_utils.files import atomic, read_json
-from nt_utils.work import IN_BATCH, MARK, clock
+from nt_utils.work import IN_BATCH, MARK, STARTED, clock
 
-#: Set by ``make study`` for its steps: its process, whose death ends them, and when it began (seconds since 1970).
-OWNER, STARTED = "NT_STUDY_PROCESS", "NT_STUDY_STARTED"
+#: Set by ``make study`` for its steps beside STARTED: its process, whose death ends them.
+OWNER = "NT_STUDY_PROCESS"
 #: Environment variables whose values are kept out of everything that is written.
 SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$")
 HIDDEN = "[hidden]"
