@@ -5,29 +5,25 @@ python -m nt_utils.bench.dtypes --model qwen2.5-coder-0.5b-instruct
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
 from nt_utils import models, selection
+from nt_utils.bench import real
 from nt_utils.bench.setup import forward, ratio, seconds, set_clock
 from nt_utils.data.records import PromptSet
-from nt_utils.data.splits import Splits
 from nt_utils.errors import command
 from nt_utils.evaluation.generation import generate
 from nt_utils.evaluation.suite import Evaluation, Suite, evaluate, make_suite
 from nt_utils.experiments.detection import top_of_pool
-from nt_utils.files import study_name
 from nt_utils.models import LanguageModel
 from nt_utils.neurons import POOL, NeuronScores
-from nt_utils.plots.text import markdown
 from nt_utils.scoring.importance import Weights, importance, score_batch
 
 DTYPES = ("float32", "bfloat16")
@@ -104,11 +100,7 @@ def _column(found: Evaluation, name: str, column: str) -> np.ndarray:
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write dtypes_MODEL.csv and .md."""
-    parser = argparse.ArgumentParser(prog="python -m nt_utils.bench.dtypes", description=__doc__)
-    parser.add_argument("--model", default="qwen2.5-coder-0.5b-instruct")
-    parser.add_argument("--harmful", default="advbench")
-    parser.add_argument("--benign", default="alpaca")
-    parser.add_argument("--borderline", default="xstest")
+    parser = real.parser("nt_utils.bench.dtypes", __doc__)
     parser.add_argument("--n", type=int, default=40, help="prompts of a set that are answered")
     parser.add_argument("--n-detect", type=int, default=32, help="prompts of a kind that are scored")
     parser.add_argument("--n-timed", type=int, default=8, help="prompts that are timed")
@@ -117,11 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor seconds, for busy machines"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the tables")
     options = parser.parse_args(arguments)
     set_clock(options.clock)
-    splits = Splits({role: getattr(options, role) for role in ("harmful", "benign", "borderline")}, options.seed)
+    splits = real.splits(options)
     harmful, benign = (splits.rows(role, "detect", options.n_detect) for role in ("harmful", "benign"))
     asked, borderline = (splits.rows(role, "test", options.n) for role in ("harmful", "borderline"))
     suite = make_suite(harmful=asked, borderline=borderline, max_new_tokens=options.tokens)
@@ -135,12 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in part:
             lines.append(line)
             print(*line, flush=True)
-    table = pd.DataFrame(lines, columns=list(COLUMNS))
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"dtypes_{study_name(options.model)}.csv"
-    table.to_csv(path, index=False, float_format="%.6g")
-    path.with_suffix(".md").write_text(markdown(table), encoding="utf-8")
-    print(f"written: {path}")
+    real.write(pd.DataFrame(lines, columns=list(COLUMNS)), "dtypes", options)
     return 0
 
 

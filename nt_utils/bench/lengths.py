@@ -8,7 +8,6 @@ its contrast neurons zeroed, and with the refusal direction ablated. One long an
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,18 +16,17 @@ from typing import Any
 import pandas as pd
 
 from nt_utils import models, selection
+from nt_utils.bench import real
 from nt_utils.data.records import PromptSet
 from nt_utils.data.splits import Splits
 from nt_utils.errors import command
 from nt_utils.evaluation.generation import generate
 from nt_utils.evaluation.lengths import LENGTHS, length_table, shortest, verdicts_by_length
 from nt_utils.experiments.detection import top_of_pool
-from nt_utils.files import study_name
 from nt_utils.interventions import Deactivate
 from nt_utils.interventions.steering import refusal_direction
 from nt_utils.models import LanguageModel
 from nt_utils.neurons import POOL
-from nt_utils.plots.text import markdown
 from nt_utils.scoring.importance import importance
 
 
@@ -71,33 +69,23 @@ def answer_lengths(
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write lengths_MODEL.csv and .md, and say which length is enough."""
-    parser = argparse.ArgumentParser(prog="python -m nt_utils.bench.lengths", description=__doc__)
-    parser.add_argument("--model", default="qwen2.5-coder-0.5b-instruct")
+    parser = real.parser("nt_utils.bench.lengths", __doc__)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--harmful", default="advbench")
-    parser.add_argument("--benign", default="alpaca")
-    parser.add_argument("--borderline", default="xstest")
     parser.add_argument("--n", type=int, default=32, help="prompts of a set")
     parser.add_argument("--n-detect", type=int, default=60, help="prompts of a kind to find neurons and direction with")
     parser.add_argument("--share", type=float, default=0.01, help="share of the pool that is zeroed")
     parser.add_argument("--layers", type=int, default=6, help="layers that the direction is chosen from")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the tables")
     options = parser.parse_args(arguments)
-    splits = Splits({role: getattr(options, role) for role in ("harmful", "benign", "borderline")}, options.seed)
+    splits = real.splits(options)
     sets = {role: splits.rows(role, "test", options.n) for role in ("harmful", "borderline")}
     lm = models.load(options.model, dtype=options.dtype)
     actions = conditions(lm, splits, options.share, options.n_detect, options.layers)
     table = answer_lengths(lm, sets, actions, options.lengths)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"lengths_{study_name(options.model)}.csv"
-    table.to_csv(path, index=False, float_format="%.6g")
-    path.with_suffix(".md").write_text(markdown(table), encoding="utf-8")
     for condition, part in table.groupby("condition", sort=False):
         said = " and ".join(f"{shortest(part, on)} on {on}" for on in ("compliance", "refusal"))
         print(f"{condition}: tokens from which on 95% agree in both sets: {said}")
-    print(f"written: {path}")
+    real.write(table, "lengths", options)
     return 0
 
 

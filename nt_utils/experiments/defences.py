@@ -86,7 +86,8 @@ class Setting:
 
     Args:
         rates: learning rates of neurons and LoRA; full_rates: of full fine-tuning; steps: of both (evaluated ones).
-        iterations: of NeuronTune; strengths: of the refusal direction; direction: what it is chosen from; wanted: names of defences, all if empty.
+        iterations: of NeuronTune; strengths: of the refusal direction; direction: what it is chosen from;
+        wanted: names of defences, all if empty.
     """
 
     rates: Sequence[float]

@@ -159,9 +159,10 @@ def _header(path: Path) -> dict[str, Any]:
     for tensor in reader.tensors:
         try:
             gguf.dequantize(tensor.data[:1], tensor.tensor_type)
-        except NotImplementedError as error:
+        except Exception as error:  # a type that the library only knows by name, or data that is no such type
             raise ModelError(
                 f"model: {path} holds weights in {tensor.tensor_type.name} ({tensor.name}), which cannot be dequantised"
+                f" ({first_line(error)})"
             ) from error
     split = rules.get("pre") if rules.get("model") == "gpt2" else ""
     return {
