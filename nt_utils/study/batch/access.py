@@ -23,7 +23,8 @@ def boxed(model: str) -> dict[str, Any]:
     if row is None:
         return {}
     given = os.environ.get("NT_MODELS")
-    return row | {"here": bool(given) and (Path(given).expanduser() / row["file"]).is_file()}
+    here = Path(given).expanduser() / row["file"] if given else None
+    return row | {"here": here is not None and here.is_file()}
 
 
 def cached_file(model: str, name: str = "config.json") -> Path | None:
