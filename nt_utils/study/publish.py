@@ -42,12 +42,20 @@ MOST_BYTES = 2_000_000  # of an executed notebook
 
 
 def publish(studies: Mapping[str, Sequence[Path]], root: Path) -> None:
-    """Write everything for these studies: name -> the run folders of its seeds, the first of which is shown."""
+    """Write everything for these studies: name -> the run folders of its seeds, the first of which is shown.
+
+    What was published of other models stays.
+    """
+    import pandas as pd
+
     for markers in ((BEGIN, END), (FIRST_BEGIN, FIRST_END)):
         between(root / "README.md", *markers)
     lines = ledger.collect([folder for folders in studies.values() for folder in folders])
-    table = ledger.frame(lines.to_dict("records"))
     target = root / "figures"
+    if (target / "measured.csv").is_file():  # other models stay as they were published
+        before = ledger.read(target / "measured.csv")
+        lines = pd.concat([before[~before["model"].isin(lines["model"])], lines], ignore_index=True)
+    table = ledger.frame(lines.to_dict("records"))
     for old in target.glob("[0-9][0-9]_*.*"):  # of versions that had one folder for all
         old.unlink()
     for name, frame in (("findings", table), ("measured", lines)):

@@ -90,6 +90,17 @@ def test_the_gallery_has_every_figure_with_question_caption_claims_and_links_tha
         assert (published / "figures" / target).exists(), target
 
 
+def test_publishing_another_model_keeps_what_was_published(published):
+    path = published / "figures" / "measured.csv"
+    other = pd.read_csv(path).assign(model="Qwen2.5-Coder-1.5B-Instruct", value=-0.5, low=-0.6, high=-0.4)
+    other.to_csv(path, index=False)
+    publish.publish({"testbed": [published / "runs" / "testbed-full" / "seed-0"]}, published)
+    found = pd.read_csv(path).set_index("model")["value"]
+    assert found.to_dict() == {"Qwen2.5-Coder-1.5B-Instruct": -0.5, "testbed": -0.3}
+    page = (published / "README.md").read_text()
+    assert "**holds** -50 [-60, -40]" in page and "**holds** -30 [-33, -27]" in page
+
+
 def test_executed_notebooks_name_no_machine_and_show_no_progress(published):
     path = published / "notebooks" / "executed" / "testbed" / f"{NAME}.ipynb"
     text = path.read_text()
