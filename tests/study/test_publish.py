@@ -95,7 +95,7 @@ def test_publishing_another_model_keeps_what_was_published(published):
     other = pd.read_csv(path).assign(model="Qwen2.5-Coder-1.5B-Instruct", value=-0.5, low=-0.6, high=-0.4)
     other.to_csv(path, index=False)
     publish.publish({"testbed": [published / "runs" / "testbed-full" / "seed-0"]}, published)
-    found = pd.read_csv(path).set_index("model")["value"]
+    found = pd.read_csv(path).dropna(subset="value").set_index("model")["value"]
     assert found.to_dict() == {"Qwen2.5-Coder-1.5B-Instruct": -0.5, "testbed": -0.3}
     page = (published / "README.md").read_text()
     assert "**holds** -50 [-60, -40]" in page and "**holds** -30 [-33, -27]" in page
