@@ -62,9 +62,25 @@ SPOTS = (
     (6, -6, "left", "top"),
     (-6, 6, "right", "bottom"),
     (-6, -6, "right", "top"),
-    (14, 0, "left", "center"),
-    (-14, 0, "right", "center"),
+    *(
+        (across * far, up * far, "left" if across > 0 else "right", "bottom" if up > 0 else "top" if up else "center")
+        for far in (14, 24, 36, 50)
+        for across, up in (
+            (1, 0),
+            (-1, 0),
+            (1, 1),
+            (1, -1),
+            (-1, 1),
+            (-1, -1),
+            (1, 0.4),
+            (1, -0.4),
+            (-1, 0.4),
+            (-1, -0.4),
+        )
+    ),
 )
+#: A label that stands further off, in points, is tied to its place by a line.
+TIED = 20
 #: Size of the line at a figure's foot, of the font's.
 NOTE = 0.85
 _width = "text"
@@ -249,27 +265,24 @@ def place_labels(ax: Axes, points: np.ndarray, places: np.ndarray, labels: Seque
     pixel, taken = drawn.dpi / 72, list[Any]()
     for place, label in zip(places, labels, strict=True):
         found = []
-        for dx, dy, across, up in SPOTS:
-            text = ax.annotate(
-                label,
-                place,
-                (dx, dy),
-                textcoords="offset points",
-                fontsize=size,
-                ha=across,
-                va=up,
-                annotation_clip=False,
-            )
+        for spot in SPOTS:
+            text = _label(ax, label, place, spot, size)
             box = text.get_window_extent().padded(pixel)
+            text.remove()
             near = box.padded(3 * pixel)  # a point has a size
             covered = sum(box.overlaps(other) for other in taken) + sum(near.contains(*dot) for dot in dots)
             outside = not (ax.bbox.contains(box.x0, box.y0) and ax.bbox.contains(box.x1, box.y1))
-            found.append((covered + 2 * outside, text, box))
-        best = min(found, key=lambda f: f[0])
-        taken.append(best[2])
-        for _, text, _ in found:
-            if text is not best[1]:
-                text.remove()
+            found.append((covered + 2 * outside, spot, box))
+        _, spot, box = min(found, key=lambda f: f[0])
+        tied = {"arrowstyle": "-", "lw": 0.5, "color": GREY} if max(map(abs, spot[:2])) > TIED else None
+        _label(ax, label, place, spot, size, arrowprops=tied)
+        taken.append(box)
+
+
+def _label(ax: Axes, label: str, place: np.ndarray, spot: tuple, size: float, **more: Any) -> Any:
+    dx, dy, across, up = spot
+    options: dict[str, Any] = {"textcoords": "offset points", "fontsize": size, "ha": across, "va": up, **more}
+    return ax.annotate(label, place, (dx, dy), annotation_clip=False, **options)
 
 
 def layer_maps(
