@@ -13,9 +13,8 @@ import hashlib
 import json
 import os
 import struct
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nt_utils.errors import InputError
-from nt_utils.files import damage_reported, digest_of_file, read_header, read_sealed, sealed, write_sealed
+from nt_utils.files import Scratch, damage_reported, digest_of_file, read_header, read_sealed, sealed, write_sealed
 
 KINDS = ("q", "k", "v", "o", "ffn")
 #: The channels that write to the residual stream: the pool of every ranking across kinds. A value row and its
@@ -138,14 +137,15 @@ class ScoreWriter:
 
     The header is written first, then each row at its place (a memory map would count as memory until the system
     writes it back); the file takes its name only when it is complete and its header holds a digest of the scores.
-    Without a path it is a temporary file.
+    Without a path it is a temporary file, which goes with the scores.
     """
 
     def __init__(self, path, space: NeuronSpace, kinds: Sequence[str], n_prompts: int, meta: Mapping | None = None):
         check_kinds(kinds)
         if n_prompts < 1:
             raise InputError("prompts: the list is empty; at least one prompt is needed")
-        path = Path(tempfile.mkdtemp(prefix="nt_scores_")) / "scores.safetensors" if path is None else Path(path)
+        self._scratch = Scratch("nt_scores_") if path is None else None
+        path = self._scratch.path / "scores.safetensors" if self._scratch else Path(path)
         self.path, self.space, self.kinds, self.n_prompts = path, space, tuple(kinds), int(n_prompts)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._tmp = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
@@ -208,7 +208,7 @@ class ScoreWriter:
         self._write_header()
         self._file.close()
         self._tmp.replace(self.path)
-        return NeuronScores.load(self.path)
+        return replace(NeuronScores.load(self.path), scratch=self._scratch)
 
     def discard(self) -> None:
         """Drop the unfinished file."""
@@ -235,6 +235,7 @@ class NeuronScores:
     kinds: tuple[str, ...]
     meta: Mapping
     rows: tuple[int, ...]
+    scratch: Scratch | None = field(default=None, repr=False, compare=False)  # keeps a temporary file there
 
     @classmethod
     def load(cls, path, space: NeuronSpace | None = None) -> NeuronScores:
@@ -276,7 +277,7 @@ class NeuronScores:
         rows = list(rows)
         if not rows or min(rows) < 0 or max(rows) >= self.n_prompts:
             raise InputError(f"rows: need at least one position between 0 and {self.n_prompts - 1}")
-        return NeuronScores(self.path, self.space, self.kinds, self.meta, tuple(self.rows[r] for r in rows))
+        return replace(self, rows=tuple(self.rows[r] for r in rows))
 
 
 # ------------------------------------------------------------------------------------------------------ sets

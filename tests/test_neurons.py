@@ -1,5 +1,7 @@
 """Neuron spaces, streamed scores and neuron sets."""
 
+import gc
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -82,6 +84,18 @@ def test_missing_prompts_nan_and_interruptions_leave_no_file(tmp_path):
         raise KeyboardInterrupt
     refused("prompts", lambda: ScoreWriter(path, SPACE, POOL, 0))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_temporary_score_file_goes_with_the_last_scores_that_read_it():
+    values = torch.rand(3, 20)
+    scores = write_scores(None, values)
+    folder, some = scores.path.parent, scores.subset([2, 0])
+    del scores
+    gc.collect()
+    assert torch.equal(some.matrix(), values[[2, 0]])
+    del some
+    gc.collect()
+    assert not folder.exists()
 
 
 def test_scores_of_another_architecture_or_kind_are_refused(tmp_path):

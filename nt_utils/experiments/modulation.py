@@ -224,17 +224,20 @@ def rankings(
     Args:
         n: harmful requests, and benign ones; utility: scores of another call, not to be made again; folder: where the score files go (default: a temporary one).
     """
-    folder = Path(folder) if folder is not None else Path(tempfile.mkdtemp(prefix="nt_attribution_"))
+
+    def file(name: str) -> Path | None:
+        return Path(folder) / f"{name}.safetensors" if folder is not None else None
+
     options: dict[str, Any] = {"method": method, "steps": steps, "batch_size": 16, "rows": 128}
     cases = safety_cases(found.plain[:n], found.wrappers)
     if not attack_aware:
         cases = [c for c in cases if c.group == cases[0].group]  # the plain request once, not once an attack
     target = "attacked" if attack_aware else "zero"
-    safety = attribution(lm, cases, target=target, path=folder / f"safety_{target}.safetensors", **options)
+    safety = attribution(lm, cases, target=target, path=file(f"safety_{target}"), **options)
     if utility is None:
         step = max(1, len(found.plain_benign) // n)
         calm = utility_cases(found.plain_benign[list(range(0, len(found.plain_benign), step))[:n]])
-        utility = attribution(lm, calm, target="zero", path=folder / "utility.safetensors", **options)
+        utility = attribution(lm, calm, target="zero", path=file("utility"), **options)
     return Rankings(
         selection.attributed(safety, how, "safety"), selection.attributed(utility, "signed", "utility"), safety, utility
     )
