@@ -130,7 +130,7 @@ def build(
     def tuned(name: str, scope, learning_rates: Sequence[float]) -> Defence:
         return _made(name, lambda: tuning.choose(lm, name, scope, learning_rates, pairs, setting.steps, dev, goal))
 
-    ranked = cache(lambda: neurontune.rankings(lm, found, method="patching"))
+    ranked = cache(lambda: neurontune.rankings(lm, found, steps=0))
 
     def preset(name: str) -> Defence:
         recipe = dataclasses.replace(neurontune.RECIPE, iterations=setting.iterations, seed=setting.seed)

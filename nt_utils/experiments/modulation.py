@@ -208,7 +208,6 @@ def rankings(
     found: Material,
     n: int = 16,
     *,
-    method: str = "integrated",
     steps: int = 8,
     attack_aware: bool = True,
     how: str = "signed",
@@ -222,13 +221,15 @@ def rankings(
     Utility: L = nll(helpful) - nll(refusal), each neuron moved to zero.
 
     Args:
-        n: harmful requests, and benign ones; utility: scores of another call, not to be made again; folder: where the score files go (default: a temporary one).
+        n: harmful requests, and benign ones; steps: points on each path of integrated gradients, 0: attribution patching
+            in their place, one backward pass for all sites; utility: scores of another call, not to be made again; folder: where the score files go (default: a temporary one).
     """
 
     def file(name: str) -> Path | None:
         return Path(folder) / f"{name}.safetensors" if folder is not None else None
 
-    options: dict[str, Any] = {"method": method, "steps": steps, "batch_size": 16, "rows": 128}
+    options: dict[str, Any] = {"batch_size": 16, "rows": 128}
+    options |= {"method": "integrated", "steps": steps} if steps else {"method": "patching"}
     cases = safety_cases(found.plain[:n], found.wrappers)
     if not attack_aware:
         cases = [c for c in cases if c.group == cases[0].group]  # the plain request once, not once an attack

@@ -327,7 +327,9 @@ PARAMETERS: dict[str, Parameter] = {
         float, "factors of one whole layer", 0, 3, presets=([0.8], [0.8, 1.25], [0.7, 0.85, 1.2, 1.5])
     ),
     "n_attribution": _whole("requests to attribute, for each role", 4, presets=(4, 12, 24)),
-    "attribution_steps": _whole("points on each attribution path", 1, presets=(1, 4, 8)),
+    "attribution_steps": _whole(
+        "points on each attribution path; 0 = attribution patching, one backward pass", 0, presets=(1, 4, 8)
+    ),
     "iterations": _whole("outer steps of learning alpha", 1, presets=(1, 10, 20)),
     "inner_share": _number("share by which the inner step should lower the support loss", 0.01, 0.9),
     "learnt_draws": _whole("random neuron sets that alpha is learnt for", 1, presets=(1, 1, 3)),

@@ -127,8 +127,10 @@ def test_random_sets_match_every_site(ranked):
 
 
 def test_attribution_with_and_without_attacks_differs(lm, found):
-    options = {"n": 2, "steps": 1, "method": "patching"}
+    options = {"n": 2, "steps": 0}
     aware, plain = study.rankings(lm, found, **options), study.rankings(lm, found, **options, attack_aware=False)
+    assert aware.safety_scores.meta["method"] == "patching"
+    assert study.rankings(lm, found, 2, steps=1).safety_scores.meta["method"] == "integrated"
     assert torch.equal(aware.utility.values, plain.utility.values)
     assert not torch.allclose(aware.safety.values, plain.safety.values)
     safety, utility = study.preset_sets(aware, "safety-first")
