@@ -14,6 +14,7 @@ import math
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,9 +36,9 @@ PUBLISHED = Path(__file__).with_name("work.json")
 #: Parameters that counts follow, and what a run's provenance says of its cost beside them.
 FOLLOWED = ("harmful", "n_detect", "n_test", "max_new_tokens")
 COSTS = ("peak_bytes", "gpu_peak_bytes", "cpu_seconds")
-#: Rates assumed where ``make bench`` or ``make bench-gpu`` has measured none: operations a second of a forward pass, bytes a
-#: second of reading weights while generating, exact scoring over the plain forward pass.
-ASSUMED = {"gpu": (2.5e14, 1.2e12, 3.0), "cpu": (1e11, 1e10, 3.0)}
+#: Rates of a GPU, assumed where ``make bench-gpu`` has measured none: operations a second of a forward pass, bytes a second of
+#: reading weights while generating; and exact scoring over the plain forward pass, of any device.
+ASSUMED_GPU, SCORING = (2.5e14, 1.2e12), 3.0
 #: Shape (b) of the bench: tokens of a batch, weights (see nt_utils/bench/setup.py); weights of bench-gpu's 7B shape.
 SHAPE_B, SHAPE_7B = (4 * 64, 2 * (1024 * (2 * 1024 + 2 * 256) + 3 * 1024 * 2816)), 6.6e9
 #: Forward passes that a token takes: the backward pass has twice the forward's operations, half of them for the weights.
@@ -140,14 +141,15 @@ class Rates:
 
 
 def rates(root: Path, device: str, dtype: str = "float32") -> Rates:
-    """Rates of "gpu" or "cpu": measured where the bench left them in runs/, else assumed.
+    """Rates of "gpu" or "cpu": measured where the bench left them in runs/; else a CPU's are measured now, a GPU's assumed.
 
     On a CPU the bench's forward pass is one in float32; of a study in bfloat16 it takes what ``make bench`` measured of that.
     """
-    speed, bandwidth, scoring = ASSUMED[device]
-    read = f"generation assumed to read {bandwidth / 1e9:g} GB/s of weights"
     file = root / "runs" / ("bench_gpu.json" if device == "gpu" else "bench.json")
     found = read_json(file) if file.is_file() else None
+    speed, bandwidth = ASSUMED_GPU if device == "gpu" else cpu_rates(dtype)
+    how = "assumed" if device == "gpu" else "measured just now"
+    read = f"generation reads {bandwidth / 1e9:.3g} GB/s of weights ({how})"
     if device == "gpu" and found:
         row = found[0]
         forward, scoring = row["tokens_per_second"] * row["exact_over_forward"], row["exact_over_forward"]
@@ -161,8 +163,30 @@ def rates(root: Path, device: str, dtype: str = "float32") -> Rates:
         source = f"measured on this CPU (runs/bench.json, {found['machine']['date']}); {read}"
         return Rates(seconds * faster.get("forward", 1), 1 / bandwidth, scoring, source)
     bench = "make bench-gpu" if device == "gpu" else "make bench"
-    source = f"assumed: {speed / 1e12:g} TFLOP/s, scoring {scoring:g} forward passes ({bench} measures); {read}"
-    return Rates(1 / speed, 1 / bandwidth, scoring, source)
+    source = f"{how}: {speed / 1e12:.3g} TFLOP/s; scoring assumed at {SCORING:g} forward passes ({bench} measures); {read}"
+    return Rates(1 / speed, 1 / bandwidth, SCORING, source)
+
+
+def cpu_rates(dtype: str) -> tuple[float, float]:
+    """Operations a second of this CPU in matrix products of a prompt's size, and bytes a second of weights read for a few tokens.
+
+    Takes about a second. "auto" counts as float32.
+    """
+    import torch
+
+    kind = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    weights = torch.ones(16, 2048, 2048, dtype=kind)  # more than a cache holds
+
+    def seconds(rows: int) -> float:
+        tokens, took = torch.ones(rows, 2048, dtype=kind), []
+        for _ in range(3):
+            start = time.perf_counter()
+            for matrix in weights:
+                torch.nn.functional.linear(tokens, matrix)
+            took.append(time.perf_counter() - start)
+        return min(took)
+
+    return 2 * 256 * weights.numel() / seconds(256), weights.nbytes / seconds(8)
 
 
 @dataclass(frozen=True)

@@ -183,7 +183,12 @@ def test_the_plan_speaks_of_this_machine(offline, counted, monkeypatch, device, 
     assert said in text and "counts of testbed" in text and "has not been counted" in text
 
 
-def test_rates_are_measured_where_the_bench_left_them(tmp_path):
+def test_rates_are_the_benchs_or_measured_now(tmp_path, monkeypatch):
+    assert min(plan.cpu_rates("bfloat16")) > 1e6
+    monkeypatch.setattr(plan, "cpu_rates", lambda dtype: (4e11, 2e10))
+    now = plan.rates(tmp_path, "cpu")
+    assert (now.operation, now.byte) == (2.5e-12, 5e-11) and "measured just now: 0.4 TFLOP/s" in now.source
+    assert "assumed: 250 TFLOP/s" in plan.rates(tmp_path, "gpu").source
     (tmp_path / "runs").mkdir()
     tokens, weights = plan.SHAPE_B
     bench = {"milliseconds": {"b": {"forward": [1.0, 2.0, 9.0]}}, "exact_over_forward": {"b": 4.0}}
@@ -191,7 +196,7 @@ def test_rates_are_measured_where_the_bench_left_them(tmp_path):
     (tmp_path / "runs" / "bench.json").write_text(json.dumps(bench))
     found = plan.rates(tmp_path, "cpu")
     assert found.operation == pytest.approx(2e-3 / (2 * weights * tokens)) and found.scoring == 4.0
-    assert "assumed" in plan.rates(tmp_path / "none", "cpu").source
+    assert found.byte == 5e-11
     assert plan.rates(tmp_path, "cpu", "bfloat16") == found  # not measured in bfloat16
     bench["bfloat16_over_float32"] = {"forward": 0.25, "scoring": 0.5}
     (tmp_path / "runs" / "bench.json").write_text(json.dumps(bench))
@@ -228,8 +233,9 @@ def test_a_cluster_is_asked_for_what_the_size_needs():
     assert plan.resources(batch.read("llama-2-7b", ROOT), "04_ssah_alignment")["gpu"] == 2
 
 
-def test_the_command_loads_no_torch_and_shows_no_token():
-    code = "import sys; from nt_utils.study import plan; assert plan.main(['--studies', 'testbed llama-2-7b']) == 0; assert 'torch' not in sys.modules"
+def test_the_command_loads_torch_only_to_measure_the_cpu_and_shows_no_token():
+    code = "import sys; from nt_utils.study import plan; assert plan.main(['--studies', 'testbed']) == 0; assert 'torch' not in sys.modules"
+    code += "; assert plan.main(['--studies', 'llama-2-7b']) == 0"
     token = "hf_" + "planted" * 4
     environment = {"HF_TOKEN": token, "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
