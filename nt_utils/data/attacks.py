@@ -55,9 +55,13 @@ class Attack:
         return self.function(text)
 
     def apply(self, prompt: Prompt) -> Prompt:
-        """The prompt under this attack: its text wrapped, its answer begun where the attack prefills it."""
+        """The prompt under this attack: its text wrapped, its answer begun where the attack prefills it.
+
+        A request without a topic becomes its own: intervals then know that its attacks are not independent of each other.
+        """
         prefill = self.prefill(prompt) if callable(self.prefill) else self.prefill
-        return prompt.replace(text=self.function(prompt.text), attack=self.name, prefill=prefill)
+        topic = prompt.topic or prompt.text
+        return prompt.replace(text=self.function(prompt.text), topic=topic, attack=self.name, prefill=prefill)
 
 
 def _fill(wording: str, text: str) -> str:

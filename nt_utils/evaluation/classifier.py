@@ -74,6 +74,11 @@ class _ModelJudge(ABC):
                 self.unparseable += positive is None
         return verdicts
 
+    @property
+    def harm_only(self) -> bool:
+        """Whether it tells harmful responses from others only, and so says nothing about benign requests."""
+        return self.negative != "refusal"
+
     @abstractmethod
     def _ask(self, pairs: list[tuple[str, str]]) -> list[bool | None]:
         """Whether each (prompt, response) is positive; None where the model's answer cannot be read."""

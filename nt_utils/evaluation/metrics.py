@@ -40,7 +40,7 @@ def wilson(count: float, n: float, level: float = 0.95) -> Interval:
         raise InputError(f"count must lie between 0 and n = {n}, got {count}")
     if n == 0:
         return NOTHING
-    z = _quantile(level)
+    z = quantile(level)
     rate, z2 = count / n, z * z
     centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
     half = z * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n)) / (1 + z2 / n)
@@ -65,7 +65,7 @@ def rate(hits: ArrayLike, clusters: ArrayLike | None = None, level: float = 0.95
     if 0 < p < 1 and size > 1:
         variance = _cluster_variance(values - p, groups)
         effect = max(1.0, variance / (p * (1 - p) / n))
-        worth = n / effect * (_quantile(level) / _quantile(level, size - 1)) ** 2
+        worth = n / effect * (quantile(level) / quantile(level, size - 1)) ** 2
     found = wilson(p * worth, worth, level)
     return Interval(float(p), found.low, found.high, n)
 
@@ -85,7 +85,7 @@ def mean(values: ArrayLike, clusters: ArrayLike | None = None, level: float = 0.
     value = float(kept.mean())
     if size == 1:
         return Interval(value, math.nan, math.nan, len(kept))
-    half = _quantile(level, size - 1) * math.sqrt(_cluster_variance(kept - value, groups))
+    half = quantile(level, size - 1) * math.sqrt(_cluster_variance(kept - value, groups))
     return Interval(value, value - half, value + half, len(kept))
 
 
@@ -112,42 +112,44 @@ def clustered_difference(
     level: float = 0.95,
     seed: int | None = None,
 ) -> Interval:
-    """Mean of after - controls, with an interval over clusters of prompts and over control draws.
+    """Mean of after - controls, with an interval over clusters of prompts and over the draws of both sides.
 
-    The variance is the sum of two: between clusters, of the change against the mean control, and between the draws' means
-    over their number. The t quantile's degrees of freedom are Satterthwaite's (1946), so that 8 draws count as 8. Where no
+    The variance is the sum of three: between clusters, of the mean change, and of each side between the means of its draws
+    over their number (one draw has none: the interval then speaks of that draw alone). The t quantile's degrees of freedom are Satterthwaite's (1946), so that 8 draws count as 8. Where no
     cluster differs from another the first is the rule of three over clusters: what was never seen in g clusters has a rate
     below about 3/g.
 
     Args:
         controls: outcomes under each control draw, ``[draws, prompts]`` (one row: a plain paired comparison).
-        after: outcomes on the same prompts, ``[prompts]``.
+        after: outcomes on the same prompts, ``[prompts]``, or of several draws or trainings, ``[draws, prompts]``.
         clusters: cluster of each prompt: prompts of one topic are not independent of each other.
         seed: not used, nothing is drawn.
 
     Prompts with a NaN anywhere are left out; n is the number of prompts that remain. Differences of rates stay within -1
     and 1.
     """
-    table, last = np.atleast_2d(np.asarray(controls, dtype=float)), np.asarray(after, dtype=float)
-    if last.ndim != 1 or table.shape[1] != last.size:
-        raise InputError(f"controls and after must hold the same prompts, got {table.shape[1]} and {last.size}")
-    kept = ~np.isnan(table + last).any(axis=0)
-    change, n = (last - table)[:, kept], int(kept.sum())
+    table, last = (np.atleast_2d(np.asarray(side, dtype=float)) for side in (controls, after))
+    if table.ndim != 2 or last.ndim != 2 or table.shape[1] != last.shape[1]:
+        raise InputError(f"controls and after must hold the same prompts, got {table.shape[-1]} and {last.shape[-1]}")
+    kept = ~(np.isnan(table).any(axis=0) | np.isnan(last).any(axis=0))
+    table, last, n = table[:, kept], last[:, kept], int(kept.sum())
     if n == 0:
         return NOTHING
     groups = np.arange(n) if clusters is None else np.unique(np.asarray(clusters)[kept], return_inverse=True)[1]
-    value, size, draws = float(change.mean()), int(groups.max()) + 1, len(change)
-    over_prompts = _cluster_variance(change.mean(0) - value, groups) if size > 1 else 0.0
-    over_draws = change.mean(1).var(ddof=1) / draws if draws > 1 else 0.0
-    total = over_prompts + over_draws
+    change = last.mean(0) - table.mean(0)
+    value, size = float(change.mean()), int(groups.max()) + 1
+    over_prompts = _cluster_variance(change - value, groups) if size > 1 else 0.0
+    parts = [(over_prompts, size - 1)]
+    parts += [(float(side.mean(1).var(ddof=1)) / len(side), len(side) - 1) for side in (table, last) if len(side) > 1]
+    total = sum(variance for variance, _ in parts)
     half = 0.0
     if total > 0:
-        freedom = total**2 / ((over_prompts**2 / (size - 1) if size > 1 else 0) + over_draws**2 / max(draws - 1, 1))
-        half = _quantile(level, freedom) * math.sqrt(total)
+        freedom = total**2 / sum(variance**2 / max(degrees, 1) for variance, degrees in parts)
+        half = quantile(level, freedom) * math.sqrt(total)
     if over_prompts < 1e-18:
         half = math.hypot(half, 3 / size)
     low, high = value - half, value + half
-    if max(np.nanmax(np.abs(table)), np.nanmax(np.abs(last))) <= 1:
+    if max(np.abs(table).max(), np.abs(last).max()) <= 1:
         low, high = max(-1.0, low), min(1.0, high)
     return Interval(value, low, high, n)
 
@@ -168,7 +170,8 @@ def _cluster_variance(residuals: np.ndarray, groups: np.ndarray) -> float:
     return float((sums**2).sum() / residuals.size**2 * len(sums) / (len(sums) - 1))
 
 
-def _quantile(level: float, freedom: float | None = None) -> float:
+def quantile(level: float, freedom: float | None = None) -> float:
+    """Half-width of a two-sided interval in standard errors: Student's t, the normal distribution's without freedom."""
     from scipy import stats
 
     if not 0 < level < 1:

@@ -110,6 +110,11 @@ class CombinedJudge:
     def __post_init__(self):
         self.name = self.name or f"{self.first.name}+{self.second.name}"
 
+    @property
+    def harm_only(self) -> bool:
+        """Whether the second judge says nothing about benign requests."""
+        return getattr(self.second, "harm_only", False)
+
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
         verdicts = list(self.first(prompts, responses))
         rest = [i for i, verdict in enumerate(verdicts) if verdict == "compliance" or verdict != verdict]

@@ -234,10 +234,11 @@ def make_suite(
 
     attacks   names of wrapper attacks; every harmful prompt is evaluated under each of them
     limit     at most so many prompts of each source, drawn with `seed`
+    judge     of the harmful sets; of the others too, unless it tells harm only: then phrases judge those
     """
     from nt_utils.data.attacks import attack as find_attack
 
-    wrappers = [find_attack(a) for a in attacks]
+    wrappers, given_judge = [find_attack(a) for a in attacks], judge
     if wrappers and harmful is None:
         raise InputError("attacks need harmful prompts: give harmful a source")
     sets = []
@@ -247,6 +248,7 @@ def make_suite(
         prompts = _loaded(given, kind, limit, seed)
         label = {"harmful": "direct", "general": "text"}.get(kind, kind)
         sums = all(p.answer and final_number(p.answer) is not None for p in prompts)
+        judge = "phrases" if kind != "harmful" and getattr(given_judge, "harm_only", False) else given_judge
         correct = "known" if judge == "known" else "number" if sums else ""
         wanted = DEFAULT_METRICS[kind] + (("helpful",) if correct and kind != "harmful" else ())
         sets.append(SuiteSet(label, prompts, wanted, judge, correct=correct))

@@ -71,11 +71,12 @@ class Untouched:
     """What the untouched model says on benign prompts: its greedy answers' first tokens and their log-probabilities.
 
     Attributes:
-        heads, tails: token ids of the prompts and of the answers' starts.
+        prompts: the prompts, which every model renders for itself (an intervention may add a system prompt);
+        tails: token ids of the answers' starts.
         log_probabilities: float16 [tail, vocabulary] for each prompt, on the CPU.
     """
 
-    heads: list[list[int]]
+    prompts: list[Prompt]
     tails: list[list[int]]
     log_probabilities: list[Tensor]
     key: tuple
@@ -107,7 +108,7 @@ def untouched(
     found: list[Tensor] = [torch.empty(0)] * len(heads)
     for i, logits, _ in tail_logits(lm, heads, tails, batch_size=size):
         found[i] = logits.float().log_softmax(-1).to("cpu", torch.float16)
-    _KEPT[lm.model] = Untouched(heads, tails, found, key)
+    _KEPT[lm.model] = Untouched(list(prompts), tails, found, key)
     return _KEPT[lm.model]
 
 
@@ -117,8 +118,9 @@ def kl(lm: LanguageModel, reference: Untouched, batch_size: int | None = None) -
     In nats a position. The answers are those of the reference, so every model is asked at the same places; this is what
     users of abliteration tools look at, taken over POSITIONS positions in place of the first.
     """
-    values = np.full(len(reference.heads), np.nan)
-    rows = tail_logits(lm, reference.heads, reference.tails, batch_size=batch_size or BATCH_SIZE)
+    values = np.full(len(reference.prompts), np.nan)
+    heads = prompt_ids(lm, reference.prompts)
+    rows = tail_logits(lm, heads, reference.tails, batch_size=batch_size or BATCH_SIZE)
     for i, logits, _ in rows:
         now = logits.float().log_softmax(-1)
         was = reference.log_probabilities[i].to(now.device).float().log_softmax(-1)  # it sums to one again

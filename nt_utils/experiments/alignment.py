@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -120,6 +121,10 @@ def attack_table(runs: Mapping[tuple[str, float], FineTuned], measures: Sequence
     return pd.DataFrame(rows)
 
 
+#: Share of its starting loss by which an arm's held-out loss has to fall for the arm to count as learning the task.
+LEARNT = 0.02
+
+
 @dataclass(frozen=True)
 class Point:
     """One place in a sweep, at an evaluated step or between two of them.
@@ -140,11 +145,12 @@ class Point:
         """Training steps, interpolated."""
         return sum(step * weight for step, weight in self.weights.items())
 
-    def values(self, measure: Measure) -> np.ndarray:
-        """One outcome a prompt, interpolated between the steps."""
+    def values(self, measure: Measure, nearest: bool = False) -> np.ndarray:
+        """One outcome a prompt, interpolated between the steps, or at the nearest evaluated one."""
+        weights = {max(self.weights, key=lambda step: self.weights[step]): 1.0} if nearest else self.weights
         found = (
             weight * self.run.evaluations[step].values(measure.set, measure.metric).to_numpy(float)
-            for step, weight in self.weights.items()
+            for step, weight in weights.items()
         )
         return np.sum(list(found), axis=0)
 
@@ -185,7 +191,7 @@ def equal_loss_points(
     """Each arm where it has learnt the task as far as all arms have: equal loss on held-out rows of the task.
 
     Every arm is taken at the rate that brings its held-out loss down furthest. The target is the loss that even the slowest
-    arm reaches; an arm's point lies where its loss first comes down to the target, between two evaluated steps in a
+    arm that learns the task reaches (one whose loss never falls by LEARNT of its start has no point); an arm's point lies where its loss first comes down to the target, between two evaluated steps in a
     straight line. A ``target`` that is given (that of a training with more arms) stands, and an arm that does not reach it
     has no point.
 
@@ -196,8 +202,13 @@ def equal_loss_points(
     for (arm, rate), run in runs.items():
         if len(run.losses) > 1 and (arm not in best or min(run.losses.values()) < min(best[arm][1].losses.values())):
             best[arm] = (rate, run)
+    best = {
+        arm: (rate, run)
+        for arm, (rate, run) in best.items()
+        if min(run.losses.values()) <= (1 - LEARNT) * run.losses[min(run.losses)]
+    }
     if target is None:
-        target = max(min(run.losses.values()) for _, run in best.values())
+        target = max((min(run.losses.values()) for _, run in best.values()), default=math.nan)
     found = {}
     for arm, (rate, run) in best.items():
         steps = sorted(run.losses)
@@ -235,10 +246,20 @@ def point_difference(
     """
     if not chosen.get(arm) or (other is not None and not chosen.get(other)):
         return None
-    after = np.mean([p.values(measure) for p in chosen[arm]], axis=0)
-    controls = [np.zeros_like(after)] if other is None else [p.values(measure) for p in chosen[other]]
-    evaluation = next(iter(chosen[arm][0].run.evaluations.values()))
-    return metrics.clustered_difference(controls, after, clusters_of(evaluation.rows, measure.set), seed=seed)
+    clusters = clusters_of(next(iter(chosen[arm][0].run.evaluations.values())).rows, measure.set)
+
+    def difference(nearest: bool) -> metrics.Interval:
+        after = np.stack([p.values(measure, nearest) for p in chosen[arm]])
+        controls = np.zeros((1, after.shape[1]))
+        if other is not None:
+            controls = np.stack([p.values(measure, nearest) for p in chosen[other]])
+        return metrics.clustered_difference(controls, after, clusters, seed=seed)
+
+    found, evaluated = difference(False), difference(True)
+    # Between two steps every prompt has nearly the same outcome, a weight: the spread is that at the evaluated steps.
+    low = found.value - max(found.value - found.low, evaluated.value - evaluated.low)
+    high = found.value + max(found.high - found.value, evaluated.high - evaluated.value)
+    return metrics.Interval(found.value, max(low, -1.0), min(high, 1.0), found.n)
 
 
 def by_arm(
@@ -259,7 +280,7 @@ def freezing_findings(
     """What is said of A5 (freezing, each fine-tuning set a row) and A6 (adapters, on benign rows), at equal held-out loss."""
     for row in ("benign rows", "10% harmful rows"):
         found = point_difference(equal.get(row, {}), guarded, "full", asr, seed)
-        yield Finding("A5", row, "safety", found or "this study has no such fine-tuning rows")
+        yield Finding("A5", row, "safety", found or "an arm did not learn the task, or the study has no such rows")
     found = point_difference(equal["benign rows"], "LoRA", "full", asr, seed)
     yield Finding("A6", "", "safety", found or "an arm did not learn the task")
 
@@ -382,8 +403,7 @@ def budget_findings(
             for name, evaluations in done.items()
         }
         clusters = clusters_of(done["RU"][0].rows, measure.set)
-        after = np.mean(found["RU"], axis=0)
-        yield Finding("A8", "", part, metrics.clustered_difference(found["full"], after, clusters, seed=seed))
+        yield Finding("A8", "", part, metrics.clustered_difference(found["full"], found["RU"], clusters, seed=seed))
 
 
 def budget_table(base: Evaluation, found: Mapping[str, Aligned], measures: Sequence[Measure]) -> pd.DataFrame:

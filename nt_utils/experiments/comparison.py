@@ -150,14 +150,17 @@ def agreement_interval(halves: Halves, share: float, prompts: int, minus: str) -
 
 
 def across_data(first: Halves, second: Halves, share: float) -> dict[str, metrics.Interval]:
-    """Definition -> Jaccard of its sets from two harmful data sets, with the middle 95% over halves of their prompts."""
+    """Definition -> Jaccard of its sets from two harmful data sets, with the middle 95% over halves of their prompts.
+
+    The first half of one is compared with the second of the other: the benign prompts are then not the same.
+    """
     found = {}
     for name in first[0][0]:
         if name in second[0][0]:
             pairs = [
                 (a[name], b[name])
                 for one, two in zip(first, second, strict=True)
-                for a, b in zip(one, two, strict=True)
+                for a, b in zip(one, reversed(two), strict=True)
             ]
             values = [a.top_share(share).jaccard(b.top_share(share)) for a, b in pairs]
             found[name] = metrics.Interval(*_middle(values), len(values))
@@ -460,9 +463,20 @@ def frontier_table(
 # --------------------------------------------------------------------------------------------------------- claims
 
 
+def against_direction(
+    bench: Bench, neurons: NeuronSet, ablate: Action, asr: Measure, useful: Measure, seed: int
+) -> metrics.Interval | str:
+    """How much more these neurons jailbreak than the refusal direction, or why that has no test: two that do nothing are alike."""
+    if ablate is None:
+        return "no candidate met the bounds of the paper's choice of a direction"
+    if bench.jailbroken(ablate, [None], asr, useful, seed).low <= 0:
+        return "ablating the refusal direction does not jailbreak this model"
+    return bench.jailbroken(neurons, [ablate], asr, useful, seed)
+
+
 def findings(
     agreement: metrics.Interval,
-    against_direction: metrics.Interval | None,
+    direction: metrics.Interval | str,
     across: Mapping[str, metrics.Interval],
     looked: Mapping[str, Mapping[str, metrics.Interval]],
     rows: Mapping[str, Sequence[str]],
@@ -470,14 +484,13 @@ def findings(
     """What is said of X1 to X4.
 
     Args:
-        agreement: :func:`agreement_interval`; against_direction: the strongest definition against the refusal direction, None
-            where there is no direction; across: :func:`across_data`; looked: :func:`looking_again`;
+        agreement: :func:`agreement_interval`; direction: :func:`against_direction` of the strongest definition;
+            across: :func:`across_data`; looked: :func:`looking_again`;
         rows: "X2" -> definitions and "X4" -> defences that are spoken of.
     """
     yield Finding("X1", "", "jaccard", agreement)
     missing = "no second set of harmful prompts, or this definition has no base model"
     yield from (Finding("X2", name, "jaccard", across.get(name, missing)) for name in rows["X2"])
-    none = "no candidate met the bounds of the paper's choice of a direction"
-    yield Finding("X3", "", "jailbroken", against_direction or none)
+    yield Finding("X3", "", "jailbroken", direction)
     for name, part in itertools.product(rows["X4"], ("asr", "utility")):
         yield Finding("X4", name, part, looked.get(name, {}).get(part, "this defence was left out of the run"))

@@ -21,6 +21,7 @@ import torch
 
 from nt_utils import selection, work
 from nt_utils.data.records import PromptSet
+from nt_utils.evaluation.judges import Judge
 from nt_utils.evaluation.suite import Evaluation
 from nt_utils.experiments import alignment, tuning
 from nt_utils.experiments import modulation as neurontune
@@ -87,7 +88,7 @@ class Setting:
     Args:
         rates: learning rates of neurons and LoRA; full_rates: of full fine-tuning; steps: of both (evaluated ones).
         iterations: of NeuronTune; strengths: of the refusal direction; direction: what it is chosen from;
-        wanted: names of defences, all if empty.
+        wanted: names of defences, all if empty; judge: of the development prompts that choose.
     """
 
     rates: Sequence[float]
@@ -100,6 +101,7 @@ class Setting:
     batch_size: int = 12
     seed: int = 0
     wanted: Sequence[str] = ()
+    judge: str | Judge = "phrases"
 
 
 def build(
@@ -122,7 +124,7 @@ def build(
         Measure("direct", "asr", "direct"),
         Measure("benign", "compliance", "benign"),
     ]
-    dev = Bench(lm, neurontune.development_suite(found, max_new_tokens), measures)
+    dev = Bench(lm, neurontune.development_suite(found, max_new_tokens, setting.judge), measures)
     goal = tuning.Goal(harm=measures[0], keep=(measures[2],), target=None)
     attacked = PromptSet([p for prompts in found.tasks.values() for p in prompts], "attacked")
     pairs = tuning.Pairs(attacked, found.benign, 0.5, setting.batch_size, setting.seed)

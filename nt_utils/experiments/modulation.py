@@ -23,6 +23,7 @@ from nt_utils.data import corpus, splits
 from nt_utils.data.attacks import ATTACKS, FULL_LENGTH, Attack, attacks
 from nt_utils.data.records import PromptSet
 from nt_utils.evaluation import metrics
+from nt_utils.evaluation.judges import Judge
 from nt_utils.evaluation.suite import Suite, SuiteSet, clusters_of
 from nt_utils.experiments.bench import Bench, Finding, Measure, ratio, total
 from nt_utils.interventions import Intervention, dial, export, learning, steering
@@ -452,14 +453,14 @@ def shrunk(suite: Suite, n: int, seed: int) -> Suite:
     return Suite(tuple(sets), suite.name, suite.max_new_tokens)
 
 
-def development_suite(found: Material, max_new_tokens: int) -> Suite:
-    """Direct, attacked and benign requests of the material's validation part."""
+def development_suite(found: Material, max_new_tokens: int, judge: str | Judge = "phrases") -> Suite:
+    """Direct, attacked and benign requests of the material's validation part, judged as the test is."""
     tasks, calm = found.dev
     attacked = [p for name, prompts in tasks.items() if name != "direct" for p in prompts]
     sets = (
-        SuiteSet("direct", tasks["direct"], ("asr",)),
-        SuiteSet("seen", PromptSet(attacked, "seen"), ("asr",)),
-        SuiteSet("benign", calm, ("refusal", "compliance")),
+        SuiteSet("direct", tasks["direct"], ("asr",), judge),
+        SuiteSet("seen", PromptSet(attacked, "seen"), ("asr",), judge),
+        SuiteSet("benign", calm, ("refusal", "compliance"), judge),
     )
     return Suite(sets, "development", max_new_tokens)
 
@@ -614,7 +615,10 @@ def adapted_difference(
     """
     classes = list(adapted[first])
     pairs = [(adapted[first][name][1], adapted[second][name][1]) for name in classes]
-    asr = total(*[bench.excess(a, [b], m, seed) for (a, b), m in zip(pairs, class_measures(classes), strict=True)])
+    asr = total(
+        *[bench.excess(a, [b], m, seed) for (a, b), m in zip(pairs, class_measures(classes), strict=True)],
+        together=True,
+    )
     value, low, high = (v / len(classes) for v in asr[:3])
     asr = metrics.Interval(value, low, high, asr.n)
     change = [bench.mean_values([a], over) - bench.mean_values([b], over) for a, b in pairs]

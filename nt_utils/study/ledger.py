@@ -11,10 +11,11 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, variance
 from typing import TYPE_CHECKING, Any
 
 from nt_utils.errors import InputError
-from nt_utils.evaluation.metrics import Interval, t_interval
+from nt_utils.evaluation.metrics import Interval, quantile
 from nt_utils.files import escaped
 from nt_utils.study import claims
 from nt_utils.study.provenance import notes
@@ -62,7 +63,8 @@ def run_rows(run: Run) -> list[dict[str, Any]]:
 def collect(folders: Sequence[Path]) -> pd.DataFrame:
     """The lines of these run folders.
 
-    Raises InputError: a folder without any, a notebook that did not finish, seeds of a notebook made by different code.
+    Raises InputError: a folder without any, a notebook that did not finish, seeds of a notebook made by different code, two
+    runs of one model, seed and notebook.
     """
     import pandas as pd
 
@@ -82,7 +84,14 @@ def collect(folders: Sequence[Path]) -> pd.DataFrame:
                     f"publish: the runs of {file.stem} were made by different versions of the code; run the study again"
                 )
             frames.append(read(file))
-    return pd.concat(frames, ignore_index=True)
+    lines = pd.concat(frames, ignore_index=True)
+    twice = lines[lines.duplicated(["claim", "row", "part", "model", "seed"])]
+    if len(twice):
+        first = twice.iloc[0]
+        raise InputError(
+            f"publish: {first['model']}, seed {first['seed']}, {first['notebook']} was run in two of these folders; name one"
+        )
+    return lines
 
 
 def read(file: Path) -> pd.DataFrame:
@@ -149,18 +158,37 @@ def _measured(lines: list[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _pooled(what: claims.Claim, seeds: Mapping[Any, Mapping[str, Any]], model: str) -> claims.Verdict:
-    """One verdict over seeds: of each part the t interval over the seeds that measured it; one seed has its own interval."""
+    """One verdict over seeds: of each part the interval over the seeds that measured it; one seed has its own interval.
+
+    A part whose training diverged at a seed has no verdict: seeds that failed are not left out of what succeeded.
+    """
     measured: dict[str, Any] = {}
     freedom: dict[str, int] = {}
     for part in what.parts:
         found = [parts[part.name] for parts in seeds.values() if part.name in parts]
         values = [f for f in found if not isinstance(f, str)]
-        if len(values) > 1:
-            measured[part.name] = t_interval([v.value for v in values])
+        lost = [f for f in found if isinstance(f, str) and "diverged" in f]
+        if lost and values:
+            measured[part.name] = f"at {len(lost)} of {len(found)} seeds: {lost[0]}"
+        elif len(values) > 1:
+            measured[part.name] = over_seeds(values)
             freedom[part.name] = len(values) - 1
         elif found:
             measured[part.name] = values[0] if values else found[0]
     return claims.decide(what.id, measured, model, freedom)
+
+
+def over_seeds(found: Sequence[Interval]) -> Interval:
+    """The mean over seeds with Student's t interval; n is their number.
+
+    The variance between seeds is taken, or the mean variance that the seeds' own intervals tell where that is larger: few
+    seeds may agree by chance, and then know no more than each of them.
+    """
+    values = [f.value for f in found]
+    within = fmean((max(f.value - f.low, f.high - f.value) / 1.96) ** 2 for f in found)
+    freedom = len(found) - 1
+    half = quantile(0.95, freedom) * math.sqrt(max(variance(values), within) / len(found))
+    return Interval(fmean(values), fmean(values) - half, fmean(values) + half, len(found))
 
 
 def frame(lines: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -174,10 +202,11 @@ def frame(lines: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def _cell(what: claims.Claim, verdict: claims.Verdict) -> str:
-    """ "holds 45 [40, 50]"."""
+    """ "holds 45 [40, 50] (utility)": with the part that decides it, where there are several."""
     if not verdict.part or math.isnan(verdict.interval.value):
         return verdict.verdict
-    return f"{verdict.verdict} {what.part(verdict.part).text(verdict.interval)}"
+    name = f" ({verdict.part})" if len(what.parts) > 1 else ""
+    return f"{verdict.verdict} {what.part(verdict.part).text(verdict.interval)}{name}"
 
 
 def cell(line: Mapping[str, Any]) -> str:
@@ -187,8 +216,11 @@ def cell(line: Mapping[str, Any]) -> str:
         return line["verdict"]
     interval = [line[name] for name in ("value", "low", "high", "n")]
     name = f" ({line['part']})" if len(what.parts) > 1 else ""
-    word = f"**{line['verdict']}**" if line["corrected"] == line["verdict"] else line["verdict"]
-    return f"{word} {what.part(line['part']).text(interval)}{name}"
+    sure = line["corrected"] == line["verdict"] != claims.UNDECIDED
+    word = f"**{line['verdict']}**" if sure else line["verdict"]
+    tested = line["seeds"] - line["untestable"]
+    seeds = f", {tested} of {line['seeds']} seeds" if line["untestable"] else ""
+    return f"{word} {what.part(line['part']).text(interval)}{name}{seeds}"
 
 
 #: What a stranger asks first; the README opens with these claims.
@@ -227,7 +259,9 @@ def counts(ledger: pd.DataFrame) -> str:
             continue
         number = part["corrected"].value_counts()
         told = ", ".join(f"{word} {number[word]}" for word in claims.VERDICTS if word in number)
-        said.append(f"{escaped(model)}, {len(part)} rows after Holm's correction: {told}.")
+        said.append(
+            f"{escaped(model)}, {len(part)} rows (a claim has one for each rule, language or defence), verdicts after Holm's correction: {told}."
+        )
     return " ".join(said)
 
 

@@ -163,7 +163,9 @@ def rates(root: Path, device: str, dtype: str = "float32") -> Rates:
         source = f"measured on this CPU (runs/bench.json, {found['machine']['date']}); {read}"
         return Rates(seconds * faster.get("forward", 1), 1 / bandwidth, scoring, source)
     bench = "make bench-gpu" if device == "gpu" else "make bench"
-    source = f"{how}: {speed / 1e12:.3g} TFLOP/s; scoring assumed at {SCORING:g} forward passes ({bench} measures); {read}"
+    source = (
+        f"{how}: {speed / 1e12:.3g} TFLOP/s; scoring assumed at {SCORING:g} forward passes ({bench} measures); {read}"
+    )
     return Rates(1 / speed, 1 / bandwidth, SCORING, source)
 
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from nt_utils.errors import InputError, command
 from nt_utils.files import atomic, escaped, project_root, read_json, run_folder, study_name
-from nt_utils.study import claims, ledger
+from nt_utils.study import claims, ledger, seeds
 
 if TYPE_CHECKING:
     import nbformat
@@ -50,6 +50,8 @@ def publish(studies: Mapping[str, Sequence[Path]], root: Path) -> None:
 
     for markers in ((BEGIN, END), (FIRST_BEGIN, FIRST_END)):
         between(root / "README.md", *markers)
+    for folders in studies.values():
+        seeds.check_same(folders)
     lines = ledger.collect([folder for folders in studies.values() for folder in folders])
     target = root / "figures"
     if (target / "measured.csv").is_file():  # other models stay as they were published
@@ -108,7 +110,9 @@ def claims_page(table: pd.DataFrame) -> str:
     head = (
         "# The thirty claims\n\nThis page is written by `make publish`. A claim holds when the 95% intervals of all its parts lie on"
         " the claimed side of their margins; it does not hold when one part's interval lies on the other side. *After Holm* is the"
-        " verdict after Holm's correction over the rows of one model. Over seeds the interval is Student's t.\n\n"
+        " verdict after Holm's correction over the rows of one model. Over seeds the interval is Student's t. Points and shares are"
+        " shown times 100 (a margin of 0.1 is 10 points); ratios, nats and indices as they are. n counts prompts where there is one"
+        " seed, else seeds. A row shows the part that decides it, and so does each seed: in brackets where a claim has several.\n\n"
     )
     return head + ledger.front_page(table) + "\n\n" + ledger.counts(table) + "\n\n" + ledger.details(table)
 
@@ -179,7 +183,7 @@ def questions(notebook: Path) -> dict[str, tuple[str, str, list[str]]]:
         if title:
             close()
             heading, drawn, named = title.group(1).strip(), [], ""
-            plain = re.sub(r"^#.*$", "", source, flags=re.M).strip().split("\n\n")[0]
+            plain = re.sub(r"^#.*$", "", source[title.end() :], flags=re.M).strip().split("\n\n")[0]
             words = " ".join(re.split(r"(?<=[.!?])\s+", " ".join(plain.split()))[:2])
         named += source
         if cell["cell_type"] == "code":
@@ -236,12 +240,17 @@ def publish_notebooks(folder: Path, target: Path, root: Path) -> None:
     import nbformat
 
     target.mkdir(parents=True, exist_ok=True)
-    for source in sorted(folder.glob("[0-9][0-9]_*.ipynb")):
-        if source.stem.endswith(".failed"):
-            continue
+    sources = [p for p in sorted(folder.glob("[0-9][0-9]_*.ipynb")) if not p.stem.endswith(".failed")]
+    here = {source.name for source in sources}
+    for source in sources:
         note = folder / "provenance" / f"{source.stem}.json"
         node = nbformat.read(source, as_version=4)
-        clean(node, root)
+        clean(node, root, folder.parents[2])
+        for cell in node.cells:
+            if cell.cell_type == "markdown":  # what has no executed copy is linked as its source
+                cell.source = re.sub(
+                    r"\]\((\w+\.ipynb)\)", lambda m: m[0] if m[1] in here else f"](../../{m[1]})", cell.source
+                )
         if note.is_file():
             node.cells.insert(0, _front_cell(source.stem, folder, read_json(note)))
         text = nbformat.writes(node)
@@ -265,10 +274,10 @@ def _front_cell(name: str, folder: Path, note: Mapping[str, Any]) -> nbformat.No
     return new_markdown_cell(text, id="executed-copy")
 
 
-def clean(node: nbformat.NotebookNode, root: Path) -> None:
+def clean(node: nbformat.NotebookNode, root: Path, *others: Path) -> None:
     """Make an executed notebook fit to be read by anybody: no progress bars, no widgets, no paths or machine names, figures at
-    screen size, no times of execution."""
-    hidden = secrets_of_machine(root)
+    screen size, no times of execution. others: further folders that hold run folders."""
+    hidden = [pair for place in (root, *others) for pair in secrets_of_machine(place)]
     for cell in node.cells:
         cell.metadata.pop("execution", None)
         cell.metadata.pop("papermill", None)
@@ -332,10 +341,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from nt_utils.study import batch
 
     options = batch.parser("publish", __doc__.splitlines()[0], preset="full").parse_args(arguments)
-    seeds = batch.parse_seeds(options.seeds)
+    wanted = batch.parse_seeds(options.seeds)
     found = {}
     for study in batch.parse_names(options.studies):
-        folders = [run_folder("", study_name(study, study, options.preset), seed) for seed in seeds]
+        folders = [run_folder("", study_name(study, study, options.preset), seed) for seed in wanted]
         there = [folder for folder in folders if (folder / "claims").is_dir()]
         found[study] = there or folders
         if there and len(there) < len(folders):

@@ -78,3 +78,11 @@ def test_many_shots_are_many():
 
 def test_unknown_attack_lists_the_known_ones():
     refused(r"unknown attack 'magic': use one of roleplay\.1, .*many-shot", lambda: attack("magic"))
+
+
+def test_attacks_on_one_request_are_one_cluster():
+    requests = [Prompt(f"request {i}", kind="harmful") for i in range(3)] + [
+        Prompt("known", topic="fire", kind="harmful")
+    ]
+    wrapped = [one.apply(prompt) for one in attacks(seen=True)[:4] for prompt in requests]
+    assert {prompt.topic for prompt in wrapped} == {"request 0", "request 1", "request 2", "fire"}

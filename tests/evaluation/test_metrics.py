@@ -71,6 +71,7 @@ TOPICS = np.repeat(np.arange(26), 8)
 TOPIC_RATE = stats.norm.expect(lambda x: expit(-2 + 1.5 * x))
 WIDE = math.sqrt(2)
 CHANGE = stats.norm.expect(lambda x: expit(WIDE * x)) - stats.norm.expect(lambda x: expit(WIDE * x - 1))
+TRAINED = stats.norm.expect(lambda x: expit(1.25**0.5 * x)) - stats.norm.expect(lambda x: expit(1.25**0.5 * x - 1))
 EXCESS = stats.norm.expect(lambda x: expit(1 + x)) - stats.norm.expect(lambda x: expit(WIDE * x - 1))
 
 
@@ -93,6 +94,18 @@ def control_draws(rng, draws):
     return metrics.clustered_difference(controls, after, TOPICS), EXCESS
 
 
+def trainings_on_both_sides(rng):
+    """Three trainings of each arm, whose logits spread by .5 between trainings."""
+    topic = rng.normal(size=26)[TOPICS]
+    before, after = (rng.random((3, 208)) < expit(shift + 0.5 * rng.normal(size=(3, 1)) + topic) for shift in (-1, 0))
+    found, other = (
+        metrics.clustered_difference(before, after, TOPICS),
+        metrics.clustered_difference(after, before, TOPICS),
+    )
+    assert (found.value, found.low) == pytest.approx((-other.value, -other.high))
+    return found, TRAINED
+
+
 def perplexity_of_texts(rng):
     tokens = rng.integers(60, 200, 16)
     return metrics.ratio(tokens * rng.normal(2.0, 0.4, 16), tokens), 2.0
@@ -110,6 +123,7 @@ STUDIES = {
     "change in topics": change_in_topics,
     "eight draws": lambda rng: control_draws(rng, 8),
     "three draws": lambda rng: control_draws(rng, 3),
+    "trainings on both sides": trainings_on_both_sides,
     "three trainings": lambda rng: (metrics.t_interval(rng.normal(0.4, 0.1, 3)), 0.4),
     "nats of prompts": lambda rng: (metrics.mean(rng.gamma(2.0, 0.5, 40)), 1.0),
     "perplexity of texts": perplexity_of_texts,

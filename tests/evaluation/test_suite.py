@@ -7,6 +7,8 @@ import pytest
 
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.evaluation import generation, suite
+from nt_utils.evaluation.judges import PhraseJudge
+from nt_utils.evaluation.model_judge import CombinedJudge
 from nt_utils.evaluation.suite import Suite, SuiteSet, compare, corpus_suite, evaluate, make_suite
 from nt_utils.interventions import Deactivate
 from nt_utils.neurons import POOL, NeuronSet
@@ -267,6 +269,22 @@ def test_a_judge_takes_the_phrase_judges_place_and_both_rates_are_given(lm):
     assert found.agreement.iloc[0]["agreement"] == pytest.approx(2 / 3)
     known_set = evaluate(lm, SMALL.only("direct"), judge=Says("refusal"), **PLAIN)
     assert known_set.rate("direct", "asr").value == 1.0, "known answers judge for themselves"
+
+
+def test_a_judge_that_knows_harm_alone_leaves_benign_prompts_to_the_phrases(lm):
+    class Harm(Says):
+        harm_only = True
+
+    asked = {
+        "harmful": PromptSet([Prompt("a", kind="harmful")], "h"),
+        "benign": PromptSet([Prompt("b", kind="benign")], "b"),
+    }
+    found = make_suite(**asked, judge=Harm("other"))
+    assert [getattr(s.judge, "name", s.judge) for s in found.sets] == ["says", "phrases"]
+    assert (
+        CombinedJudge(PhraseJudge(), Harm("other")).harm_only
+        and not CombinedJudge(PhraseJudge(), PhraseJudge()).harm_only
+    )
 
 
 def test_refusals_are_cut_and_marked_only_where_no_metric_needs_their_end(lm, monkeypatch):

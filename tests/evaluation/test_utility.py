@@ -7,6 +7,7 @@ import torch
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.evaluation import generation, likelihood, utility
 from nt_utils.evaluation.suite import Suite, SuiteSet, evaluate
+from nt_utils.interventions.steering import SystemPrompt
 from tests.common import ScaledLogits, refused
 from tests.tiny import tiny_lm
 
@@ -50,6 +51,12 @@ def test_kl_equals_brute_force_on_the_untouched_models_own_answers(lm):
     wanted = [brute_force_kl(lm, prompt, 0.5, 5) for prompt in BENIGN]
     assert min(wanted) > 1e-3 and found == pytest.approx(wanted, rel=1e-2)
     assert utility.kl(lm, reference) == pytest.approx(np.zeros(4), abs=1e-5), "nothing changed: no divergence"
+
+
+def test_what_a_system_prompt_changes_is_seen(lm):
+    reference = utility.untouched(lm, BENIGN, positions=3)
+    with SystemPrompt("Answer in verse.").active(lm):
+        assert utility.kl(lm, reference).min() > 1e-4
 
 
 def test_reference_is_kept_while_the_model_stays_as_it_is(lm, monkeypatch):

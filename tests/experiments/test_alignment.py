@@ -179,6 +179,26 @@ def test_the_bounded_attacker_keeps_utility_and_equal_losses_are_interpolated():
     assert isinstance(findings[1].found, str)
 
 
+def test_an_arm_that_never_learns_the_task_moves_no_other_arm():
+    arms = {"full": [(3.0, 0.0, 1.0), (1.0, 0.8, 0.9)], "slow": [(3.0, 0.0, 1.0), (1.5, 0.1, 0.9)]}
+    target, points = alignment.equal_loss_points(fake_runs(arms))
+    bad = fake_runs(arms | {"bad": [(3.0, 0.0, 1.0), (9.0, 0.0, 0.0)]})
+    assert alignment.equal_loss_points(bad)[0] == target == 1.5 and set(alignment.equal_loss_points(bad)[1]) == set(
+        points
+    )
+
+
+def test_between_two_steps_an_interval_is_as_wide_as_at_a_step():
+    arms = {"full": [(3.0, 0.0, 1.0), (1.0, 1.0, 0.9)], "slow": [(3.0, 0.0, 1.0), (1.1, 0.6, 0.9)]}
+    swept = fake_runs(arms)
+    _, points = alignment.equal_loss_points(swept)
+    chosen = alignment.by_arm([points], [swept])
+    found = alignment.point_difference(chosen, "slow", "full", ASR, 0)
+    at_steps = metrics.clustered_difference(np.ones((1, 100)), (np.arange(100) < 60).astype(float))
+    assert points["full"].step == pytest.approx(0.95) and found.value == pytest.approx(0.6 - 0.95)
+    assert found.high - found.low >= at_steps.high - at_steps.low > 0.15
+
+
 def test_arms_of_a_further_training_come_down_to_the_first_ones_loss():
     first = fake_runs({"full": [(3.0, 0.0, 1.0), (1.0, 0.5, 0.9)], "slow": [(3.0, 0.0, 1.0), (2.0, 0.2, 0.5)]})
     second = fake_runs({"full": [(3.0, 0.0, 1.0), (1.5, 0.6, 0.9)]})

@@ -289,11 +289,28 @@ def test_an_attacker_who_looks_again_detects_in_the_defended_model(monkeypatch, 
     assert action.first.key == "defended" and action.second.neurons == chosen[5] and undefended.neurons == chosen[2]
 
 
+def test_neurons_and_a_direction_that_do_nothing_are_not_compared():
+    nothing, much = metrics.Interval(0.0, -0.05, 0.05, 8), metrics.Interval(0.6, 0.5, 0.7, 8)
+    answers = iter([nothing, much, nothing])
+    bench = type("B", (), {"jailbroken": lambda self, *_: next(answers)})()
+    asked = {"asr": ASR, "useful": ASR, "seed": 0}
+    said = comparison.against_direction(bench, None, "ablate", **asked)
+    assert "does not jailbreak" in said
+    assert comparison.against_direction(bench, None, "ablate", **asked) is nothing
+    assert "no candidate" in comparison.against_direction(bench, None, None, **asked)
+
+
+def test_a_definition_agrees_with_itself_on_the_same_prompts():
+    halves = [(toy().rankings([0]), toy().rankings([0]))]
+    found = comparison.across_data(halves, halves, 0.1)
+    assert found and all(one.value == 1 for one in found.values())
+
+
 def test_a_claim_row_without_a_measurement_says_why():
     found = metrics.Interval(0.2, 0.1, 0.3, 8)
     rows = {"X2": ["contrast", "SCU"], "X4": ["SN-Tune", "LoRA"]}
     looked = {"SN-Tune": {"asr": found, "utility": found}}
-    said = {f[:3]: f.found for f in comparison.findings(found, None, {"contrast": found}, looked, rows)}
+    said = {f[:3]: f.found for f in comparison.findings(found, "no direction", {"contrast": found}, looked, rows)}
     measured = {key for key, what in said.items() if what is found}
     assert measured == {
         ("X1", "", "jaccard"),

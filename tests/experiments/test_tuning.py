@@ -125,6 +125,25 @@ def test_the_rise_under_later_fine_tuning():
     assert difference.low < -0.3 < difference.high
 
 
+def test_safety_is_kept_better_only_by_what_was_safe_and_learnt_the_task():
+    task, useful = Measure("direct", "helpful", "task"), Measure("direct", "over_refusal", "useful")
+
+    def run(harm, learnt):
+        evaluations = {
+            i: Fake({"asr": n, "helpful": t, "over_refusal": 0})
+            for i, (n, t) in enumerate(zip(harm, learnt, strict=True))
+        }
+        return SimpleNamespace(evaluations=evaluations, last=evaluations[max(evaluations)])
+
+    def said(sn, rsn):
+        return tuning.later_finding({"SN": run(*sn), "RSN": run(*rsn)}, "SN", "RSN", ASR, useful, task, 0)
+
+    sn = ([0, 9, 9], [0, 8, 8])
+    assert said(sn, ([0, 1, 1], [0, 8, 8])).value == pytest.approx(-0.8)
+    assert "not learnt under RSN" in said(sn, ([0, 0, 0], [0, 0, 0]))
+    assert "less safe from the start" in said(sn, ([9, 10, 10], [0, 8, 8]))
+
+
 def test_a_ranking_without_some_neurons_is_refilled():
     space = NeuronSpace({"o": (4,), "ffn": (6,)}, {"o": 1, "ffn": 1}, total_parameters=10, architecture="toy")
     ranking = Ranking(space, POOL, torch.arange(10.0))

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from nt_utils.errors import InputError
+from nt_utils.evaluation.metrics import Interval
 from nt_utils.files import escaped
 from nt_utils.study import claims, ledger
 from nt_utils.study.run import Run
@@ -68,10 +69,32 @@ def test_seeds_that_miss_the_gate_are_left_out_and_counted_and_untestable_ones_a
     assert (none["verdict"], none["reason"]) == (claims.NOT_TESTABLE, "every seed of the testbed misses its gate")
 
 
+def test_seeds_that_agree_by_chance_are_no_surer_than_each_of_them():
+    each = [Interval(0.0, -0.2, 0.2, 20)] * 3
+    pooled = ledger.over_seeds(each)
+    assert pooled.low == pytest.approx(-stats.t.ppf(0.975, 2) * 0.2 / 1.96 / 3**0.5) and pooled.n == 3
+    wide = ledger.over_seeds([Interval(x, x - 0.01, x + 0.01, 20) for x in (0.1, 0.2, 0.6)])
+    assert wide.low == pytest.approx(stats.t.interval(0.95, 2, 0.3, stats.sem([0.1, 0.2, 0.6]))[0])
+
+
+def test_seeds_whose_training_diverged_are_not_left_out_of_the_verdict():
+    found = row(lines_of({0: -0.3, 1: "training diverged", 2: "training diverged"}))
+    assert found["verdict"] == claims.NOT_TESTABLE and "at 2 of 3 seeds" in found["reason"]
+    left = row(lines_of({0: -0.3, 1: -0.3, 2: "no prompts"}))
+    assert left["verdict"] == claims.HOLDS and ledger.cell(left).endswith("2 of 3 seeds")
+
+
+def test_a_run_that_was_handed_in_twice_is_refused(tmp_path):
+    folders = [write(tmp_path / name / "seed-0", 0) for name in ("a", "b")]
+    with pytest.raises(InputError, match="seed 0, 02_sn_tune was run in two of these folders"):
+        ledger.collect(folders)
+
+
 def test_positive_controls_are_marked_and_not_counted():
     table = ledger.frame(lines_of({0: -0.3}) + lines_of({0: -0.3}, model="Qwen2.5-Coder-0.5B-Instruct"))
     assert table.groupby("model")["positive_control"].first().tolist() == [False, True]
-    assert ledger.counts(table).startswith("Qwen2.5-Coder-0.5B-Instruct, 56 rows after Holm's correction: holds 1,")
+    assert ledger.counts(table).startswith("Qwen2.5-Coder-0.5B-Instruct, 56 rows (a claim has one for each rule")
+    assert "after Holm's correction: holds 1, not testable 3, not run 52." in ledger.counts(table)
     assert "testbed" not in ledger.counts(table)
     page = ledger.front_page(table)
     assert page.count("\n") == 1 + len(claims.CLAIMS)

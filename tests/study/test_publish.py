@@ -57,8 +57,11 @@ def finished(root, folder, value=-0.3):
         new_output("stream", name="stderr", text="Loading weights: 0%"),
         new_output("display_data", data={"application/vnd.jupyter.widget-view+json": {}, "text/plain": "HBox()"}),
     ]
+    links = new_markdown_cell(f"[Index](index.ipynb), [here]({NAME}.ipynb), [away](https://a.b/c.ipynb)")
     cell = new_code_cell("1 + 1", outputs=outputs, metadata={"papermill": {"duration": 1}})
-    nbformat.write(new_notebook(cells=[cell], metadata={"papermill": {"input_path": "/x"}}), folder / f"{NAME}.ipynb")
+    nbformat.write(
+        new_notebook(cells=[cell, links], metadata={"papermill": {"input_path": "/x"}}), folder / f"{NAME}.ipynb"
+    )
     run.finish()
     return folder
 
@@ -114,6 +117,28 @@ def test_executed_notebooks_name_no_machine_and_show_no_progress(published):
     image = Image.open(io.BytesIO(base64.b64decode(node.cells[1].outputs[0].data["image/png"])))
     assert image.size == (publish.WIDTH, publish.WIDTH // 2)
     assert path.stat().st_size < publish.MOST_BYTES
+    links = f"[Index](../../index.ipynb), [here]({NAME}.ipynb), [away](https://a.b/c.ipynb)"
+    assert node.cells[2].source == links
+
+
+def test_a_run_of_another_checkout_names_no_place(root, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    publish.publish({"testbed": [finished(elsewhere, elsewhere / "runs" / "testbed-full" / "seed-0")]}, root)
+    assert str(elsewhere) not in (root / "notebooks" / "executed" / "testbed" / f"{NAME}.ipynb").read_text()
+
+
+def test_seeds_with_other_settings_are_not_pooled(root):
+    other = finished(root, root / "runs" / "testbed-full" / "seed-1")
+    note = other / "provenance" / f"{NAME}.json"
+    content = json.loads(note.read_text())
+    content["parameters"]["sides"] = "both"
+    note.write_text(json.dumps(content))
+    first = root / "runs" / "testbed-full" / "seed-0" / "provenance" / f"{NAME}.json"
+    first.write_text(
+        json.dumps(json.loads(first.read_text()) | {"parameters": content["parameters"] | {"sides": "input"}})
+    )
+    with pytest.raises(InputError, match="sides"):
+        publish.publish({"testbed": [root / "runs" / "testbed-full" / f"seed-{seed}" for seed in (0, 1)]}, root)
 
 
 def test_too_large_a_notebook_is_refused(root, monkeypatch):
