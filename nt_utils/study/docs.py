@@ -13,7 +13,7 @@ from nt_utils.files import atomic, project_root
 
 HEAD = """# The definitions
 
-Generated from the files of `nt_utils/definitions/` by `make docs`. Each file is one published definition of a safety neuron: a function from a
+Generated from the files of `nt_utils/definitions/` by `make docs`. Each file is one definition of a safety neuron, seven published and one (contrast) of this project: a function from a
 model and its prompts to a ranking of the model's neurons.
 """
 

@@ -27,8 +27,8 @@ SOURCES = tuple(
 
 #: How much to compute. "quick" shows that every step of every notebook works: the whole testbed study is meant to take
 #: under 90 seconds on 2 cores, of which imports are about a third. Its values are the least that does so and support no
-#: finding; whoever adds a step to a notebook gives it a quick value as small. "default" is for a first look, "full" for
-#: what is published.
+#: finding; whoever adds a step to a notebook gives it a quick value as small. "default" is for a first look and what is
+#: published so far, "full" takes more prompts, draws and trainings.
 PRESETS = ("quick", "default", "full")
 
 
