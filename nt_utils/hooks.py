@@ -9,6 +9,7 @@ error, and so is a context none of whose hooks ran before it closed.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -293,7 +294,7 @@ def _on_first_output(edit: Edit) -> Callable:
 def start_at(source: LanguageModel | DecoderView, layer: int, hidden: Tensor) -> Iterator[None]:
     """Let the model's forward go on as if ``hidden`` [batch, tokens, hidden size] had entered ``layer``.
 
-    The layers before it are not run (nor are hooks inside them); embedding, masks, the layers from ``layer`` on, the
+    The layers before it are not run, nor are hooks on them or inside them: ``hidden`` has what they did; embedding, masks, the layers from ``layer`` on, the
     last norm and the head are the model's own. Layer 0 skips nothing and ignores ``hidden``.
 
     Raises:
@@ -304,13 +305,15 @@ def start_at(source: LanguageModel | DecoderView, layer: int, hidden: Tensor) ->
         raise InputError(f"layer: got {layer}; the model has layers 0 to {view.num_layers - 1}")
     skipped = [view.layers[i] for i in range(layer)]
     # An instance's own forward (accelerate sets one) is put back; otherwise the class's shows again.
-    before = [block.__dict__.get("forward") for block in skipped]
+    before = [(block.__dict__.get("forward"), block._forward_hooks, block._forward_pre_hooks) for block in skipped]
     try:
         for block in skipped:
             block.__dict__["forward"] = lambda *args, **kwargs: hidden
+            block._forward_hooks, block._forward_pre_hooks = OrderedDict(), OrderedDict()
         yield
     finally:
-        for block, forward in zip(skipped, before, strict=True):
+        for block, (forward, after, ahead) in zip(skipped, before, strict=True):
             block.__dict__.pop("forward", None)
+            block._forward_hooks, block._forward_pre_hooks = after, ahead
             if forward is not None:
                 block.__dict__["forward"] = forward

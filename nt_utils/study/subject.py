@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import uuid
 from collections.abc import Mapping
 from functools import cached_property
@@ -218,9 +219,11 @@ class Subject:
         from nt_utils.scoring.importance import importance
 
         prompts = self.prompts[role]
-        path = self.run.path("scores", f"{role}_{positions}_{'-'.join(kinds)}.safetensors")
         key = {"prompts": prompts.fingerprint, "code": code_fingerprint()}
         key["model"] = lm.identity() or uuid.uuid4().hex  # what cannot be identified is computed anew
+        model = hashlib.sha256(key["model"].encode()).hexdigest()[:8]  # two models of a run have a file each
+        name = f"{role}_{positions}_{'-'.join(kinds)}_{model}"
+        path = self.run.path("scores", f"{name}.safetensors")
         options = {"kinds": kinds, "positions": positions, "batch_size": self.parameters.batch_size}
         with self.run.timed("importance"):
             return cached(

@@ -414,6 +414,14 @@ def test_starting_at_a_layer(any_lm):
         with hooks.start_at(any_lm, 1, entered["x"] * 0):
             assert not torch.allclose(any_lm.model(ids, use_cache=False).logits, plain, atol=1e-2)
         assert torch.equal(any_lm.model(ids, use_cache=False).logits, plain) and ran
+    with torch.no_grad(), hooks.observe([(view.layers[1], lambda a, k: entered.update(x=a[0]))]):
+        double = view.layers[0].register_forward_hook(lambda m, a, out: out * 2 if torch.is_tensor(out) else (out[0] * 2,))
+        doubled = any_lm.model(ids, use_cache=False).logits
+    with torch.no_grad(), hooks.start_at(any_lm, 1, entered["x"]):
+        found = any_lm.model(ids, use_cache=False).logits
+    double.remove()
+    assert torch.allclose(found, doubled, atol=1e-5), "what a hook on a skipped layer did is in its output already"
+    assert not torch.allclose(doubled, plain, atol=1e-3)
     with pytest.raises(RuntimeError, match="stop"), hooks.start_at(any_lm, 1, entered["x"]):
         raise RuntimeError("stop")
     assert "forward" not in view.layers[0].__dict__
