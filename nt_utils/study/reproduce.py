@@ -23,6 +23,7 @@ from nt_utils.files import atomic, project_root, read_json, run_folder, study_na
 from nt_utils.study import ledger
 
 TOLERANCE = 1e-4  # of a number's size, up to which a cell counts as close
+FLOOR = 1e-7  # difference that counts as close whatever the size: a KL divergence of nothing is rounding
 COLUMNS = ("notebook", "table", "cells", "equal", "close", "different", "largest", "says")
 
 
@@ -88,7 +89,7 @@ def compare_tables(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, Any]:
                 equal += 1
             elif isinstance(a, (int, float)) and isinstance(b, (int, float)) and a == a and b == b:
                 gap = abs(a - b) / max(abs(a), abs(b))
-                close += gap <= TOLERANCE
+                close += gap <= TOLERANCE or abs(a - b) <= FLOOR
                 largest = max(largest, gap)
             else:
                 largest = math.inf

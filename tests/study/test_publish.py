@@ -169,6 +169,8 @@ def test_tables_are_compared_cell_by_cell():
     assert reproduce.compare_tables(before, before.copy())["says"] == "equal"
     close = reproduce.compare_tables(before, before.assign(b=[1.00005, float("nan")]))
     assert (close["equal"], close["close"], close["different"], close["says"]) == (3, 1, 0, "within 0.0001")
+    tiny = pd.DataFrame({"kl": [1e-8, -3e-8]})
+    assert reproduce.compare_tables(tiny, -tiny)["close"] == 2, "a divergence of nothing is rounding"
     far = reproduce.compare_tables(before, before.assign(b=[1.1, float("nan")]))
     assert (far["different"], far["says"]) == (1, "differs") and far["largest"] == pytest.approx(0.1 / 1.1)
     assert reproduce.compare_tables(before, before[:1])["says"] == "2 x 2 cells, now 1 x 2"
