@@ -26,7 +26,7 @@ PROGRAMS = ("make ", "python ", ".venv/bin/", "pip ", "snakemake ", "conda ", "p
 COMMANDS = {
     "make study": "make study PRESET=quick",
     "make test": "see .ci/run",
-    "make study STUDY=qwen2.5-coder-1.5b-instruct": "make plan STUDY=qwen2.5-coder-1.5b-instruct",
+    "make study STUDY=qwen2.5-coder-0.5b-instruct": "make plan STUDY=qwen2.5-coder-1.5b-instruct",
     "make study STUDY=my-model": "see tests/study/test_batch.py, which runs a study of its own parameter file",
     "make plan STUDY=my-model": "make plan STUDY=testbed",
     "make lab": "see python -m tests.browser index",
