@@ -282,7 +282,7 @@ def place_labels(ax: Axes, points: np.ndarray, places: np.ndarray, labels: Seque
 def _label(ax: Axes, label: str, place: np.ndarray, spot: tuple, size: float, **more: Any) -> Any:
     dx, dy, across, up = spot
     options: dict[str, Any] = {"textcoords": "offset points", "fontsize": size, "ha": across, "va": up, **more}
-    return ax.annotate(label, place, (dx, dy), annotation_clip=False, **options)
+    return ax.annotate(label, tuple(place), (dx, dy), annotation_clip=False, **options)
 
 
 def layer_maps(

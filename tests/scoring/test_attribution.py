@@ -415,7 +415,9 @@ def test_starting_at_a_layer(any_lm):
             assert not torch.allclose(any_lm.model(ids, use_cache=False).logits, plain, atol=1e-2)
         assert torch.equal(any_lm.model(ids, use_cache=False).logits, plain) and ran
     with torch.no_grad(), hooks.observe([(view.layers[1], lambda a, k: entered.update(x=a[0]))]):
-        double = view.layers[0].register_forward_hook(lambda m, a, out: out * 2 if torch.is_tensor(out) else (out[0] * 2,))
+        double = view.layers[0].register_forward_hook(
+            lambda m, a, out: out * 2 if torch.is_tensor(out) else (out[0] * 2,)
+        )
         doubled = any_lm.model(ids, use_cache=False).logits
     with torch.no_grad(), hooks.start_at(any_lm, 1, entered["x"]):
         found = any_lm.model(ids, use_cache=False).logits
