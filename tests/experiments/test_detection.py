@@ -1,6 +1,6 @@
 """The tables of notebook 01: counted by hand on a toy space, and run for real on a tiny model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -45,6 +45,7 @@ class FakeBench(Bench):
 class FakeEvaluation:
     outcomes: np.ndarray
     perplexity: float
+    unjudged: int = 0
 
     def rate(self, name, metric):
         if metric == "perplexity":
@@ -56,7 +57,20 @@ class FakeEvaluation:
 
     @property
     def rows(self):
-        return pd.DataFrame({"set": "direct", "topic": "", "number": range(len(self.outcomes))})
+        n = len(self.outcomes)
+        verdicts = [None] * self.unjudged + ["compliance"] * (n - self.unjudged)
+        return pd.DataFrame({"set": "direct", "topic": "", "number": range(n), "verdict": verdicts})
+
+
+@pytest.mark.parametrize(("unjudged", "n"), [(2, 40), (3, 0)])
+def test_a_comparison_needs_verdicts_on_nearly_all_answers(monkeypatch, unjudged, n):
+    """Answers that no judge could read are left out up to 5%; beyond that they may be what the comparison is about."""
+    bench, on = FakeBench(), FakeBench.on
+    few = NeuronSet(SPACE, {(0, "q"): torch.tensor([True, False, False, False])})
+    monkeypatch.setattr(
+        FakeBench, "on", lambda self, *a: replace(on(self, *a), unjudged=unjudged if len(a) > 1 and a[1] else 0)
+    )
+    assert bench.excess(few, [None], ASR).n == n
 
 
 def test_where_and_size_tables_count_neurons():
