@@ -41,6 +41,8 @@ COSTS = ("peak_bytes", "gpu_peak_bytes", "cpu_seconds")
 ASSUMED_GPU, SCORING = (2.5e14, 1.2e12), 3.0
 #: Shape (b) of the bench: tokens of a batch, weights (see nt_utils/bench/setup.py); weights of bench-gpu's 7B shape.
 SHAPE_B, SHAPE_7B = (4 * 64, 2 * (1024 * (2 * 1024 + 2 * 256) + 3 * 1024 * 2816)), 6.6e9
+#: Bytes beside weights and cache: libraries, logits, the allocator's slack; of notebooks 00 to 03 on the 0.5B model 2.9 GiB.
+REST = 3 * GIB
 #: Forward passes that a token takes: the backward pass has twice the forward's operations, half of them for the weights.
 PASSES = {"read": 1.0, "gradient": 2.0, "trained": 2.0, "tuned": 3.0}
 #: Mean tokens of a rendered prompt: of the embedded ones in the testbed's own tokenizer, and of others (assumed).
@@ -272,11 +274,11 @@ def seconds_of(work: Work, model: Model, dtype: str, rate: Rates) -> float:
 
 def memory_of(work: Work, model: Model, p: SimpleNamespace, dtype: str) -> float:
     """Expected peak bytes: the models held, what training adds (masters, gradients and two moments in float32: 16 bytes a
-    trained parameter), the cache and logits of a batch of answers, and one GiB for the rest."""
+    trained parameter), the cache and logits of a batch of answers, and REST."""
     rows, new = 32, getattr(p, "max_new_tokens", 0) or 256
     models = 1 + bool(getattr(p, "base_model", ""))
     answering = rows * (_prompt_tokens(p) + new) * model.cache * BYTES.get(dtype, 2)
-    return models * model.weights(dtype) + (16 * model.count if work.tokens("tuned") else 0) + answering + GIB
+    return models * model.weights(dtype) + (16 * model.count if work.tokens("tuned") else 0) + answering + REST
 
 
 def filled(notebook: str, run, preset: str, root: Path) -> SimpleNamespace:
