@@ -320,7 +320,7 @@ def layer_maps(
             cbar=name == names[-1],
             cbar_kws={"label": label},
         )
-        ax.set_title(title(name, rows))
+        ax.set_title(title(name, rows).replace(", ", ",\n"))
         ax.set_xlabel("")
         ax.set_ylabel("layer" if name == names[0] else "")
         ax.tick_params(axis="y", rotation=0)
