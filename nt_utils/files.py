@@ -12,11 +12,9 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import struct
 import sys
 import tempfile
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -58,14 +56,6 @@ def cache_folder() -> Path:
         return Path(given).expanduser() if given else Path(shared or Path.home() / ".cache").expanduser() / "nt_utils"
     except RuntimeError as error:
         raise InputError(f"cache: no home folder is known ({error}); set NT_CACHE to a folder") from error
-
-
-class Scratch:
-    """A temporary folder that goes with the last object that holds this one, and when Python ends."""
-
-    def __init__(self, prefix: str):
-        self.path = Path(tempfile.mkdtemp(prefix=prefix))
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 def writable(folder: Path) -> Path:

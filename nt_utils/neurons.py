@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import struct
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nt_utils.errors import InputError
-from nt_utils.files import Scratch, damage_reported, digest_of_file, read_header, read_sealed, sealed, write_sealed
+from nt_utils.files import damage_reported, digest_of_file, read_header, read_sealed, sealed, write_sealed
 
 KINDS = ("q", "k", "v", "o", "ffn")
 #: The channels that write to the residual stream: the pool of every ranking across kinds. A value row and its
@@ -144,8 +145,8 @@ class ScoreWriter:
         check_kinds(kinds)
         if n_prompts < 1:
             raise InputError("prompts: the list is empty; at least one prompt is needed")
-        self._scratch = Scratch("nt_scores_") if path is None else None
-        path = self._scratch.path / "scores.safetensors" if self._scratch else Path(path)
+        self._scratch = tempfile.TemporaryDirectory(prefix="nt_scores_") if path is None else None
+        path = Path(self._scratch.name, "scores.safetensors") if self._scratch else Path(path)
         self.path, self.space, self.kinds, self.n_prompts = path, space, tuple(kinds), int(n_prompts)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._tmp = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
@@ -235,7 +236,9 @@ class NeuronScores:
     kinds: tuple[str, ...]
     meta: Mapping
     rows: tuple[int, ...]
-    scratch: Scratch | None = field(default=None, repr=False, compare=False)  # keeps a temporary file there
+    scratch: tempfile.TemporaryDirectory | None = field(
+        default=None, repr=False, compare=False
+    )  # keeps a temporary file
 
     @classmethod
     def load(cls, path, space: NeuronSpace | None = None) -> NeuronScores:

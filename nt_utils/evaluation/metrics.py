@@ -40,7 +40,7 @@ def wilson(count: float, n: float, level: float = 0.95) -> Interval:
         raise InputError(f"count must lie between 0 and n = {n}, got {count}")
     if n == 0:
         return NOTHING
-    z = quantile(level)
+    z = _quantile(level)
     rate, z2 = count / n, z * z
     centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
     half = z * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n)) / (1 + z2 / n)
@@ -65,7 +65,7 @@ def rate(hits: ArrayLike, clusters: ArrayLike | None = None, level: float = 0.95
     if 0 < p < 1 and size > 1:
         variance = _cluster_variance(values - p, groups)
         effect = max(1.0, variance / (p * (1 - p) / n))
-        worth = n / effect * (quantile(level) / quantile(level, size - 1)) ** 2
+        worth = n / effect * (_quantile(level) / _quantile(level, size - 1)) ** 2
     found = wilson(p * worth, worth, level)
     return Interval(float(p), found.low, found.high, n)
 
@@ -85,13 +85,25 @@ def mean(values: ArrayLike, clusters: ArrayLike | None = None, level: float = 0.
     value = float(kept.mean())
     if size == 1:
         return Interval(value, math.nan, math.nan, len(kept))
-    half = quantile(level, size - 1) * math.sqrt(_cluster_variance(kept - value, groups))
+    half = _quantile(level, size - 1) * math.sqrt(_cluster_variance(kept - value, groups))
     return Interval(value, value - half, value + half, len(kept))
 
 
 def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     """Mean over seeds, draws or trainings with Student's t interval; the limits are NaN for fewer than two values."""
     return mean(values, None, level)
+
+
+def pooled(found: Sequence[Interval], level: float = 0.95) -> Interval:
+    """The mean of a quantity measured at several seeds, from its intervals; n is their number, two or more.
+
+    Student's t with the variance between the seeds, or the mean variance that their own intervals tell where that is
+    larger: few seeds may agree by chance, and then know no more than each of them.
+    """
+    values = np.array([f.value for f in found])
+    within = np.mean([(max(f.value - f.low, f.high - f.value) / _quantile(level)) ** 2 for f in found])
+    half = _quantile(level, len(values) - 1) * math.sqrt(max(values.var(ddof=1), within) / len(values))
+    return Interval(float(values.mean()), float(values.mean() - half), float(values.mean() + half), len(values))
 
 
 def ratio(above: ArrayLike, below: ArrayLike, level: float = 0.95) -> Interval:
@@ -115,9 +127,9 @@ def clustered_difference(
     """Mean of after - controls, with an interval over clusters of prompts and over the draws of both sides.
 
     The variance is the sum of three: between clusters, of the mean change, and of each side between the means of its draws
-    over their number (one draw has none: the interval then speaks of that draw alone). The t quantile's degrees of freedom are Satterthwaite's (1946), so that 8 draws count as 8. Where no
-    cluster differs from another the first is the rule of three over clusters: what was never seen in g clusters has a rate
-    below about 3/g.
+    over their number (one draw has none: the interval then speaks of that draw alone). The t quantile's degrees of freedom
+    are Satterthwaite's (1946), so that 8 draws count as 8. Where no cluster differs from another the first is the rule of
+    three over clusters: what was never seen in g clusters has a rate below about 3/g.
 
     Args:
         controls: outcomes under each control draw, ``[draws, prompts]`` (one row: a plain paired comparison).
@@ -145,7 +157,7 @@ def clustered_difference(
     half = 0.0
     if total > 0:
         freedom = total**2 / sum(variance**2 / max(degrees, 1) for variance, degrees in parts)
-        half = quantile(level, freedom) * math.sqrt(total)
+        half = _quantile(level, freedom) * math.sqrt(total)
     if over_prompts < 1e-18:
         half = math.hypot(half, 3 / size)
     low, high = value - half, value + half
@@ -170,7 +182,7 @@ def _cluster_variance(residuals: np.ndarray, groups: np.ndarray) -> float:
     return float((sums**2).sum() / residuals.size**2 * len(sums) / (len(sums) - 1))
 
 
-def quantile(level: float, freedom: float | None = None) -> float:
+def _quantile(level: float, freedom: float | None = None) -> float:
     """Half-width of a two-sided interval in standard errors: Student's t, the normal distribution's without freedom."""
     from scipy import stats
 

@@ -234,11 +234,10 @@ def make_suite(
 
     attacks   names of wrapper attacks; every harmful prompt is evaluated under each of them
     limit     at most so many prompts of each source, drawn with `seed`
-    judge     of the harmful sets; of the others too, unless it tells harm only: then phrases judge those
     """
     from nt_utils.data.attacks import attack as find_attack
 
-    wrappers, given_judge = [find_attack(a) for a in attacks], judge
+    wrappers = [find_attack(a) for a in attacks]
     if wrappers and harmful is None:
         raise InputError("attacks need harmful prompts: give harmful a source")
     sets = []
@@ -248,7 +247,6 @@ def make_suite(
         prompts = _loaded(given, kind, limit, seed)
         label = {"harmful": "direct", "general": "text"}.get(kind, kind)
         sums = all(p.answer and final_number(p.answer) is not None for p in prompts)
-        judge = "phrases" if kind != "harmful" and getattr(given_judge, "harm_only", False) else given_judge
         correct = "known" if judge == "known" else "number" if sums else ""
         wanted = DEFAULT_METRICS[kind] + (("helpful",) if correct and kind != "harmful" else ())
         sets.append(SuiteSet(label, prompts, wanted, judge, correct=correct))
@@ -404,11 +402,20 @@ EARLY_END = EarlyEnd(decided, "phrases-1")
 
 
 def _judges_of(member: SuiteSet, judge: Judge | None, judges: Sequence[Judge]) -> tuple[Judge, list[Judge]]:
-    """The judge whose verdicts count in a set, and those that run beside it."""
+    """The judge whose verdicts count in a set, and those that run beside it.
+
+    A judge that tells harm alone (``harm_only``) leaves sets of other prompts to the phrases.
+    """
+
+    def fits(one: Judge) -> bool:
+        return harmful or not getattr(one, "harm_only", False)
+
+    harmful = any(prompt.kind == "harmful" for prompt in member.prompts)
     named = JUDGES[member.judge]() if isinstance(member.judge, str) else member.judge
-    if judge is not None and isinstance(named, PhraseJudge):
-        return judge, [named, *judges]
-    return named, list(judges)
+    named, beside = named if fits(named) else PhraseJudge(), [one for one in judges if fits(one)]
+    if judge is not None and fits(judge) and isinstance(named, PhraseJudge):
+        return judge, [named, *beside]
+    return named, beside
 
 
 def _thought_begun(lm: LanguageModel) -> str:

@@ -191,8 +191,8 @@ def equal_loss_points(
     """Each arm where it has learnt the task as far as all arms have: equal loss on held-out rows of the task.
 
     Every arm is taken at the rate that brings its held-out loss down furthest. The target is the loss that even the slowest
-    arm that learns the task reaches (one whose loss never falls by LEARNT of its start has no point); an arm's point lies where its loss first comes down to the target, between two evaluated steps in a
-    straight line. A ``target`` that is given (that of a training with more arms) stands, and an arm that does not reach it
+    arm that learns the task reaches (one whose loss never falls by LEARNT of its start has no point); an arm's point lies
+    where its loss first comes down to the target, between two evaluated steps in a straight line. A ``target`` that is given (that of a training with more arms) stands, and an arm that does not reach it
     has no point.
 
     Returns:

@@ -275,11 +275,6 @@ class Bench:
         part = self.part(measure)
         return np.stack([part.on(measure.set, a).values(measure.set, measure.metric).to_numpy(float) for a in actions])
 
-    def _unjudged(self, action: Action, measure: Measure) -> float:
-        """Share of the answers that no judge could read."""
-        rows = self.part(measure).on(measure.set, action).rows
-        return float(rows["verdict"].isna().mean()) if measure.metric in METRICS else 0.0
-
     def mean_values(self, actions: Sequence[Action], measure: Measure) -> np.ndarray:
         """One value a prompt: its outcome, averaged over the actions (several trainings of one arm)."""
         return self.values(actions, measure).mean(axis=0)
@@ -294,11 +289,11 @@ class Bench:
         """
         after = self.values(actions, measure)
         rows = np.zeros((1, after.shape[1])) if controls is None else self.values(controls, measure)
-        if any(self._unjudged(action, measure) > UNJUDGED for action in (*actions, *(controls or ()))):
+        part = self.part(measure)
+        answers = [part.on(measure.set, a).rows for a in (*actions, *(controls or ()))]
+        if measure.metric in METRICS and any(found["verdict"].isna().mean() > UNJUDGED for found in answers):
             return NOTHING
-        return metrics.clustered_difference(
-            rows, after, clusters_of(self.part(measure).on(measure.set).rows, measure.set), seed=seed
-        )
+        return metrics.clustered_difference(rows, after, clusters_of(answers[0], measure.set), seed=seed)
 
     def harmful_score(
         self, actions: Sequence[Action], controls: Sequence[Action] | None, measures: Sequence[Measure], seed: int = 0

@@ -213,7 +213,6 @@ def rankings(
     attack_aware: bool = True,
     how: str = "signed",
     utility: NeuronScores | None = None,
-    folder: Path | None = None,
 ) -> Rankings:
     """Safety neurons by attack-aware attribution, utility neurons by attribution on benign and borderline requests.
 
@@ -223,23 +222,19 @@ def rankings(
 
     Args:
         n: harmful requests, and benign ones; steps: points on each path of integrated gradients, 0: attribution patching
-            in their place, one backward pass for all sites; utility: scores of another call, not to be made again; folder: where the score files go (default: a temporary one).
+            in their place, one backward pass for all sites; utility: scores of another call, not to be made again.
     """
-
-    def file(name: str) -> Path | None:
-        return Path(folder) / f"{name}.safetensors" if folder is not None else None
-
     options: dict[str, Any] = {"batch_size": 16, "rows": 128}
     options |= {"method": "integrated", "steps": steps} if steps else {"method": "patching"}
     cases = safety_cases(found.plain[:n], found.wrappers)
     if not attack_aware:
         cases = [c for c in cases if c.group == cases[0].group]  # the plain request once, not once an attack
     target = "attacked" if attack_aware else "zero"
-    safety = attribution(lm, cases, target=target, path=file(f"safety_{target}"), **options)
+    safety = attribution(lm, cases, target=target, **options)
     if utility is None:
         step = max(1, len(found.plain_benign) // n)
         calm = utility_cases(found.plain_benign[list(range(0, len(found.plain_benign), step))[:n]])
-        utility = attribution(lm, calm, target="zero", path=file("utility"), **options)
+        utility = attribution(lm, calm, target="zero", **options)
     return Rankings(
         selection.attributed(safety, how, "safety"), selection.attributed(utility, "signed", "utility"), safety, utility
     )

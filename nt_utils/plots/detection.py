@@ -54,7 +54,7 @@ def tokens(table: pd.DataFrame) -> Figure:
         ax.axhline(0, color=GREY, lw=0.8)
         ax.set_title(prompt)
         ax.set_ylabel("activation")
-    axes[0, 0].legend(loc="upper left")
+    legend(drawn, len(neurons))
     return drawn
 
 

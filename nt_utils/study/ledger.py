@@ -11,11 +11,10 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, variance
 from typing import TYPE_CHECKING, Any
 
 from nt_utils.errors import InputError
-from nt_utils.evaluation.metrics import Interval, quantile
+from nt_utils.evaluation.metrics import Interval, pooled
 from nt_utils.files import escaped
 from nt_utils.study import claims
 from nt_utils.study.provenance import notes
@@ -171,24 +170,11 @@ def _pooled(what: claims.Claim, seeds: Mapping[Any, Mapping[str, Any]], model: s
         if lost and values:
             measured[part.name] = f"at {len(lost)} of {len(found)} seeds: {lost[0]}"
         elif len(values) > 1:
-            measured[part.name] = over_seeds(values)
+            measured[part.name] = pooled(values)
             freedom[part.name] = len(values) - 1
         elif found:
             measured[part.name] = values[0] if values else found[0]
     return claims.decide(what.id, measured, model, freedom)
-
-
-def over_seeds(found: Sequence[Interval]) -> Interval:
-    """The mean over seeds with Student's t interval; n is their number.
-
-    The variance between seeds is taken, or the mean variance that the seeds' own intervals tell where that is larger: few
-    seeds may agree by chance, and then know no more than each of them.
-    """
-    values = [f.value for f in found]
-    within = fmean((max(f.value - f.low, f.high - f.value) / 1.96) ** 2 for f in found)
-    freedom = len(found) - 1
-    half = quantile(0.95, freedom) * math.sqrt(max(variance(values), within) / len(found))
-    return Interval(fmean(values), fmean(values) - half, fmean(values) + half, len(found))
 
 
 def frame(lines: Iterable[Mapping[str, Any]]) -> pd.DataFrame:

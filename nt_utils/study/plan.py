@@ -9,6 +9,7 @@ alone (a local folder, the hub's cache, the hub, or the shapes in the parameter 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -171,6 +172,7 @@ def rates(root: Path, device: str, dtype: str = "float32") -> Rates:
     return Rates(1 / speed, 1 / bandwidth, SCORING, source)
 
 
+@functools.cache
 def cpu_rates(dtype: str) -> tuple[float, float]:
     """Operations a second of this CPU in matrix products of a prompt's size, and bytes a second of weights read for a few tokens.
 

@@ -277,7 +277,7 @@ def _front_cell(name: str, folder: Path, note: Mapping[str, Any]) -> nbformat.No
 def clean(node: nbformat.NotebookNode, root: Path, *others: Path) -> None:
     """Make an executed notebook fit to be read by anybody: no progress bars, no widgets, no paths or machine names, figures at
     screen size, no times of execution. others: further folders that hold run folders."""
-    hidden = [pair for place in (root, *others) for pair in secrets_of_machine(place)]
+    hidden = secrets_of_machine(root, *others)
     for cell in node.cells:
         cell.metadata.pop("execution", None)
         cell.metadata.pop("papermill", None)
@@ -304,9 +304,10 @@ def _is_read(output: Mapping[str, Any]) -> bool:
     return output.get("name") != "stderr" and not bar and "application/vnd.jupyter.widget-view+json" not in data
 
 
-def secrets_of_machine(root: Path) -> list[tuple[str, str]]:
+def secrets_of_machine(*roots: Path) -> list[tuple[str, str]]:
     """What names this machine -> what stands in its place."""
-    found = [(str(root.resolve()), "."), (str(root), "."), (str(Path.cwd()), "."), (str(Path("~").expanduser()), "~")]
+    found = [(str(place), ".") for root in (*roots, Path.cwd()) for place in (root.resolve(), root)]
+    found += [(str(Path("~").expanduser()), "~")]
     cache = os.environ.get("NT_CACHE")
     found += [(cache, "$NT_CACHE")] if cache else []
     found += [(name, "this machine") for name in {platform.node()} if len(name) > 3]

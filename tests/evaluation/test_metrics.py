@@ -6,6 +6,7 @@ from scipy import stats
 from scipy.special import expit
 
 from nt_utils.evaluation import metrics
+from nt_utils.experiments.bench import total
 from tests.common import refused
 
 
@@ -54,6 +55,14 @@ def test_a_single_control_is_the_paired_t_interval():
     assert metrics.clustered_difference(before, holes).n == 39
     assert metrics.clustered_difference([math.nan], [1.0]).n == 0
     refused("got 1 and 2", lambda: metrics.clustered_difference([1.0], [1.0, 0.0]))
+
+
+def test_seeds_that_agree_by_chance_are_no_surer_than_each_of_them():
+    each = [metrics.Interval(0.0, -0.2, 0.2, 20)] * 3
+    pooled = metrics.pooled(each)
+    assert pooled.low == pytest.approx(-stats.t.ppf(0.975, 2) * 0.2 / stats.norm.ppf(0.975) / 3**0.5) and pooled.n == 3
+    wide = metrics.pooled([metrics.Interval(x, x - 0.01, x + 0.01, 20) for x in (0.1, 0.2, 0.6)])
+    assert wide.low == pytest.approx(stats.t.interval(0.95, 2, 0.3, stats.sem([0.1, 0.2, 0.6]))[0])
 
 
 def test_ratio_of_equal_lengths_is_the_mean():
@@ -106,6 +115,19 @@ def trainings_on_both_sides(rng):
     return found, TRAINED
 
 
+def seeds_that_hardly_differ(rng):
+    """Three seeds whose rates differ by chance alone: the spread between them is often next to nothing."""
+    return metrics.pooled([metrics.rate(rng.random(60) < 0.3) for _ in range(3)]), 0.3
+
+
+def requests_asked_twice(rng):
+    """The mean of two rates, of the same 60 requests asked directly and under an attack."""
+    leaning = 2 * rng.normal(size=60)
+    both = [metrics.rate(rng.random(60) < expit(leaning + shift)) for shift in (-1, 1)]
+    value, low, high, n = total(*both, together=True)
+    return metrics.Interval(value / 2, low / 2, high / 2, n), 0.5
+
+
 def perplexity_of_texts(rng):
     tokens = rng.integers(60, 200, 16)
     return metrics.ratio(tokens * rng.normal(2.0, 0.4, 16), tokens), 2.0
@@ -124,6 +146,8 @@ STUDIES = {
     "eight draws": lambda rng: control_draws(rng, 8),
     "three draws": lambda rng: control_draws(rng, 3),
     "trainings on both sides": trainings_on_both_sides,
+    "three seeds alike": seeds_that_hardly_differ,
+    "requests asked twice": requests_asked_twice,
     "three trainings": lambda rng: (metrics.t_interval(rng.normal(0.4, 0.1, 3)), 0.4),
     "nats of prompts": lambda rng: (metrics.mean(rng.gamma(2.0, 0.5, 40)), 1.0),
     "perplexity of texts": perplexity_of_texts,

@@ -275,12 +275,15 @@ def test_a_judge_that_knows_harm_alone_leaves_benign_prompts_to_the_phrases(lm):
     class Harm(Says):
         harm_only = True
 
-    asked = {
-        "harmful": PromptSet([Prompt("a", kind="harmful")], "h"),
-        "benign": PromptSet([Prompt("b", kind="benign")], "b"),
-    }
-    found = make_suite(**asked, judge=Harm("other"))
-    assert [getattr(s.judge, "name", s.judge) for s in found.sets] == ["says", "phrases"]
+    asked = {"harmful": prompts("harmful", "rob a bank"), "benign": prompts("benign", "bake bread")}
+    for given in (
+        {"suite": make_suite(**asked, judge=Harm("other"))},
+        {"suite": make_suite(**asked), "judge": Harm("other")},
+    ):
+        rows = evaluate(lm, **given, **PLAIN).rows
+        assert dict(zip(rows["set"], rows["judge"], strict=True)) == {"direct": "says", "benign": "phrases"}
+    rows = evaluate(lm, make_suite(**asked), judges=[Harm("other")], **PLAIN).rows
+    assert rows["verdict_says"].notna().tolist() == [True, False]
     assert (
         CombinedJudge(PhraseJudge(), Harm("other")).harm_only
         and not CombinedJudge(PhraseJudge(), PhraseJudge()).harm_only

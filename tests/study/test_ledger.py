@@ -9,7 +9,6 @@ import pytest
 from scipy import stats
 
 from nt_utils.errors import InputError
-from nt_utils.evaluation.metrics import Interval
 from nt_utils.files import escaped
 from nt_utils.study import claims, ledger
 from nt_utils.study.run import Run
@@ -67,14 +66,6 @@ def test_seeds_that_miss_the_gate_are_left_out_and_counted_and_untestable_ones_a
     assert "2: does not hold 90 [87, 93] (missed its gate)" in found["each"]
     none = row(lines_of({0: -0.3}, gate={0: False}))
     assert (none["verdict"], none["reason"]) == (claims.NOT_TESTABLE, "every seed of the testbed misses its gate")
-
-
-def test_seeds_that_agree_by_chance_are_no_surer_than_each_of_them():
-    each = [Interval(0.0, -0.2, 0.2, 20)] * 3
-    pooled = ledger.over_seeds(each)
-    assert pooled.low == pytest.approx(-stats.t.ppf(0.975, 2) * 0.2 / 1.96 / 3**0.5) and pooled.n == 3
-    wide = ledger.over_seeds([Interval(x, x - 0.01, x + 0.01, 20) for x in (0.1, 0.2, 0.6)])
-    assert wide.low == pytest.approx(stats.t.interval(0.95, 2, 0.3, stats.sem([0.1, 0.2, 0.6]))[0])
 
 
 def test_seeds_whose_training_diverged_are_not_left_out_of_the_verdict():

@@ -127,6 +127,12 @@ def test_a_run_of_another_checkout_names_no_place(root, tmp_path_factory):
     assert str(elsewhere) not in (root / "notebooks" / "executed" / "testbed" / f"{NAME}.ipynb").read_text()
 
 
+def test_a_checkout_below_the_home_folder_names_no_place(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    hidden = publish.secrets_of_machine(tmp_path / "here", tmp_path / "away" / "deep")
+    assert publish._without(f"{tmp_path}/away/deep/runs, {tmp_path}/here/x, {tmp_path}/y", hidden) == "./runs, ./x, ~/y"
+
+
 def test_seeds_with_other_settings_are_not_pooled(root):
     other = finished(root, root / "runs" / "testbed-full" / "seed-1")
     note = other / "provenance" / f"{NAME}.json"
