@@ -114,7 +114,7 @@ def attack_points(table: pd.DataFrame) -> Figure:
             size = f", {counts(rows)}" if len(rows) else ""
             rate_rows(ax, arms, f"{metric}\n({name}{size})")
     legend(drawn, len(compared))
-    note(drawn, "95% Wilson intervals", table)
+    note(drawn, "95% intervals over topics", table)
     return drawn
 
 
@@ -185,7 +185,7 @@ def align_budget(table: pd.DataFrame) -> Figure:
             hollow = {"mfc": "white"} if arm == "unaligned" or "random" in arm else {}
             interval(ax, [i], rows[rows["arm"] == arm], colour, horizontal=True, **hollow)
         rate_rows(ax, [f"{a} ({100 * trained[a]:.0f}% trained)" for a in arms], f"{metric}\n({counts(rows)})")
-    note(drawn, "95% Wilson intervals", table)
+    note(drawn, "95% intervals over topics", table)
     return drawn
 
 

@@ -25,7 +25,7 @@ def behaviour(table: pd.DataFrame) -> Figure:
         y = np.array([labels.index(v) for v in rows["label"]]) + 0.16 * (i - (len(models) - 1) / 2)
         interval(ax, y, rows, COLOURS[i], horizontal=True, label=model)
     rate_rows(ax, [label.replace("\n", ": ") for label in labels])
-    ax.set_xlabel(f"share of prompts, 95% Wilson intervals ({counts(table)})")
+    ax.set_xlabel(f"share of prompts, 95% intervals over topics ({counts(table)})")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(models))
     return drawn
 

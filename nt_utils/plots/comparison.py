@@ -169,7 +169,7 @@ def effects(table: pd.DataFrame) -> Figure:
             found, labels = ax.get_legend_handles_labels()
             handles |= dict(zip(labels, found, strict=True))
     drawn.legend([handles[s] for s in sets], sets, loc="outside lower center", ncols=len(sets) + 1)
-    note(drawn, f"95% Wilson intervals; {DRAWS}; dotted: no neurons chosen", table)
+    note(drawn, f"95% intervals over topics; {DRAWS}; dotted: no neurons chosen", table)
     return drawn
 
 

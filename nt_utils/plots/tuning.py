@@ -141,7 +141,7 @@ def sn_wrappers(table: pd.DataFrame) -> Figure:
     few = table[table["attack"] == attacks[0]]["n"].max()
     rate_rows(ax, attacks)
     classes = counts(table[table["attack"] != attacks[0]]) if len(attacks) > 1 else counts(table)
-    ax.set_xlabel(f"ASR inside wrappers, 95% Wilson intervals ({attacks[0]}: n = {few}; a class: {classes})")
+    ax.set_xlabel(f"ASR inside wrappers, 95% intervals over topics ({attacks[0]}: n = {few}; a class: {classes})")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(states))
     return drawn
 
@@ -166,5 +166,5 @@ def rsn_finetuning(table: pd.DataFrame) -> Figure:
     handles, labels = parts[0][0].get_legend_handles_labels()
     lines = [handle[0] for handle in handles]  # type: ignore[index]  # without the bars
     drawn.legend(lines, labels, loc="outside lower center", ncols=min(3, len(arms)))
-    note(drawn, "95% Wilson intervals", table)
+    note(drawn, "95% intervals over topics", table)
     return drawn

@@ -58,7 +58,7 @@ def units_pruning(table: pd.DataFrame) -> Figure:
             interval(ax, [conditions.index(condition)], part, colour, horizontal=True, **hollow)
         labels = [f"{c} ({100 * shares[c]:.3g}%)" if c in CATEGORY_COLOURS else c for c in conditions]
         rate_rows(ax, labels, f"{metric}\n({counts(rows)})")
-    note(drawn, "95% Wilson intervals; of a mean of draws: 95% t interval over the draws", table)
+    note(drawn, "95% intervals over topics; of a mean of draws: 95% t interval over the draws", table)
     return drawn
 
 

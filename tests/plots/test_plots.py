@@ -115,7 +115,7 @@ def test_labels_cover_neither_points_nor_each_other():
 @pytest.mark.parametrize("width", plots.WIDTHS)
 def test_a_figure_says_what_its_bars_are(width):
     """At the foot, or over the legend there; a table over seeds has other intervals."""
-    cases = (("effects", EFFECTS, "95% Wilson"), ("defences", DEFENCES, "difference from no defence"))
+    cases = (("effects", EFFECTS, "95% intervals over topics"), ("defences", DEFENCES, "difference from no defence"))
     for name, plain, words in cases:
         for table, expected in ((plain, words), (plain.assign(interval="t over seeds"), "t over seeds")):
             with plots.style.look(width):
