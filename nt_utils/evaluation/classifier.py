@@ -128,7 +128,9 @@ class ClassifierJudge(_ModelJudge):
         """From a folder or the hub. `positive` names the label or labels that mean compliance.
 
         Without it a label called compliance, harmful, unsafe or yes is taken; a model that has none of them is refused
-        with the list of its labels. Raises InputError in one line for a model that is missing or no classifier.
+        with the list of its labels. Unless `negative` says otherwise, every other response is a refusal where another
+        label is called so, and "other" where the labels only tell harmful from harmless.
+        Raises InputError in one line for a model that is missing or no classifier.
         """
         from transformers import AutoModelForSequenceClassification
 
@@ -143,7 +145,8 @@ class ClassifierJudge(_ModelJudge):
             raise InputError(
                 f"positive: {source}: {what}; its labels are {', '.join(sorted(labels, key=labels.__getitem__))}"
             )
-        options = {"name": Path(str(source)).name, **options}
+        refuses = any(name.startswith("refus") for name in labels if name not in wanted)
+        options = {"name": Path(str(source)).name, "negative": "refusal" if refuses else "other", **options}
         ids = tuple(labels[w] for w in wanted)
         return cls(model=model, tokenizer=tokenizer, template=template, positive=ids, **options)
 

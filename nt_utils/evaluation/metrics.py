@@ -27,6 +27,16 @@ class Interval(NamedTuple):
     high: float
     n: int
 
+    def as_wide_as(self, other: Interval) -> Interval:
+        """This value, its limits at least as far away as the other's are from its own value, within -1 and 1.
+
+        For a rate interpolated between two evaluated steps: there every prompt has nearly the same outcome, a weight,
+        and the spread that an interval rests on is that at an evaluated step.
+        """
+        low = self.value - max(self.value - self.low, other.value - other.low)
+        high = self.value + max(self.high - self.value, other.high - other.value)
+        return Interval(self.value, max(low, -1.0), min(high, 1.0), self.n)
+
 
 NOTHING = Interval(math.nan, math.nan, math.nan, 0)
 

@@ -192,8 +192,8 @@ def equal_loss_points(
 
     Every arm is taken at the rate that brings its held-out loss down furthest. The target is the loss that even the slowest
     arm that learns the task reaches (one whose loss never falls by LEARNT of its start has no point); an arm's point lies
-    where its loss first comes down to the target, between two evaluated steps in a straight line. A ``target`` that is given (that of a training with more arms) stands, and an arm that does not reach it
-    has no point.
+    where its loss first comes down to the target, between two evaluated steps in a straight line. A ``target`` that is
+    given (that of a training with more arms) stands, and an arm that does not reach it has no point.
 
     Returns:
         The target in nats a token, and arm -> its point.
@@ -255,11 +255,7 @@ def point_difference(
             controls = np.stack([p.values(measure, nearest) for p in chosen[other]])
         return metrics.clustered_difference(controls, after, clusters, seed=seed)
 
-    found, evaluated = difference(False), difference(True)
-    # Between two steps every prompt has nearly the same outcome, a weight: the spread is that at the evaluated steps.
-    low = found.value - max(found.value - found.low, evaluated.value - evaluated.low)
-    high = found.value + max(found.high - found.value, evaluated.high - evaluated.value)
-    return metrics.Interval(found.value, max(low, -1.0), min(high, 1.0), found.n)
+    return difference(nearest=False).as_wide_as(difference(nearest=True))
 
 
 def by_arm(

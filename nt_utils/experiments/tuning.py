@@ -393,14 +393,20 @@ def crossing(bench: Bench, arm: Arm, harm: Measure, level: float) -> dict[int, f
     return None
 
 
-def at_level(bench: Bench, arms: Sequence[Arm], harm: Measure, level: float, measure: Measure) -> np.ndarray | None:
-    """One value a prompt: its outcome where the arm's harmful score comes down to the level, between two steps
-    interpolated; averaged over draws. None when one of them never comes down."""
+def at_level(
+    bench: Bench, arms: Sequence[Arm], harm: Measure, level: float, measure: Measure, nearest: bool = False
+) -> np.ndarray | None:
+    """One value a prompt: its outcome where the arm's harmful score comes down to the level, averaged over draws.
+
+    Between two evaluated steps it is interpolated, or that of the nearest one. None when an arm never comes down.
+    """
     found = []
     for arm in arms:
         weights = crossing(bench, arm, harm, level)
         if weights is None:
             return None
+        if nearest:
+            weights = {max(weights, key=weights.__getitem__): 1.0}
         found.append(np.sum([w * bench.mean_values([arm.steps[s]], measure) for s, w in weights.items()], axis=0))
     return np.mean(found, axis=0)
 
@@ -417,14 +423,17 @@ def equal_table(
     rows = []
     for name, draws in arms.items():
         for m in measures:
-            values = at_level(bench, draws, goal.harm, target, m)
-            if values is None:
+            intervals = []
+            for nearest in (False, True):
+                values = at_level(bench, draws, goal.harm, target, m, nearest)
+                if values is not None:
+                    clusters = clusters_of(bench.on(m.set).rows, m.set)
+                    intervals.append(metrics.clustered_difference([np.zeros_like(values)], values, clusters, seed=seed))
+            if not intervals:
                 continue
             places = [crossing(bench, draw, goal.harm, target) for draw in draws]
             step = float(np.mean([sum(s * w for s, w in (place or {}).items()) for place in places]))
-            interval = metrics.clustered_difference(
-                [np.zeros_like(values)], values, clusters_of(bench.on(m.set).rows, m.set), seed=seed
-            )
+            interval = intervals[0].as_wide_as(intervals[1])
             labels = {"arm": name, "step": step, "target": goal.target, "metric": m.label}
             rows.append({**labels, **interval._asdict()})
     return pd.DataFrame(rows, columns=["arm", "step", "target", "metric", "value", "low", "high", "n"])

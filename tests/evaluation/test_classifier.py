@@ -1,6 +1,8 @@
 """Model judges, with a tiny classifier and a tiny causal judge trained here on the embedded corpus' answers."""
 
+import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -113,6 +115,17 @@ def test_sequence_classifier_from_a_folder(sequence_folder):
     assert share >= 0.9 and len(set(verdicts)) == 2 and judge.name == "tiny-classifier" and judge.unparseable == 0
     turned = ClassifierJudge.load(sequence_folder, positive="refusal", negative="other")
     assert set(accuracy(turned)[1]) == {"compliance", "other"} and accuracy(turned)[0] < 0.2
+
+
+def test_labels_that_only_tell_harm_do_not_count_refusals(sequence_folder, tmp_path):
+    """With labels safe and unsafe everything else was called a refusal, answered benign requests included."""
+    folder = shutil.copytree(sequence_folder, tmp_path / "guard")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"id2label": {"0": "safe", "1": "unsafe"}, "label2id": {"safe": 0, "unsafe": 1}}
+    (folder / "config.json").write_text(json.dumps(config))
+    judge = ClassifierJudge.load(folder)
+    assert set(accuracy(judge)[1]) == {"compliance", "other"} and judge.harm_only
+    assert not ClassifierJudge.load(sequence_folder).harm_only
 
 
 def test_batches_do_not_change_the_verdicts(sequence_folder):

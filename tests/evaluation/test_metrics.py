@@ -65,6 +65,13 @@ def test_seeds_that_agree_by_chance_are_no_surer_than_each_of_them():
     assert wide.low == pytest.approx(stats.t.interval(0.95, 2, 0.3, stats.sem([0.1, 0.2, 0.6]))[0])
 
 
+def test_an_interpolated_rate_is_no_surer_than_an_evaluated_one():
+    between, evaluated = metrics.Interval(0.3, 0.29, 0.31, 40), metrics.Interval(0.25, 0.15, 0.6, 40)
+    assert between.as_wide_as(evaluated) == pytest.approx((0.3, 0.2, 0.65, 40))
+    assert evaluated.as_wide_as(between) == pytest.approx(evaluated)
+    assert metrics.Interval(0.9, 0.9, 0.9, 4).as_wide_as(evaluated).high == 1
+
+
 def test_ratio_of_equal_lengths_is_the_mean():
     values = np.array([2.0, 3.0, 7.0, 4.0])
     found, wanted = metrics.ratio(values * 10, np.full(4, 10.0)), metrics.mean(values)

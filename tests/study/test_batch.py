@@ -73,12 +73,15 @@ def test_a_quick_run_is_quick_whatever_sizes_a_file_gives(project):
     assert (small["n_test"], small["dose"]) == (4, [0.03])
 
 
-def test_other_prompts_are_taken_where_a_files_sources_are_not_at_hand(project):
+def test_other_prompts_are_taken_where_a_files_sources_are_not_at_hand(project, capsys):
     (project / "notebooks" / "00_toy.ipynb").write_text(notebook(TOY + 'harmful = "testbed"  # h\n'))
     (project / "mine.txt").write_text("one\n")
     for file, harmful in ((project / "mine.txt", f"{project}/mine.txt"), (project / "no.txt", "testbed")):
         write_params(project, harmful=str(file), otherwise={"harmful": "testbed"})
-        assert batch.study_parameters("toy", "00_toy", project) == {"harmful": harmful}
+        for _ in range(2):
+            assert batch.study_parameters("toy", "00_toy", project) == {"harmful": harmful}
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"toy: {project}/no.txt is not at hand" in said and "harmful: testbed instead" in said
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import hashlib
 import itertools
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +97,12 @@ class StudyFile:
         return self.model in TESTBEDS
 
 
+@functools.cache
+def _say_otherwise(study: str, missing: str, taken: str) -> None:
+    """Said once a process: results on other prompts must not look like those on the file's own."""
+    print(f"{study}: {missing} is not at hand (NT_DATA, cache, hub); the study takes {taken} instead", file=sys.stderr)
+
+
 def read(study: str, root: Path) -> StudyFile:
     """The parameter file of a study. Raises InputError: no such file, not YAML, an unknown key or a refused value."""
     file = root / "notebooks" / "params" / f"{study}.yaml"
@@ -109,7 +116,8 @@ def read(study: str, root: Path) -> StudyFile:
     for name, value in [*content.items(), *otherwise.items()]:
         _check(file, name, value, anywhere, OWN_KEYS)
     named = {content[role] for role in parameters.SOURCES if content.get(role) not in (None, "", parameters.EMBEDDED)}
-    if otherwise and not all(map(is_at_hand, sorted(named))):
+    if otherwise and (missing := [source for source in sorted(named) if not is_at_hand(source)]):
+        _say_otherwise(study, ", ".join(missing), ", ".join(f"{k}: {v}" for k, v in otherwise.items()))
         content |= otherwise
     for notebook, values in own.items():
         if notebook not in table:
