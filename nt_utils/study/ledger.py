@@ -135,11 +135,10 @@ def _line(
     if missed and not kept:
         verdict = claims.Verdict(claims.NOT_TESTABLE, reason="every seed of the testbed misses its gate")
     said = "; ".join(f"{seed}: {_cell(what, v)}" + " (missed its gate)" * (seed in missed) for seed, v in each.items())
-    interval = dict(zip(("value", "low", "high", "n"), verdict.interval, strict=True))
     entry = {
         **{name: getattr(what, name) for name in ("statement", "paper", "section", "figure", "notebook")},
         **{"claim": what.id, "row": row, "model": model, "positive_control": claims.is_positive_control(model)},
-        **{"verdict": verdict.verdict, "part": verdict.part, "reason": verdict.reason, **interval},
+        **{"verdict": verdict.verdict, "part": verdict.part, "reason": verdict.reason, **verdict.interval._asdict()},
         **{"seeds": len(kept), "each": said, "missed_gate": len(missed)},
         "untestable": sum(v.verdict == claims.NOT_TESTABLE for s, v in each.items() if s in kept),
         "weights": " ".join(dict.fromkeys(line["weights"] for line in own if line["weights"])),
@@ -195,18 +194,24 @@ def _cell(what: claims.Claim, verdict: claims.Verdict) -> str:
     return f"{verdict.verdict} {what.part(verdict.part).text(verdict.interval)}{name}"
 
 
+def shown_value(line: Mapping[str, Any]) -> str:
+    """ "45 [40, 50]", the quantity that decides a ledger's line; "" where none does."""
+    if not line["part"] or math.isnan(line["value"]):
+        return ""
+    return claims.claim(line["claim"]).part(line["part"]).text([line[name] for name in Interval._fields])
+
+
 def cell(line: Mapping[str, Any]) -> str:
     """A ledger's line as the front page shows it: verdict, value with interval, and its quantity where there are several."""
     what = claims.claim(line["claim"])
     if line["verdict"] in (claims.NOT_TESTABLE, claims.NOT_RUN):
         return line["verdict"]
-    interval = [line[name] for name in ("value", "low", "high", "n")]
     name = f" ({line['part']})" if len(what.parts) > 1 else ""
     sure = line["corrected"] == line["verdict"] != claims.UNDECIDED
     word = f"**{line['verdict']}**" if sure else line["verdict"]
     tested = line["seeds"] - line["untestable"]
     seeds = f", {tested} of {line['seeds']} seeds" if line["untestable"] else ""
-    return f"{word} {what.part(line['part']).text(interval)}{name}{seeds}"
+    return f"{word} {shown_value(line)}{name}{seeds}"
 
 
 #: What a stranger asks first; the README opens with these claims.
@@ -270,12 +275,10 @@ def details(ledger: pd.DataFrame) -> str:
             "|---" * 9 + "|",
         ]
         for line in ledger[ledger["claim"] == what.id].to_dict("records"):
-            decides = line["part"] and not math.isnan(line["value"])
-            value = what.part(line["part"]).text([line[c] for c in ("value", "low", "high", "n")]) if decides else ""
             seeds = f"{line['seeds']}" + f", {line['untestable']} untestable" * bool(line["untestable"])
             seeds += f", {line['missed_gate']} missed the gate" * bool(line["missed_gate"])
             told = line["verdict"] + (f": {escaped(line['reason'])}" if line["reason"] else "")
-            cells = [line["row"], escaped(line["model"]), told, line["corrected"], line["part"], value]
+            cells = [line["row"], escaped(line["model"]), told, line["corrected"], line["part"], shown_value(line)]
             cells += [str(line["n"] or ""), seeds, escaped(line["each"])]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")

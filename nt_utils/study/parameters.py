@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import datetime
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Parameter:
     low: float | None = None
     high: float | None = None
     choices: tuple = ()
-    presets: tuple | None = None  # values for quick, default, full
+    presets: tuple | None = None  # values for quick, default and full; of two the second is for default and full
     items: type | None = None  # of a list
     empty: bool = False  # whether a list may be empty
 
@@ -103,25 +104,15 @@ DEFENCES = (
 )
 
 
-def _three(presets: tuple | None) -> tuple | None:
-    """Values for quick, default and full; of two the second is for default and full."""
-    return (*presets, presets[-1]) if presets is not None and len(presets) == 2 else presets
+_whole, _number = functools.partial(Parameter, int), functools.partial(Parameter, float)
 
 
 def _text(help: str, *choices: str, presets: tuple | None = None) -> Parameter:
-    return Parameter(str, help, choices=choices, presets=_three(presets))
+    return Parameter(str, help, choices=choices, presets=presets)
 
 
-def _whole(help: str, low: float, high: float | None = None, presets: tuple | None = None) -> Parameter:
-    return Parameter(int, help, low, high, presets=_three(presets))
-
-
-def _number(help: str, low: float, high: float | None = None, presets: tuple | None = None) -> Parameter:
-    return Parameter(float, help, low, high, presets=_three(presets))
-
-
-def _many(kind: type, help: str, low=None, high=None, choices=(), presets=None, empty=False) -> Parameter:
-    return Parameter(list, help, low, high, choices, _three(presets), kind, empty)
+def _many(items: type, help: str, low=None, high=None, choices=(), presets=None, empty=False) -> Parameter:
+    return Parameter(list, help, low, high, choices, presets, items, empty)
 
 
 def _rates(help: str, presets: tuple) -> Parameter:
@@ -356,7 +347,7 @@ def check_parameters(values: Mapping[str, Any]) -> SimpleNamespace:
             )
         rule = PARAMETERS[name]
         if value is None and rule.presets:
-            value = rule.presets[PRESETS.index(preset)]
+            value = rule.presets[min(PRESETS.index(preset), len(rule.presets) - 1)]
         checked[name] = rule.check(name, value)
     return SimpleNamespace(**checked)
 

@@ -12,7 +12,6 @@ import functools
 import html
 import io
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from html.parser import HTMLParser
@@ -79,11 +78,7 @@ def _claims(folder: Path) -> list[dict[str, Any]]:
     """The ledger of this run, with values as text."""
     files = sorted((folder / "claims").glob("*.csv"))
     found = ledger.verdicts([line for file in files for line in ledger.read(file).to_dict("records")])
-    for line in found:
-        decides = line["part"] and not math.isnan(line["value"])
-        interval = [line[name] for name in ("value", "low", "high", "n")]
-        line["shown"] = claims.claim(line["claim"]).part(line["part"]).text(interval) if decides else ""
-    return found
+    return [line | {"shown": ledger.shown_value(line)} for line in found]
 
 
 def _in_short(lines: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:

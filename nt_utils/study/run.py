@@ -170,7 +170,7 @@ class Run:
             row: what the claim is tested on, where it has several rows; part: the quantity, where it has several.
         """
         what, which, found = claims.checked(claim, row, part, interval)
-        self._hand_in(what, row, which.name, dict(zip(("value", "low", "high", "n"), found, strict=True)))
+        self._hand_in(what, row, which.name, found._asdict())
 
     def not_testable(self, claim: str, reason: str, *, row: str | None = None, part: str = "") -> None:
         """Say why this run cannot test a claim, in one row or in all of them (None)."""
