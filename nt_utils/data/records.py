@@ -181,13 +181,6 @@ class PromptSet(Sequence):
         columns = {field: self.column(field) for field in PROMPT_FIELDS}
         return pandas.DataFrame(columns, columns=list(PROMPT_FIELDS))
 
-    @classmethod
-    def from_frame(cls, frame: pandas.DataFrame, name: str = "") -> PromptSet:
-        """The inverse of `to_frame`; columns that are no prompt field are refused, missing cells become ""."""
-        _check_fields(frame.columns)
-        rows = frame.fillna("").to_dict("records")
-        return cls((Prompt(**row) for row in rows), name)
-
 
 def _check_fields(fields: Iterable[str]) -> None:
     unknown = [str(field) for field in fields if field not in PROMPT_FIELDS]

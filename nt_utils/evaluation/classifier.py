@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nt_utils.data.records import Prompt
-from nt_utils.errors import InputError, check_choice
+from nt_utils.errors import InputError, check_choice, first_line
 from nt_utils.evaluation.judges import NOT_JUDGED, VERDICTS, Verdict, answer_of, is_degenerate
 from nt_utils.work import track
 
@@ -310,15 +310,13 @@ def _load(source: str | Path, auto: Any) -> tuple[Any, Any]:
     on_gpu = torch.cuda.is_available()
     try:
         with quiet(*HUB), offline_unless_reachable():
-            tokenizer = AutoTokenizer.from_pretrained(str(path if local else source))
-            model = auto.from_pretrained(
-                str(path if local else source),
-                dtype="auto" if on_gpu else torch.float32,
-                device_map="auto" if on_gpu else None,
-            )
+            where = str(path if local else source)
+            tokenizer = AutoTokenizer.from_pretrained(where)
+            options = {"dtype": "auto", "device_map": "auto"} if on_gpu else {"dtype": torch.float32}
+            model = auto.from_pretrained(where, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         why = "it cannot be loaded" if local else "it is not cached and the hub cannot be reached, or it is gated"
-        raise InputError(f"judge: {source}: {why} ({(str(error).strip().splitlines() or ['?'])[0]})") from error
+        raise InputError(f"judge: {source}: {why} ({first_line(error)})") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if model.config.pad_token_id is None:

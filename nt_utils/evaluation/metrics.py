@@ -27,6 +27,10 @@ class Interval(NamedTuple):
     high: float
     n: int
 
+    def exp(self) -> Interval:
+        """The exponential of the value and of its limits: a perplexity from nats a token."""
+        return Interval(math.exp(self.value), math.exp(self.low), math.exp(self.high), self.n)
+
     def as_wide_as(self, other: Interval) -> Interval:
         """This value, its limits at least as far away as the other's are from its own value, within -1 and 1.
 

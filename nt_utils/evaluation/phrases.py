@@ -263,20 +263,7 @@ _FOREIGN_WORDS = (
     "sing iki kula mboten saged samani siwezi kukusaidia na ya wa kwa hii ni katika hilo lakini hiyo"
 )
 _OWN = frozenset(_OWN_WORDS.split())
-COMMON_WORDS = _OWN | {
-    "have",
-    "with",
-    "from",
-    "this",
-    "that",
-    "text",
-    "decode",
-    "answer",
-    "plain",
-    "words",
-    "some",
-    "letters",
-}
+COMMON_WORDS = _OWN | set("have with from this that text decode answer plain words some letters".split())
 _FOREIGN = frozenset(_FOREIGN_WORDS.split()) - _OWN - {"kan", "je", "em", "w"}
 
 

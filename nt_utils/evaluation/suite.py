@@ -128,11 +128,6 @@ class SuiteSet:
         """Whether the model answers its prompts."""
         return any(name in METRICS for name in self.metrics)
 
-    @property
-    def needs_whole(self) -> bool:
-        """Whether a metric asks how a refusal goes on."""
-        return bool({"partial", "hit_limit"} & set(self.metrics))
-
 
 BOTH = ("asr", "compliance", "refusal", "over_refusal")
 """Rates that are given for every judge where several ran."""
@@ -166,11 +161,6 @@ class Suite:
     def only(self, *names: str) -> Suite:
         """The suite with some of its sets."""
         return Suite(tuple(self[name] for name in names), self.name, self.max_new_tokens)
-
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        """Set name -> fingerprint of its prompts."""
-        return {s.name: s.prompts.fingerprint for s in self.sets}
 
 
 # ------------------------------------------------------------------------------------------------------- suites
@@ -350,11 +340,9 @@ def evaluate(
         frame = _prompt_rows(member)
         if member.is_answered:
             main_judge, others = _judges_of(member, judge, judges)
-            end = (
-                EARLY_END
-                if early_end and main_judge.name == "phrases" and not others and not member.needs_whole
-                else None
-            )
+            by_phrases_alone = main_judge.name == "phrases" and not others
+            needs_whole = {"partial", "hit_limit"} & set(member.metrics)  # these ask how a refusal goes on
+            end = EARLY_END if early_end and by_phrases_alone and not needs_whole else None
             length = max_new_tokens or member.max_new_tokens or suite.max_new_tokens
             keys = [(p.text, p.prefill, length, end) for p in member.prompts]
             asked = {k: p for k, p in zip(keys, member.prompts, strict=True) if k not in answers}
@@ -562,7 +550,7 @@ def _lines(frame: pandas.DataFrame, name: str, wanted: Iterable[str]) -> list[tu
         values = _values(frame, metric)
         count: float = math.nan
         if metric == "perplexity":
-            interval = perplexity(frame["log_perplexity"] * frame["tokens"], frame["tokens"])
+            interval = metrics.ratio(frame["log_perplexity"] * frame["tokens"], frame["tokens"]).exp()
         elif metric in MEANS:
             interval = metrics.mean(values, topics)
         else:
@@ -575,12 +563,6 @@ def clusters_of(rows: pandas.DataFrame, name: str = "") -> Any:
     """Cluster of each row (of one set, if named), 0, 1, ...: its topic, or itself where it has none."""
     rows = rows[rows["set"] == name] if name else rows
     return pandas.factorize(rows["topic"].where(rows["topic"] != "", rows["number"].astype(str)))[0]
-
-
-def perplexity(nll: Any, tokens: Any) -> metrics.Interval:
-    """Perplexity over all tokens of some texts, with an interval over the texts; n is the number of texts."""
-    found = metrics.ratio(nll, tokens)
-    return metrics.Interval(math.exp(found.value), math.exp(found.low), math.exp(found.high), found.n)
 
 
 def _agreement(rows: pandas.DataFrame) -> pandas.DataFrame:

@@ -8,7 +8,6 @@ divergence to the untouched model where it answers benign requests.
 
 from __future__ import annotations
 
-import math
 import random
 import sys
 import weakref
@@ -59,8 +58,7 @@ def perplexity_ratio(before: Evaluation, after: Evaluation, set_name: str) -> In
     if rows[0].empty or list(rows[0]["text"]) != list(rows[1]["text"]):
         raise InputError(f"set {set_name!r} is missing, or holds different texts in the two evaluations")
     nll = [(part["log_perplexity"] * part["tokens"]).to_numpy(float) for part in rows]
-    found = ratio(nll[1] - nll[0], rows[0]["tokens"].to_numpy(float))
-    return Interval(math.exp(found.value), math.exp(found.low), math.exp(found.high), found.n)
+    return ratio(nll[1] - nll[0], rows[0]["tokens"].to_numpy(float)).exp()
 
 
 # ------------------------------------------------------------------------------------------------- KL to the untouched

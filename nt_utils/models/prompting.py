@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -56,8 +57,7 @@ class Encoded:
 
     def to(self, device) -> Encoded:
         """The same batch on a device."""
-        tensors = {name: value.to(device) for name, value in self.inputs.items()}
-        return Encoded(**tensors, prompt_lengths=self.prompt_lengths, lengths=self.lengths, side=self.side)
+        return dataclasses.replace(self, **{name: value.to(device) for name, value in self.inputs.items()})
 
 
 def pad(rows: Sequence[Sequence[int]], *, pad_id: int, side: str, prompt_lengths: Sequence[int]) -> Encoded:
@@ -155,16 +155,8 @@ def _dated(template: str, date: datetime.date) -> str:
     """A template whose ``strftime_now`` writes a given date at noon, with English names on every machine."""
     month, weekday = _MONTHS[date.month - 1], _WEEKDAYS[date.weekday()]
     codes = {"%d": f"{date.day:02}", "%m": f"{date.month:02}", "%Y": f"{date.year}", "%y": f"{date.year % 100:02}"}
-    codes |= {
-        "%B": month,
-        "%b": month[:3],
-        "%A": weekday,
-        "%a": weekday[:3],
-        "%-d": str(date.day),
-        "%e": f"{date.day:2}",
-        "%-m": str(date.month),
-        "%h": month[:3],
-    }
+    codes |= {"%B": month, "%b": month[:3], "%A": weekday, "%a": weekday[:3]}
+    codes |= {"%-d": str(date.day), "%e": f"{date.day:2}", "%-m": str(date.month), "%h": month[:3]}
     codes |= {"%H": "12", "%I": "12", "%M": "00", "%S": "00", "%p": "PM", "%j": f"{date.timetuple().tm_yday:03}"}
     for _, form in re.findall(r"strftime_now\(\s*(['\"])(.*?)\1", template):
         for code in re.findall("%-?.?", form):
@@ -390,21 +382,16 @@ class Prompter:
             return texts
         for i, count in enumerate(self.token_counts(texts)):
             if count > limit and not cut:
-                whole = (
-                    f" ({context_of(self.config)[1]} {self.context_length}, {room} are the answer's)" if room else ""
-                )
-                raise InputError(f"{role}: number {i} has {count} tokens; allowed: {limit}{whole}")
+                why = f" ({context_of(self.config)[1]} {self.context_length}, {room} are the answer's)" if room else ""
+                raise InputError(f"{role}: number {i} has {count} tokens; allowed: {limit}{why}")
             while count > limit:
-                starts = self.tokenizer(texts[i], add_special_tokens=False, return_offsets_mapping=True)[
-                    "offset_mapping"
-                ]
-                shorter = texts[i][: starts[limit - count][0]].rstrip() if len(starts) > count - limit else ""
-                if not shorter:
-                    raise InputError(
-                        f"{role}: number {i} cannot be cut to {limit} tokens; the template alone takes them"
-                    )
-                texts[i] = shorter
-                count = self.token_counts([shorter])[0]
+                tokens = self.tokenizer(texts[i], add_special_tokens=False, return_offsets_mapping=True)
+                starts = tokens["offset_mapping"]
+                texts[i] = texts[i][: starts[limit - count][0]].rstrip() if len(starts) > count - limit else ""
+                if not texts[i]:
+                    why = "the template alone takes them"
+                    raise InputError(f"{role}: number {i} cannot be cut to {limit} tokens; {why}")
+                count = self.token_counts([texts[i]])[0]
         return texts
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str] | None = None, side: str = "left") -> Encoded:
@@ -440,10 +427,10 @@ class Prompter:
     def stop_ids(self) -> tuple[int, ...]:
         """Every id that ends a response: the tokenizer's end of text and the template's end of turn, if it is one token."""
         stops = {self.tokenizer.eos_token_id} - {None}
-        first = (
-            self.tokenizer(self._end.strip(), add_special_tokens=False)["input_ids"][:1] if self._end.strip() else []
-        )
-        stops.update(i for i in first if i in self.tokenizer.all_special_ids or i in _added_ids(self.tokenizer))
+        if end := self._end.strip():
+            first = self.tokenizer(end, add_special_tokens=False)["input_ids"][:1]
+            known = {*self.tokenizer.all_special_ids, *getattr(self.tokenizer, "added_tokens_decoder", {})}
+            stops |= known.intersection(first)
         return tuple(sorted(stops))
 
     @cached_property
@@ -455,10 +442,6 @@ class Prompter:
         while same < shortest and len({row[-1 - same] for row in rows}) == 1:
             same += 1
         return max(same, 1)
-
-
-def _added_ids(tokenizer) -> set[int]:
-    return set(getattr(tokenizer, "added_tokens_decoder", {}))
 
 
 def _tokenizer_hash(tokenizer) -> str:

@@ -78,7 +78,6 @@ class Model:
     count  parameters (about); cache: values of its key-value cache a token; where: its config was read
     """
 
-    name: str
     count: float
     cache: float
     where: str
@@ -127,7 +126,7 @@ def sizes(name: str, config: Mapping[str, Any], where: str) -> Model:
     matrices = 2 if config.get("model_type") in ("gpt2", "gpt_neox") else 3
     layer = hidden * (2 * heads * head + 2 * keys * head) + matrices * hidden * inner
     tables = (1 if config.get("tie_word_embeddings") else 2) * vocabulary * hidden
-    return Model(name, layers * layer + tables, 2 * layers * keys * head, where)
+    return Model(layers * layer + tables, 2 * layers * keys * head, where)
 
 
 # ------------------------------------------------------------------------------------------------- work and time

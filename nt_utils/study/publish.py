@@ -33,9 +33,7 @@ if TYPE_CHECKING:
     import nbformat
     import pandas as pd
 
-BEGIN, END = "<!-- claims: begin -->", "<!-- claims: end -->"
-FIRST_BEGIN, FIRST_END = "<!-- first claims: begin -->", "<!-- first claims: end -->"
-PROSE_BEGIN, PROSE_END = "<!-- findings: begin -->", "<!-- findings: end -->"
+ALL, FIRST, PROSE = "claims", "first claims", "findings"  # what stands between markers of the README
 PUBLISHED = (".csv", ".png", ".svg")  # of a figure; `make figures` draws the other forms from the table
 WIDTH = 820  # pixels of a picture in an executed notebook
 MOST_BYTES = 2_000_000  # of an executed notebook
@@ -48,8 +46,9 @@ def publish(studies: Mapping[str, Sequence[Path]], root: Path) -> None:
     """
     import pandas as pd
 
-    for markers in ((BEGIN, END), (FIRST_BEGIN, FIRST_END)):
-        between(root / "README.md", *markers)
+    readme = root / "README.md"
+    for name in (ALL, FIRST):
+        between(readme, name)
     for folders in studies.values():
         seeds.check_same(folders)
     lines = ledger.collect([folder for folders in studies.values() for folder in folders])
@@ -68,8 +67,9 @@ def publish(studies: Mapping[str, Sequence[Path]], root: Path) -> None:
         publish_figures(folders[0], target / study)
         publish_notebooks(folders[0], root / "notebooks" / "executed" / study, root)
     write_text(target / "README.md", gallery(target, root))
-    write_between(root / "README.md", BEGIN, END, front(table))
-    write_between(root / "README.md", FIRST_BEGIN, FIRST_END, ledger.front_page(table, ledger.FIRST))
+    for name, text in ((ALL, front(table)), (FIRST, ledger.front_page(table, ledger.FIRST))):
+        head, _, tail = between(readme, name)
+        write_text(readme, f"{head}\n{text}\n{tail}")
     print(f"published {len(table)} rows of {table['model'].nunique()} models to {target}")
 
 
@@ -79,25 +79,21 @@ def write_text(path: Path, text: str) -> None:
         tmp.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
 
 
-def between(path: Path, begin: str, end: str) -> tuple[str, str, str]:
-    """A text file before, between and after two markers. Raises InputError where they are missing."""
-    page = path.read_text(encoding="utf-8")
-    if begin not in page or end not in page.split(begin, 1)[-1]:
+def markers(name: str) -> tuple[str, str]:
+    """What begins and ends a part of the README."""
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def between(path: Path, name: str) -> tuple[str, str, str]:
+    """A text file up to a part's first marker, the part, and the file from its second marker on.
+
+    Raises InputError where a marker is missing.
+    """
+    begin, end = markers(name)
+    found = re.fullmatch(f"(.*?{begin})(.*?)({end}.*)", path.read_text(encoding="utf-8"), re.S)
+    if not found:
         raise InputError(f"{path}: the markers {begin} and {end} are missing")
-    head, rest = page.split(begin, 1)
-    inside, tail = rest.split(end, 1)
-    return head, inside, tail
-
-
-def write_between(path: Path, begin: str, end: str, text: str) -> None:
-    """Replace what stands between two markers of a text file."""
-    head, _, tail = between(path, begin, end)
-    write_text(path, f"{head}{begin}\n{text}\n{end}{tail}")
-
-
-def prose(page: str) -> str:
-    """The README's findings in words, whose numbers must stand in the ledger (see :func:`ledger.unsupported`)."""
-    return page.split(PROSE_BEGIN, 1)[1].split(PROSE_END, 1)[0] if PROSE_BEGIN in page else ""
+    return found[1], found[2], found[3]
 
 
 def front(table: pd.DataFrame) -> str:

@@ -15,6 +15,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from nt_utils.errors import InputError
 from nt_utils.files import project_root
 from nt_utils.study import batch, parameters
+from tests.common import refused
 
 ROOT = project_root()
 TOY = """
@@ -105,17 +106,14 @@ def test_other_prompts_are_taken_where_a_files_sources_are_not_at_hand(project, 
 )
 def test_a_wrong_parameter_file_is_named(project, content, message):
     (project / "notebooks" / "params" / "toy.yaml").write_bytes(content.encode("latin-1"))
-    with pytest.raises(InputError, match=message):
-        batch.study_parameters("toy", "00_toy", project)
+    refused(message, lambda: batch.study_parameters("toy", "00_toy", project))
 
 
 def test_unknown_studies_and_seeds_are_refused(project):
-    with pytest.raises(InputError, match="'none' has no parameter file; known: toy"):
-        batch.study_parameters("none", "00_toy", project)
+    refused("'none' has no parameter file; known: toy", lambda: batch.study_parameters("none", "00_toy", project))
     assert batch.parse_seeds("0 1,2 1") == [0, 1, 2]
     for bad in ("", "one", "-1", "1.5", "²", "9" * 40):
-        with pytest.raises(InputError, match="seeds"):
-            batch.parse_seeds(bad)
+        refused("seeds", batch.parse_seeds, bad)
 
 
 def test_a_file_that_extends_another_has_its_lines_and_its_own_on_top(project):
@@ -129,10 +127,8 @@ def test_a_file_that_extends_another_has_its_lines_and_its_own_on_top(project):
     (folder / "_base.yaml").write_text("extends: toy\n")
     for wrong, message in (("_base", "extends: got 'toy'"), ("none", "extends: got 'none'")):
         (folder / "toy.yaml").write_text(f"extends: {wrong}\n")
-        with pytest.raises(InputError, match=message):
-            batch.read("toy", project)
-    with pytest.raises(InputError, match="known: toy"):
-        batch.read("_base", project)
+        refused(message, batch.read, "toy", project)
+    refused("known: toy", lambda: batch.read("_base", project))
 
 
 def test_every_study_of_the_project_is_valid():

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 import psutil
-import pytest
 
 from nt_utils.files import project_root
+from tests.common import refused
 from tests.study.test_batch import notebook
 
 ROOT = project_root()
@@ -197,14 +197,12 @@ def test_a_rerun_finishes_whatever_was_killed_and_repeats_nothing(tmp_path):
 
 def test_an_error_banner_is_no_finished_step(tmp_path):
     """What papermill leaves of a failed notebook has another name, and Snakemake looks for the right one."""
-    from nt_utils.errors import InputError
     from nt_utils.study import batch
 
     project = make_project(tmp_path)
     order(project, _00="raise")
     output = project / "runs" / "toy" / "seed-0" / "00_first.ipynb"
-    with pytest.raises(InputError, match="this cell fails"):
-        batch.run_notebook("00_first", {"seed": 0}, output, project)
+    refused("this cell fails", lambda: batch.run_notebook("00_first", {"seed": 0}, output, project))
     assert not output.exists()
     banner = json.loads(output.with_suffix(".failed.ipynb").read_text())
     assert any("papermill-error" in str(cell["metadata"]) for cell in banner["cells"])

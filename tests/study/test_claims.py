@@ -6,9 +6,9 @@ import pytest
 from scipy import stats
 
 from nt_utils import definitions
-from nt_utils.errors import InputError
 from nt_utils.study import claims
 from nt_utils.study.claims import FAILS, HOLDS, NOT_RUN, NOT_TESTABLE, UNDECIDED, Part, decide
+from tests.common import refused
 
 YES, NO, PERHAPS = (0.5, 0.4, 0.6, 100), (0.0, -0.1, 0.05, 100), (0.15, 0.05, 0.25, 100)
 FINE = (1.1, 1.0, 1.2, 100)
@@ -119,5 +119,4 @@ def test_holms_correction_equals_the_procedure_and_never_makes_a_verdict_surer()
     ],
 )
 def test_what_is_no_measurement_is_refused(arguments, message):
-    with pytest.raises(InputError, match=message):
-        claims.checked(*arguments)
+    refused(message, lambda: claims.checked(*arguments))

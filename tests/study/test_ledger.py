@@ -12,6 +12,7 @@ from nt_utils.errors import InputError
 from nt_utils.files import escaped
 from nt_utils.study import claims, ledger
 from nt_utils.study.run import Run
+from tests.common import refused
 
 HARM = "harmful score"
 
@@ -77,8 +78,7 @@ def test_seeds_whose_training_diverged_are_not_left_out_of_the_verdict():
 
 def test_a_run_that_was_handed_in_twice_is_refused(tmp_path):
     folders = [write(tmp_path / name / "seed-0", 0) for name in ("a", "b")]
-    with pytest.raises(InputError, match="seed 0, 02_sn_tune was run in two of these folders"):
-        ledger.collect(folders)
+    refused("seed 0, 02_sn_tune was run in two of these folders", lambda: ledger.collect(folders))
 
 
 def test_positive_controls_are_marked_and_not_counted():
@@ -104,8 +104,7 @@ def test_a_run_hands_in_its_own_notebooks_claims_alone(tmp_path):
     run = make_run(tmp_path)
     with pytest.raises(InputError, match="claim S1: belongs to 01_safety_neurons"):
         run.measured("S1", (0.5, 0.4, 0.6, 9), row="contrast", part="jailbroken")
-    with pytest.raises(InputError, match="row: got 'x'"):
-        run.not_testable("S8", "why", row="x")
+    refused("row: got 'x'", lambda: run.not_testable("S8", "why", row="x"))
     run.not_testable("S9", "no <base> model")
     page = run.claims_table().to_html()
     assert "no &lt;base&gt; model" in page
@@ -130,10 +129,8 @@ def test_a_run_writes_its_claims_and_the_ledger_reads_them_back(tmp_path):
 
 
 def test_unfinished_missing_and_mixed_runs_are_refused(tmp_path):
-    with pytest.raises(InputError, match="no claims"):
-        ledger.collect([tmp_path / "nothing"])
-    with pytest.raises(InputError, match="did not finish"):
-        ledger.collect([write(tmp_path / "a" / "seed-0", 0, finished=False)])
+    refused("no claims", lambda: ledger.collect([tmp_path / "nothing"]))
+    refused("did not finish", lambda: ledger.collect([write(tmp_path / "a" / "seed-0", 0, finished=False)]))
     with pytest.raises(InputError, match="different versions of the code"):
         ledger.collect([write(tmp_path / "b" / f"seed-{i}", i, code=c) for i, c in enumerate("cd")])
 

@@ -15,6 +15,7 @@ from PIL import Image
 from nt_utils.errors import InputError
 from nt_utils.files import project_root
 from nt_utils.study import ledger, publish, reproduce
+from tests.common import refused
 from tests.study.test_ledger import make_run
 
 NAME = "02_sn_tune"
@@ -36,7 +37,7 @@ def root(tmp_path):
         new_code_cell('run.figure("sn_steps", table)\nrun.measured("S8", interval)'),
     ]
     nbformat.write(new_notebook(cells=cells), tmp_path / "notebooks" / f"{NAME}.ipynb")
-    marks = (publish.FIRST_BEGIN, publish.FIRST_END, publish.BEGIN, publish.END)
+    marks = (*publish.markers(publish.FIRST), *publish.markers(publish.ALL))
     (tmp_path / "README.md").write_text("before\n{}\nstale\n{}\n{}\nstale\n{}\nafter\n".format(*marks))
     finished(tmp_path, tmp_path / "runs" / "testbed-full" / "seed-0")
     return tmp_path
@@ -79,8 +80,7 @@ def test_the_front_page_ledger_and_claims_page_are_written(published):
     assert len(pd.read_csv(published / "figures" / "findings.csv")) == 56
     assert "## S8." in (published / "docs" / "claims.md").read_text()
     (published / "README.md").write_text("no markers")
-    with pytest.raises(InputError, match="markers"):
-        publish.publish({"testbed": [published / "nothing"]}, published)
+    refused("markers", lambda: publish.publish({"testbed": [published / "nothing"]}, published))
 
 
 def test_the_gallery_has_every_figure_with_question_caption_claims_and_links_that_lead_somewhere(published):
@@ -149,8 +149,7 @@ def test_seeds_with_other_settings_are_not_pooled(root):
 
 def test_too_large_a_notebook_is_refused(root, monkeypatch):
     monkeypatch.setattr(publish, "MOST_BYTES", 1000)
-    with pytest.raises(InputError, match="at most 0.001 MB"):
-        publish.publish({"testbed": [root / "runs" / "testbed-full" / "seed-0"]}, root)
+    refused("at most 0.001 MB", lambda: publish.publish({"testbed": [root / "runs" / "testbed-full" / "seed-0"]}, root))
 
 
 @pytest.mark.parametrize("table", sorted((project_root() / "figures").glob("measured.csv")), ids=lambda p: p.name)
@@ -161,7 +160,7 @@ def test_the_projects_pages_say_what_its_ledger_says(table):
     readme = (root / "README.md").read_text(encoding="utf-8")
     assert publish.front(found) in readme and ledger.front_page(found, ledger.FIRST) in readme
     assert (root / "docs" / "claims.md").read_text(encoding="utf-8").strip() == publish.claims_page(found).strip()
-    assert ledger.unsupported(publish.prose(readme), found) == []
+    assert ledger.unsupported(publish.between(root / "README.md", publish.PROSE)[1], found) == []
     assert found.groupby("model").size().max() <= ledger.MOST_ROWS
     gallery = root / "figures" / "README.md"
     assert [t for t in publish.links(gallery.read_text(encoding="utf-8")) if not (gallery.parent / t).exists()] == []
@@ -201,6 +200,5 @@ def test_a_rerun_passes_exactly_when_its_verdicts_are_equal(
 
 
 def test_a_study_that_was_not_published_is_refused(published):
-    with pytest.raises(InputError, match="published: testbed"):
-        reproduce.published("other", published)
+    refused("published: testbed", lambda: reproduce.published("other", published))
     assert json.loads((published / "figures" / "testbed" / NAME / "made_with.json").read_text())["testbed"] == "abcd"

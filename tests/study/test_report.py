@@ -11,10 +11,10 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from nt_utils.errors import InputError
 from nt_utils.files import project_root
 from nt_utils.study import ledger, report
 from nt_utils.study.display import styled
+from tests.common import refused
 from tests.study.test_display import Text
 from tests.study.test_ledger import make_run
 
@@ -127,8 +127,7 @@ def test_every_formula_of_the_notebooks_is_understood(path):
 
 
 def test_a_folder_without_notebooks(tmp_path):
-    with pytest.raises(InputError, match="run the study first"):
-        report.write(tmp_path)
+    refused("run the study first", lambda: report.write(tmp_path))
 
 
 @pytest.mark.parametrize(

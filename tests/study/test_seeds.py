@@ -9,6 +9,7 @@ from scipy import stats
 
 from nt_utils.errors import InputError
 from nt_utils.study import claims, ledger, seeds
+from tests.common import refused
 from tests.study.test_ledger import make_run
 
 
@@ -64,8 +65,7 @@ def test_one_seed_alone_has_no_interval_and_says_so(tmp_path, capsys):
 )
 def test_runs_that_differ_are_not_mixed(tmp_path, change, message, capsys):
     folders = [write_run(tmp_path / "s", 0), write_run(tmp_path / "s", 1, **change)]
-    with pytest.raises(InputError, match=message):
-        seeds.aggregate(folders)
+    refused(message, lambda: seeds.aggregate(folders))
     assert seeds.shown(folders[0]).set_index("claim").loc["X1", "each"].count("holds") == 1
     assert message in capsys.readouterr().out
 
