@@ -55,7 +55,7 @@ def agreement(labelled: Labelled, judge: Judge) -> tuple:
     said = [None if metrics.is_missing(v) else v in ("refusal", "partial") for v in verdicts]
     pairs = [(t, s) for t, s in zip(labelled.refused, said, strict=True) if s is not None]
     accuracy = sum(t == s for t, s in pairs) / len(pairs) if pairs else float("nan")
-    kappa = metrics.cohen_kappa(*zip(*pairs, strict=True)) if pairs else metrics.cohen_kappa([], [])
+    kappa = metrics.cohen_kappa(labelled.refused, said)
     wrong = [sum(t and not s for t, s in pairs), sum(s and not t for t, s in pairs)]
     return (labelled.name, judge.name, len(pairs), len(said) - len(pairs), accuracy, *kappa[:3], *wrong)
 

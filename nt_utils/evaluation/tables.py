@@ -26,7 +26,6 @@ def behaviour_table(evaluations: Mapping[str, Evaluation], groups: bool = False)
 
     ``groups``: also the rates of a set's parts ("wrapped/seen").
     """
-
     rows = []
     for model, found in evaluations.items():
         for name, part in found.table.groupby("set", sort=False):
@@ -42,7 +41,6 @@ def behaviour_table(evaluations: Mapping[str, Evaluation], groups: bool = False)
 
 def verdict_table(evaluations: Mapping[str, Evaluation]) -> pandas.DataFrame:
     """Share of every verdict in every set: columns model, set, verdict, share, n. Unjudged rows are left out of n."""
-
     rows = []
     for model, found in evaluations.items():
         for name, part in answered(found).groupby("set", sort=False):
@@ -54,10 +52,8 @@ def verdict_table(evaluations: Mapping[str, Evaluation]) -> pandas.DataFrame:
 
 def example_table(evaluations: Mapping[str, Evaluation], per_set: int = 2) -> pandas.DataFrame:
     """The first prompts of every set with each model's answer and its verdict."""
-
-    first = answered(next(iter(evaluations.values()))).groupby("set", sort=False).head(per_set)
-    table = first[["set", "text"]].reset_index(drop=True)
-    for model, found in evaluations.items():
-        part = answered(found).groupby("set", sort=False).head(per_set).reset_index(drop=True)
+    firsts = {name: answered(found).groupby("set", sort=False).head(per_set) for name, found in evaluations.items()}
+    table = next(iter(firsts.values()))[["set", "text"]].reset_index(drop=True)
+    for model, part in firsts.items():
         table[model] = [f"{a} [{v}]" for a, v in zip(part["response"], part["verdict"], strict=True)]
-    return pandas.DataFrame(table)
+    return table

@@ -1,35 +1,26 @@
 """Everything about models: loading them, their families, prompts and token ids, and one handle on their projections."""
 
-from nt_utils.errors import InputError, ModelError
-from nt_utils.models.families import FAMILIES, FUSED, OWNED, Family, check_family, context_of
+from nt_utils.models.families import FAMILIES, OWNED, check_family, context_of
 from nt_utils.models.language import LanguageModel
 from nt_utils.models.loading import check_source, load, load_prompter, parse_arguments
 from nt_utils.models.locate import located
-from nt_utils.models.prompting import DATE, TEMPLATES, Encoded, Prompter, pad
+from nt_utils.models.prompting import Encoded, Prompter, pad
 from nt_utils.models.view import (
     DecoderView,
     Projection,
     check_evaluating,
     decoder,
     device_of,
-    effective,
     is_adapter_layer,
     is_sharded,
-    tensor_of,
 )
 
 __all__ = [
-    "DATE",
     "FAMILIES",
-    "FUSED",
     "OWNED",
-    "TEMPLATES",
     "DecoderView",
     "Encoded",
-    "Family",
-    "InputError",
     "LanguageModel",
-    "ModelError",
     "Projection",
     "Prompter",
     "check_evaluating",
@@ -38,7 +29,6 @@ __all__ = [
     "context_of",
     "decoder",
     "device_of",
-    "effective",
     "is_adapter_layer",
     "is_sharded",
     "load",
@@ -46,5 +36,4 @@ __all__ = [
     "located",
     "pad",
     "parse_arguments",
-    "tensor_of",
 ]

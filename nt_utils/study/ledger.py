@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from nt_utils.errors import InputError
 from nt_utils.evaluation.metrics import Interval, pooled
-from nt_utils.files import escaped
+from nt_utils.files import atomic, escaped
 from nt_utils.study import claims
 from nt_utils.study.provenance import notes
 
@@ -91,6 +91,13 @@ def collect(folders: Sequence[Path]) -> pd.DataFrame:
             f"publish: {first['model']}, seed {first['seed']}, {first['notebook']} was run in two of these folders; name one"
         )
     return lines
+
+
+def write_table(path: Path, frame: pd.DataFrame, digits: str | None = "%.6g") -> Path:
+    """Save a table as CSV, whole or not at all; ``digits`` is the format of its numbers."""
+    with atomic(path) as tmp:
+        frame.to_csv(tmp, index=False, float_format=digits)
+    return path
 
 
 def read(file: Path) -> pd.DataFrame:

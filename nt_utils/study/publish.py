@@ -60,8 +60,7 @@ def publish(studies: Mapping[str, Sequence[Path]], root: Path) -> None:
     for old in target.glob("[0-9][0-9]_*.*"):  # of versions that had one folder for all
         old.unlink()
     for name, frame in (("findings", table), ("measured", lines)):
-        with atomic(target / f"{name}.csv") as tmp:
-            frame.to_csv(tmp, index=False, float_format="%.6g")
+        ledger.write_table(target / f"{name}.csv", frame)
     write_text(root / "docs" / "claims.md", claims_page(table))
     for study, folders in studies.items():
         publish_figures(folders[0], target / study)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from nt_utils.errors import InputError, command
-from nt_utils.files import atomic, project_root, read_json, run_folder, study_name
+from nt_utils.files import project_root, read_json, run_folder, study_name
 from nt_utils.study import ledger
 
 TOLERANCE = 1e-4  # of a number's size, up to which a cell counts as close
@@ -151,8 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what = published(options.study, root)
     folder = Path(options.folder) if options.folder else rerun(what, root, options.cores)
     table = compare(what, folder, root)
-    with atomic(folder / "reproduced.csv") as tmp:
-        table.to_csv(tmp, index=False, float_format="%.6g")
+    ledger.write_table(folder / "reproduced.csv", table)
     print(table.to_string(index=False, na_rep="", float_format="%.3g"))
     print(f"{folder}: {'reproduced' if is_reproduced(table) else 'not reproduced'}")
     return 0 if is_reproduced(table) else 1

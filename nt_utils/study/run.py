@@ -45,12 +45,6 @@ def begin(notebook: str, values: Mapping[str, Any], history: list[str] | None = 
     return run
 
 
-def _write(path: Path, frame, digits: str | None = "%.6g") -> Path:
-    with atomic(path) as tmp:
-        frame.to_csv(tmp, index=False, float_format=digits)
-    return path
-
-
 @dataclass
 class Run:
     """The folder of one model and seed, seen from one notebook.
@@ -110,7 +104,7 @@ class Run:
 
     def table(self, name: str, frame, kind: str = "tables") -> Path:
         """Save a results table as CSV (atomic; six significant digits, so that a rerun is byte-identical)."""
-        return _write(self.path(kind, f"{name}.csv"), frame)
+        return ledger.write_table(self.path(kind, f"{name}.csv"), frame)
 
     def figure(self, name: str, frame):
         """Save a figure's table, draw it with ``plots.<name>`` from that table, save it (see ``plots.draw``), and show it.
@@ -154,7 +148,7 @@ class Run:
 
     def timing_table(self, name: str, frame) -> Path:
         """Save a table of seconds and bytes, which differ from run to run, beside the timings."""
-        return _write(self.path("timings", f"{name}.csv"), frame, "%.4g")
+        return ledger.write_table(self.path("timings", f"{name}.csv"), frame, "%.4g")
 
     def record(self, what: str, value: Any) -> None:
         """Keep a fact for provenance: a fingerprint, a count of dropped prompts."""
@@ -201,10 +195,10 @@ class Run:
 
         if claims.rows(self.notebook):
             frame = pd.DataFrame(ledger.run_rows(self), columns=list(ledger.COLUMNS))
-            _write(self.folder / "claims" / f"{self.notebook}.csv", frame)
+            ledger.write_table(self.folder / "claims" / f"{self.notebook}.csv", frame)
         took = [(self.notebook, step, round(seconds, 2)) for step, seconds in self.timings.items()]
         frame = pd.DataFrame(took, columns=["notebook", "step", "seconds"])
-        _write(self.folder / "timings" / f"{self.notebook}.csv", frame, None)
+        ledger.write_table(self.folder / "timings" / f"{self.notebook}.csv", frame, None)
         self._drop_leftovers()
         self.provenance(seconds=round(time.time() - self.started, 1))
         where, root = self.folder.resolve(), project_root().resolve()

@@ -16,7 +16,7 @@ import pandas as pd
 
 from nt_utils.errors import InputError, command
 from nt_utils.evaluation.metrics import t_interval
-from nt_utils.files import atomic, run_folder
+from nt_utils.files import run_folder
 from nt_utils.study import ledger
 from nt_utils.study.provenance import notes
 
@@ -101,16 +101,13 @@ def aggregate(folders: Sequence[Path]) -> Path:
     check_same(folders)
     target = folders[0].parent / "comparison"
     target.mkdir(exist_ok=True)
-    with atomic(target / "claims.csv") as tmp:
-        lines = ledger.collect(folders).to_dict("records")
-        ledger.frame(lines).to_csv(tmp, index=False, float_format="%.6g")
+    ledger.write_table(target / "claims.csv", ledger.frame(ledger.collect(folders).to_dict("records")))
     for name, keys in TABLES.items():
         files = [folder / "figures" / f"{name}.csv" for folder in folders]
         if not all(file.is_file() for file in files):
             continue
-        path = target / f"{name}.csv"
-        with atomic(path) as tmp:
-            table_over_seeds([pd.read_csv(file) for file in files], keys).to_csv(tmp, index=False, float_format="%.6g")
+        table = table_over_seeds([pd.read_csv(file) for file in files], keys)
+        path = ledger.write_table(target / f"{name}.csv", table)
         plots.draw(path, pictures=(".png",) if plots.is_quick(path) else plots.PICTURES)
     return target
 

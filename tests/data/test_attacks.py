@@ -34,20 +34,10 @@ def test_braces_in_a_request_are_left_alone():
 
 
 def test_asked_for_families_are_there():
-    wanted = {
-        "role-play",
-        "refusal-suppression",
-        "prefix-injection",
-        "persona",
-        "story",
-        "base64",
-        "rot13",
-        "leetspeak",
-        "second-language",
-        "many-shot",
-        "prefill",
-    }
-    assert wanted <= set(FULL_LENGTH) <= set(ATTACKS)
+    wanted = (
+        "role-play refusal-suppression prefix-injection persona story base64 rot13 leetspeak second-language many-shot"
+    )
+    assert {*wanted.split(), "prefill"} <= set(FULL_LENGTH) <= set(ATTACKS)
 
 
 def test_a_class_is_seen_or_unseen_as_a_whole():
@@ -81,8 +71,6 @@ def test_unknown_attack_lists_the_known_ones():
 
 
 def test_attacks_on_one_request_are_one_cluster():
-    requests = [Prompt(f"request {i}", kind="harmful") for i in range(3)] + [
-        Prompt("known", topic="fire", kind="harmful")
-    ]
+    requests = [*(Prompt(f"request {i}", kind="harmful") for i in range(3)), Prompt("known", topic="fire")]
     wrapped = [one.apply(prompt) for one in attacks(seen=True)[:4] for prompt in requests]
     assert {prompt.topic for prompt in wrapped} == {"request 0", "request 1", "request 2", "fire"}

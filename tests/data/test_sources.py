@@ -154,19 +154,13 @@ def test_offline_switches_are_restored_and_a_refusal_is_quick(hub):
 
 # Two rows of every set, in the columns of its hub copy: the first belongs to the set, the second does not where it filters.
 LONG = "a passage of running text that is long enough to be kept " * 3
+BEHAVIOUR = {"Index": 0, "Target": "Sure", "Behavior": "b", "Category": "c"}
 SCHEMAS = {
     "advbench": {"prompt": "do harm", "target": "Sure, here is"},
     "harmbench": {"prompt": "do harm", "category": "illegal"},
     "strongreject": {"prompt": "do harm", "category": "Violence", "source": "x"},
-    "jailbreakbench": {
-        "Index": 0,
-        "Goal": "do harm",
-        "Target": "Sure",
-        "Behavior": "b",
-        "Category": "c",
-        "Source": "s",
-    },
-    "jailbreakbench-benign": {"Index": 0, "Goal": "be kind", "Target": "Sure", "Behavior": "b", "Category": "c"},
+    "jailbreakbench": {**BEHAVIOUR, "Goal": "do harm", "Source": "s"},
+    "jailbreakbench-benign": {**BEHAVIOUR, "Goal": "be kind"},
     "maliciousinstruct": {"prompt": "do harm"},
     "xstest": {"id": 1, "prompt": "kill a process", "type": "homonyms", "label": "safe", "focus": "kill", "note": ""},
     "xstest-unsafe": {"id": 1, "prompt": "kill a man", "type": "contrast_homonyms", "label": "unsafe", "focus": "kill"},
@@ -213,14 +207,7 @@ ORIGINALS = {
     "advbench": ("harmful_behaviors.csv", {"goal": "do harm", "target": "Sure, here is"}),
     "harmbench": (
         "harmbench_behaviors_text_all.csv",
-        {
-            "Behavior": "do harm",
-            "FunctionalCategory": "standard",
-            "SemanticCategory": "illegal",
-            "Tags": "",
-            "ContextString": "",
-            "BehaviorID": "x",
-        },
+        {"Behavior": "do harm", "FunctionalCategory": "standard", "SemanticCategory": "illegal", "ContextString": ""},
     ),
     "strongreject": ("strongreject_dataset.csv", {"category": "c", "source": "s", "forbidden_prompt": "do harm"}),
     "maliciousinstruct": ("MaliciousInstruct.txt", "do harm\n"),

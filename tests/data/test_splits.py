@@ -2,7 +2,6 @@
 
 import csv
 import itertools
-import json
 
 import pytest
 
@@ -12,8 +11,8 @@ from nt_utils.errors import InputError
 from nt_utils.experiments import modulation
 from nt_utils.files import project_root
 from nt_utils.study import Subject, begin
-from nt_utils.study.parameters import notebook_parameters
 from tests.common import refused
+from tests.study.test_hardening import parameter_cell
 
 NOTEBOOKS = sorted((project_root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 PROMPTS = PromptSet.of([f"How do I do thing {i}?" for i in range(600)], "things")
@@ -82,13 +81,9 @@ def given(tmp_path):
 
 def subject_of(path, tmp_path, sources, **more):
     """The subject of a notebook with its own parameters, these sources and these values."""
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    own = "".join(next(c for c in cells if "parameters" in c["metadata"].get("tags", []))["source"])
-    values: dict = {}
-    exec(own, values)
-    values["runs"] = str(tmp_path / "runs")
-    known = notebook_parameters(path)
-    values |= {name: value for name, value in {**sources, **more}.items() if name in known}
+    own, values = parameter_cell(path)
+    given = {**sources, **more, "runs": str(tmp_path / "runs")}
+    values |= {name: value for name, value in given.items() if name in values}
     return Subject(begin(path.stem, values, [own]))
 
 

@@ -1,7 +1,5 @@
 """The report holds everything in one file, and its check finds what is broken."""
 
-import base64
-import io
 import json
 import re
 
@@ -9,7 +7,6 @@ import nbformat
 import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from PIL import Image
 
 from nt_utils.files import project_root
 from nt_utils.study import ledger, report
@@ -17,17 +14,12 @@ from nt_utils.study.display import styled
 from tests.common import refused
 from tests.study.test_display import Text
 from tests.study.test_ledger import make_run
+from tests.study.test_publish import picture
 
 ROOT = project_root()
 TABLE = "<style>td {}</style><table id='t'><tr><td>1 &lt; 2</td></tr></table>"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PARAMETERS = {"model": "testbed", "seed": 0, "preset": "full", "n_test": 8}
-
-
-def picture():
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4), "red").save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 @pytest.fixture
@@ -37,7 +29,7 @@ def folder(tmp_path):
         (folder / part).mkdir(parents=True)
     for name, other in (("00_first", "01_second"), ("01_second", "05_never_run")):
         shown = [
-            new_output("display_data", data={"image/png": picture(), "text/plain": "<Image>"}),
+            new_output("display_data", data={"image/png": picture(4), "text/plain": "<Image>"}),
             new_output("display_data", data={"text/html": TABLE}),
             new_output("display_data", data={WIDGET: {}, "text/plain": "VBox(children=())"}),
             new_output("stream", name="stdout", text="a < b"),
@@ -145,4 +137,4 @@ def test_a_folder_without_notebooks(tmp_path):
 )
 def test_the_check_finds_what_is_broken(page, found):
     assert any(found in problem for problem in report.problems(page))
-    assert report.problems(f'<p id="x"><a href="#x">{picture()[:4]}</a></p>') == []
+    assert report.problems(f'<p id="x"><a href="#x">{picture(4)[:4]}</a></p>') == []

@@ -6,8 +6,6 @@ An executed notebook takes its final name only when every cell succeeded.
 
 from nt_utils.study.batch.parameter_files import (
     LAST,
-    StudyFile,
-    Variant,
     note_settings,
     notebooks,
     parse_names,
@@ -19,14 +17,10 @@ from nt_utils.study.batch.parameter_files import (
     variants,
 )
 from nt_utils.study.batch.step import run_notebook
-from nt_utils.study.batch.sweep import collect
-from nt_utils.study.batch.workflow import main, run_study
+from nt_utils.study.batch.workflow import main
 
 __all__ = [
     "LAST",
-    "StudyFile",
-    "Variant",
-    "collect",
     "main",
     "note_settings",
     "notebooks",
@@ -35,7 +29,6 @@ __all__ = [
     "parser",
     "read",
     "run_notebook",
-    "run_study",
     "settings",
     "study_parameters",
     "variants",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nt_utils.errors import InputError
-from nt_utils.files import atomic, study_name
+from nt_utils.files import study_name
 from nt_utils.study.batch.parameter_files import variants
 
 
@@ -30,6 +30,4 @@ def collect(study: str, seeds: Sequence[int], preset: str, root: Path) -> Path:
             point = pd.DataFrame([dict(variant.changes) | {"seed": seed}])
             frames += [point.merge(frame.drop(columns="seed"), how="cross") for frame in found]
     path = root / "runs" / study_name(study, study, preset) / "sweep.csv"
-    with atomic(path) as tmp:
-        pd.concat(frames, ignore_index=True).to_csv(tmp, index=False, float_format="%.6g")
-    return path
+    return ledger.write_table(path, pd.concat(frames, ignore_index=True))
