@@ -186,6 +186,12 @@ def looking_again(
     }
 
 
+def looked_table(looked: Mapping[str, Mapping[str, metrics.Interval]]) -> pd.DataFrame:
+    """What :func:`looking_again` found as rows: defence, part, value, low, high, n."""
+    found = [(defence, part, i) for defence, parts in looked.items() for part, i in parts.items()]
+    return pd.DataFrame([{"defence": defence, "part": part, **i._asdict()} for defence, part, i in found])
+
+
 def choose_shares(
     definitions: Definitions, candidates: Sequence[float], dev: Bench, measure: Measure, share: float
 ) -> pd.DataFrame:
