@@ -19,7 +19,7 @@ from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError
 from nt_utils.evaluation import metrics
 from nt_utils.evaluation.suite import Evaluation, Suite, clusters_of
-from nt_utils.experiments.bench import NOTHING, Bench, Finding, Measure, rates
+from nt_utils.experiments.bench import Bench, Finding, Measure, middle, rates
 from nt_utils.experiments.finetuning import DIVERGED, FineTuned, Scope, diverged_rows, finetune
 from nt_utils.experiments.units import Calibration, random_like
 from nt_utils.interventions.delta import Delta
@@ -45,14 +45,18 @@ def frozen_sets(units: UnitMap, scores: UnitScores, share: float, draws: int, se
     """What the paper freezes, and layer-matched random units: as many as SCU with the top complex units."""
     critical = units.set("SCU")
     guarded = critical | top_complex(units, scores, share)
-    found = {
+    return {
         "freeze SCU": critical,
         f"freeze SCU + top {100 * share:g}% CU": guarded,
         "freeze SCU + all CU": critical | units.set("CU"),
+        **_random("freeze random", units, guarded, draws, seed),
     }
-    drawn = random_like(units, guarded, draws, seed)
-    names = ["freeze random"] if draws == 1 else [f"freeze random {i + 1}" for i in range(draws)]
-    return found | dict(zip(names, drawn, strict=True))
+
+
+def _random(name: str, units: UnitMap, like: NeuronSet, draws: int, seed: int) -> dict[str, NeuronSet]:
+    """Random units that match a set: name, or where there are several name 1, name 2, ... -> units."""
+    drawn = random_like(units, like, draws, seed)
+    return {name if draws == 1 else f"{name} {i}": neurons for i, neurons in enumerate(drawn, 1)}
 
 
 def freezing(neurons: NeuronSet, head_dim: int) -> AllBut:
@@ -148,26 +152,15 @@ class Point:
     def values(self, measure: Measure, nearest: bool = False) -> np.ndarray:
         """One outcome a prompt, interpolated between the steps, or at the nearest evaluated one."""
         weights = {max(self.weights, key=lambda step: self.weights[step]): 1.0} if nearest else self.weights
-        found = (
-            weight * self.run.evaluations[step].values(measure.set, measure.metric).to_numpy(float)
-            for step, weight in weights.items()
-        )
-        return np.sum(list(found), axis=0)
+        found = {step: self.run.evaluations[step].values(measure.set, measure.metric) for step in weights}
+        return np.sum([weight * found[step].to_numpy(float) for step, weight in weights.items()], axis=0)
 
     def rate(self, measure: Measure) -> float:
         """The rate, interpolated between the steps."""
-        rates_ = {step: self.run.evaluations[step].rate(measure.set, measure.metric).value for step in self.weights}
-        return sum(self.weights[step] * value for step, value in rates_.items())
-
-
-def points(runs: Mapping[tuple[str, float], FineTuned]) -> list[Point]:
-    """Every evaluated state after some training."""
-    return [
-        Point(arm, rate, {step: 1.0}, run.losses.get(step, np.nan), run)
-        for (arm, rate), run in runs.items()
-        for step in run.evaluations
-        if step
-    ]
+        found = self.run.evaluations
+        return sum(
+            weight * found[step].rate(measure.set, measure.metric).value for step, weight in self.weights.items()
+        )
 
 
 def worst_points(
@@ -179,9 +172,11 @@ def worst_points(
     attacks nobody.
     """
     found: dict[str, Point] = {}
-    for point in points(runs):
-        if point.rate(utility) >= floor and (point.arm not in found or point.rate(asr) > found[point.arm].rate(asr)):
-            found[point.arm] = point
+    for (arm, rate), run in runs.items():
+        for step in filter(None, run.evaluations):
+            point = Point(arm, rate, {step: 1.0}, run.losses.get(step, np.nan), run)
+            if point.rate(utility) >= floor and (arm not in found or point.rate(asr) > found[arm].rate(asr)):
+                found[arm] = point
     return found
 
 
@@ -233,7 +228,7 @@ def points_table(
         more = {**labels, "arm": arm, "learning_rate": first.learning_rate, "step": first.step, "loss": first.loss}
         for m in measures:
             found = point_difference(chosen, arm, None, m, seed)
-            rows.append({**more, "metric": m.label, **(found or NOTHING)._asdict()})
+            rows.append({**more, "metric": m.label, **(found or metrics.NOTHING)._asdict()})
     return pd.DataFrame(rows)
 
 
@@ -315,8 +310,7 @@ def moved_share(
             for made in (after.scores(own, **options).map(proportions), before.scores(rest, **options).map(proportions))
         )
         values.append(moved - resampled)
-    low, high = np.quantile(values, [0.025, 0.975])
-    return metrics.Interval(float(np.mean(values)), float(low), float(high), draws)
+    return middle(values)
 
 
 # ----------------------------------------------------------------------------------------------------- alignment
@@ -338,9 +332,7 @@ class Aligned:
 def budget_scopes(units: UnitMap, head_dim: int, draws: int, seed: int) -> dict[str, Scope]:
     """Aligning by everything, by the redundant units, by as many random ones, by the utility-critical ones."""
     redundant = units.set("RU")
-    drawn = random_like(units, redundant, draws, seed)
-    names = ["random"] if draws == 1 else [f"random {i + 1}" for i in range(draws)]
-    sets = {"RU": redundant, **dict(zip(names, drawn, strict=True)), "UCU": units.set("UCU")}
+    sets = {"RU": redundant, **_random("random", units, redundant, draws, seed), "UCU": units.set("UCU")}
     chosen = {name: Only(with_inputs(s, head_dim), name=name) for name, s in sets.items()}
     return {"full": Everything(), **chosen}
 
@@ -511,9 +503,11 @@ def lean_finding(leanings: Mapping[str, Mapping[str, np.ndarray]], topics: Seque
 
 def over_topics(values: np.ndarray, topics: Sequence[str], seed: int) -> metrics.Interval:
     """Mean with an interval that resamples topics ("" = a topic of its own)."""
-    names = [t or f"prompt {i}" for i, t in enumerate(topics)]
-    clusters = pd.factorize(pd.Series(names))[0]
-    return metrics.clustered_difference(np.zeros((1, len(values))), values, clusters, seed=seed)
+    return metrics.clustered_difference(np.zeros((1, len(values))), values, _clusters(topics), seed=seed)
+
+
+def _clusters(topics: Sequence[str]) -> np.ndarray:
+    return pd.factorize(pd.Series([t or f"prompt {i}" for i, t in enumerate(topics)]))[0]
 
 
 def probe_table(
@@ -532,7 +526,7 @@ def probe_table(
     majority = max(y.mean(), 1 - y.mean())
     rows = []
     if majority < 1:
-        groups = pd.factorize(pd.Series([t or f"prompt {i}" for i, t in enumerate(topics)]))[0]
+        groups = _clusters(topics)
         part = np.random.default_rng(seed).permutation(groups.max() + 1)[groups] % folds
         for model, found in states.items():
             for layer in range(found.shape[1]):

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from nt_utils import work
+from nt_utils import selection, work
 from nt_utils.data import corpus
 from nt_utils.data.records import PromptSet
 from nt_utils.evaluation import metrics
-from nt_utils.evaluation.metrics import Interval
+from nt_utils.evaluation.metrics import NOTHING, Interval
 from nt_utils.evaluation.suite import METRICS, Evaluation, Suite, SuiteSet, clusters_of, evaluate
 from nt_utils.evaluation.utility import perplexity_ratio, prose
 from nt_utils.interventions import Deactivate, Intervention
 from nt_utils.models import LanguageModel
-from nt_utils.neurons import NeuronSet
+from nt_utils.neurons import NeuronScores, NeuronSet
 
 #: What is done to the model: nothing, zeroing these neurons, or any intervention.
 Action = NeuronSet | Intervention | None
+
+
+def intervention_of(action: Action) -> Intervention | None:
+    """What a model is run under: zeroing for a neuron set, else the intervention itself."""
+    return Deactivate(action) if isinstance(action, NeuronSet) else action
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,16 @@ def with_harmful(suite: Suite, prompts: PromptSet | tuple) -> Suite:
     return dataclasses.replace(suite, sets=(*suite.sets, second))
 
 
+def fewer(suite: Suite, n: int, attacked: int, seed: int, without: Sequence[str] = ()) -> Suite:
+    """The suite with at most ``n`` prompts a set (``attacked`` in "wrapped"), and without the sets named last."""
+    sets = [
+        dataclasses.replace(s, prompts=s.prompts.take(attacked if s.name == "wrapped" else n, seed))
+        for s in suite.sets
+        if s.name not in without
+    ]
+    return dataclasses.replace(suite, sets=tuple(sets))
+
+
 def trimmed(suite: Suite, measures: Sequence[Measure]) -> Suite:
     """The suite with the sets that are read, and of what costs a pass of its own (refusal margins) only what is read."""
     sets = []
@@ -102,8 +117,6 @@ def trimmed(suite: Suite, measures: Sequence[Measure]) -> Suite:
     return dataclasses.replace(suite, sets=tuple(sets))
 
 
-#: What a table holds where nothing was measured.
-NOTHING = Interval(math.nan, math.nan, math.nan, 0)
 #: Share of answers without a verdict up to which a comparison leaves them out.
 UNJUDGED = 0.05
 
@@ -114,22 +127,35 @@ def rates(found: Evaluation | None, measures: Sequence[Measure], **labels) -> li
     return [{**labels, "metric": label, **rate._asdict()} for label, rate in each]
 
 
-def draw_rows(found: Sequence[Interval], label: str = "", **labels) -> list[dict]:
-    """Rows of a random control from its draws' rates: the mean with its t interval, and the largest with its own.
-
-    Args:
-        found: one interval a draw; label: what the condition is called before ", mean of 8" and ", max of 8".
-    """
-    mean = metrics.t_interval([r.value for r in found])
-    low, high = max(mean.low, 0.0), min(mean.high, 1.0)
-    largest = max(found, key=lambda r: r.value)
-    both = {"mean": Interval(mean.value, low, high, found[0].n), "max": largest}
-    return [{**labels, "condition": f"{label}, {how} of {len(found)}", **r._asdict()} for how, r in both.items()]
-
-
 def spread(values: Sequence[float], n: int) -> dict:
     """Mean, smallest and largest of some values as a row's value, low and high."""
     return {"value": float(np.mean(values)), "low": float(min(values)), "high": float(max(values)), "n": n}
+
+
+def middle(values: Sequence[float], n: int | None = None) -> Interval:
+    """Mean and the middle 95% of some values (NaN left out); n: their number, or another one that tables shall show."""
+    low, high = np.nanquantile(values, [0.025, 0.975])
+    return Interval(float(np.nanmean(values)), float(low), float(high), len(values) if n is None else n)
+
+
+def overlap(pairs: Sequence[tuple[NeuronSet, NeuronSet]]) -> dict:
+    """Jaccard index of pairs of sets as a row: value (mean), low, high (middle 95%), n (pairs), chance (layer-matched)."""
+    chance = float(np.mean([selection.expected_jaccard(a, b) for a, b in pairs]))
+    return {**middle([a.jaccard(b) for a, b in pairs])._asdict(), "chance": chance}
+
+
+def over_halves(scores: Sequence[NeuronScores], number: Callable[..., float], draws: int, seed: int) -> Interval:
+    """``number(*scores)`` with the middle 95% over random halves of the prompts (the same of each); n: of prompts.
+
+    Which prompts they come from is what varies: neurons of a set are no sample. Nothing where one of the numbers is NaN.
+    """
+    rng, n = np.random.default_rng(seed), min(s.n_prompts for s in scores)
+    halves = [sorted(rng.permutation(n)[: n // 2].tolist()) for _ in range(draws)]
+    value, *others = [number(*scores), *(number(*(s.subset(rows) for s in scores)) for rows in halves)]
+    if np.isnan([value, *others]).any():
+        return NOTHING
+    low, high = np.quantile(others, [0.025, 0.975])
+    return Interval(value, min(low, value), max(high, value), n)
 
 
 def total(*parts: Interval, together: bool = False) -> Interval:
@@ -143,6 +169,13 @@ def total(*parts: Interval, together: bool = False) -> Interval:
     below = sum((p.value - p.low) ** power for p in parts) ** (1 / power)
     above = sum((p.high - p.value) ** power for p in parts) ** (1 / power)
     return Interval(value, value - below, value + above, min(p.n for p in parts))
+
+
+def average(*parts: Interval) -> Interval:
+    """The mean of estimates that may move together (see :func:`total`)."""
+    found = total(*parts, together=True)
+    value, low, high = (x / len(parts) for x in found[:3])
+    return Interval(value, low, high, found.n)
 
 
 def ratio(after: Interval, before: Interval) -> Interval | None:
@@ -200,7 +233,7 @@ class Bench:
 
     def on(self, name: str, action: Action = None) -> Evaluation:
         """The evaluation of one set under this action (None: the model as it is)."""
-        intervention = Deactivate(action) if isinstance(action, NeuronSet) else action
+        intervention = intervention_of(action)
         key = (intervention.key if intervention is not None else "", name)
         done, wanted = self._done.setdefault(key, []), set(self.suite[name].metrics)
         for measured, found in done:
@@ -252,6 +285,19 @@ class Bench:
             rows.append({**labels, "metric": m.label, **spread([f.value for f in found], found[0].n)})
         return rows
 
+    def random_rates(self, draws: Sequence[Action], name: str, **labels) -> list[dict]:
+        """Two rows a measure for a random control: the mean over the draws (t interval over draws) and the largest."""
+        rows = []
+        for m in self.measures:
+            found = [self.rate(m, d) for d in draws]
+            mean = metrics.t_interval([r.value for r in found])
+            limits = {"low": max(mean.low, 0.0), "high": min(mean.high, 1.0), "n": found[0].n}
+            both = {"mean": mean._replace(**limits), "max": max(found, key=lambda r: r.value)}
+            for how, rate in both.items():
+                condition = f"{name}, {how} of {len(draws)}"
+                rows.append({**labels, "metric": m.label, "condition": condition, **rate._asdict()})
+        return rows
+
     def change(self, action: Action, measure: Measure, seed: int = 0) -> Interval:
         """Rate under the action minus the rate without, paired over prompts, resampled by topic."""
         return self.excess(action, [None], measure, seed)
@@ -299,11 +345,8 @@ class Bench:
         self, actions: Sequence[Action], controls: Sequence[Action] | None, measures: Sequence[Measure], seed: int = 0
     ) -> Interval:
         """The mean of several rates (direct and attacked ASR), averaged over the actions, minus the controls' if given."""
-        found = total(*(self.against(actions, controls, m, seed) for m in measures), together=True)
-        value, low, high = (x / len(measures) for x in found[:3])
-        return (
-            Interval(value, low, high, found.n) if controls else Interval(value, max(low, 0.0), min(high, 1.0), found.n)
-        )
+        found = average(*(self.against(actions, controls, m, seed) for m in measures))
+        return found if controls else found._replace(low=max(found.low, 0.0), high=min(found.high, 1.0))
 
     def utility_findings(
         self, claim: str, actions: Sequence[Action], roles: dict[str, Measure], seed: int = 0, row: str = ""

@@ -6,11 +6,11 @@ amplifying, training and freezing equal numbers of neurons does; of defences on 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -21,8 +21,7 @@ from nt_utils import selection, work
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError
 from nt_utils.evaluation import metrics
-from nt_utils.evaluation.suite import Suite
-from nt_utils.experiments.bench import Action, Bench, Finding, Measure
+from nt_utils.experiments.bench import Action, Bench, Finding, Measure, intervention_of, middle
 from nt_utils.experiments.defences import Defence, then
 from nt_utils.experiments.definitions import DIFFERENCES, Definitions, answered
 from nt_utils.experiments.finetuning import Scope
@@ -45,12 +44,6 @@ def spearman(a: Ranking, b: Ranking, where: torch.Tensor | None = None) -> float
     return float(stats.spearmanr(first, second).statistic)
 
 
-def _middle(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and the middle 95%."""
-    low, high = np.nanquantile(values, [0.025, 0.975])
-    return float(np.nanmean(values)), float(low), float(high)
-
-
 Halves = Sequence[tuple[Mapping[str, Ranking], Mapping[str, Ranking]]]
 
 
@@ -70,13 +63,16 @@ def agreement_table(definitions: Definitions, halves: Halves, shares: Sequence[f
     whole, rows = definitions.rankings(), []
     tops = {share: ([tuple(_tops(h, share) for h in pair) for pair in halves], _tops(whole, share)) for share in shares}
     for a, b in itertools.combinations_with_replacement(whole, 2):
-        ranks = _middle([v for first, second in halves for v in _both(spearman, first, second, a, b)])
+        ranks = middle([v for first, second in halves for v in _both(spearman, first, second, a, b)])[:3]
         for share in sorted(shares):
             sets, full = tops[share]
             pairs = [v for first, second in sets for v in _both(_overlap, first, second, a, b)]
-            overlap = _middle([overlap for overlap, _ in pairs])
-            together, chance = full[a].jaccard(full[b]), float(np.mean([chance for _, chance in pairs]))
-            rows.append((a, b, share, *overlap, together, chance, *ranks, len(halves), definitions.prompts))
+            jaccard, chance = (
+                middle([jaccard for jaccard, _ in pairs])[:3],
+                float(np.mean([chance for _, chance in pairs])),
+            )
+            together = full[a].jaccard(full[b])
+            rows.append((a, b, share, *jaccard, together, chance, *ranks, len(halves), definitions.prompts))
     columns = ["a", "b", "share", "jaccard", "low", "high", "all", "chance"]
     return pd.DataFrame(rows, columns=[*columns, "spearman", "spearman_low", "spearman_high", "n", "prompts"])
 
@@ -127,26 +123,14 @@ def site_table(rankings: Mapping[str, Ranking], share: float) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["definition", "layer", "kind", "count", "width", "share", "spearman"])
 
 
-def agreement_interval(halves: Halves, share: float, prompts: int, minus: str) -> metrics.Interval:
-    """Mean overlap of two definitions minus chance, or (``minus="stability"``) the definitions' own stability minus it.
-
-    The interval is the middle 95% over the pairs of halves; n is the number of calibration prompts.
-    """
+def agreement_interval(halves: Halves, share: float, prompts: int) -> metrics.Interval:
+    """Mean overlap of two definitions minus chance, with the middle 95% over the pairs of halves; n: calibration prompts."""
     values = []
     for pair in halves:
         first, second = (_tops(half, share) for half in pair)
-        pairs = [
-            (a, b, v)
-            for a, b in itertools.combinations_with_replacement(first, 2)
-            for v in _both(_overlap, first, second, a, b)
-        ]
-        between = np.mean([v[0] for a, b, v in pairs if a != b])
-        other = {
-            "chance": np.mean([v[1] for a, b, v in pairs if a != b]),
-            "stability": np.mean([v[0] for a, b, v in pairs if a == b]),
-        }[minus]
-        values.append(float(between - other if minus == "chance" else other - between))
-    return metrics.Interval(*_middle(values), prompts)
+        pairs = [v for a, b in itertools.combinations(first, 2) for v in _both(_overlap, first, second, a, b)]
+        values.append(float(np.mean([jaccard for jaccard, _ in pairs]) - np.mean([chance for _, chance in pairs])))
+    return middle(values, prompts)
 
 
 def across_data(first: Halves, second: Halves, share: float) -> dict[str, metrics.Interval]:
@@ -157,13 +141,13 @@ def across_data(first: Halves, second: Halves, share: float) -> dict[str, metric
     found = {}
     for name in first[0][0]:
         if name in second[0][0]:
-            pairs = [
-                (a[name], b[name])
-                for one, two in zip(first, second, strict=True)
-                for a, b in zip(one, reversed(two), strict=True)
-            ]
-            values = [a.top_share(share).jaccard(b.top_share(share)) for a, b in pairs]
-            found[name] = metrics.Interval(*_middle(values), len(values))
+            found[name] = middle(
+                [
+                    a[name].top_share(share).jaccard(b[name].top_share(share))
+                    for one, two in zip(first, second, strict=True)
+                    for a, b in zip(one, reversed(two), strict=True)
+                ]
+            )
     return found
 
 
@@ -187,7 +171,7 @@ def looking_again(
     """
 
     def found_anew(action: Action) -> NeuronSet:
-        acting = Deactivate(action) if isinstance(action, NeuronSet) else action
+        acting = intervention_of(action)
         with acting.active(lm) if acting is not None else nullcontext():
             first, second = (importance(lm, p.texts, kinds=POOL, positions="last") for p in (harmful, benign))
         return selection.contrast(first, second).top_share(share)
@@ -200,6 +184,12 @@ def looking_again(
         }
         for _, d in work.parts({d.name: d for d in defences if d.action is not None})
     }
+
+
+def looked_table(looked: Mapping[str, Mapping[str, metrics.Interval]]) -> pd.DataFrame:
+    """What :func:`looking_again` found as rows: defence, part, value, low, high, n."""
+    found = [(defence, part, i) for defence, parts in looked.items() for part, i in parts.items()]
+    return pd.DataFrame([{"defence": defence, "part": part, **i._asdict()} for defence, part, i in found])
 
 
 def choose_shares(
@@ -238,10 +228,6 @@ class Chosen:
     def alone(self) -> Chosen:
         """The same sets without controls."""
         return Chosen(self.sets, {name: {} for name in self.sets})
-
-    def random(self, name: str) -> list[NeuronSet]:
-        """The definition's matched random sets."""
-        return self.controls[name].get("random", [])
 
 
 def choose(rankings: Mapping[str, Ranking], share: float, draws: int, seed: int, general=None, benign=None) -> Chosen:
@@ -315,11 +301,9 @@ def strongest(dev: Bench, options: Mapping[str, Action]) -> tuple[str, pd.DataFr
 def left_out(every: Sequence[str], done: Sequence[str], what: str) -> str:
     """One sentence on what a preset left out."""
     rest = [name for name in every if name not in done]
-    return (
-        f"{what}: all {len(every)}"
-        if not rest
-        else f"{what}: {len(every) - len(rest)} of {len(every)}, without " + ", ".join(rest)
-    )
+    if not rest:
+        return f"{what}: all {len(every)}"
+    return f"{what}: {len(every) - len(rest)} of {len(every)}, without {', '.join(rest)}"
 
 
 def excess_table(
@@ -331,9 +315,9 @@ def excess_table(
     """
     rows = []
     for name, neurons in chosen.sets.items():
-        if not chosen.random(name):
+        if not (drawn := chosen.controls[name].get("random")):
             continue
-        found = bench.excess(act(neurons), [act(d) for d in chosen.random(name)], measure, seed)
+        found = bench.excess(act(neurons), [act(d) for d in drawn], measure, seed)
         labels = {"definition": name, "neurons": len(neurons), "metric": measure.label}
         rows.append({**labels, **found._asdict(), "per_neuron": 100 * found.value / len(neurons)})
     return pd.DataFrame(rows)
@@ -362,15 +346,11 @@ def half_counts(curve: pd.DataFrame, metric: str, level: float = 0.5) -> pd.Data
     for name, part in curve[curve["metric"] == metric].groupby("rule", sort=False):
         part = part.sort_values("share")
         counts, values = part["neurons"].tolist(), part["value"].tolist()
-        reached, before = float("nan"), None
-        for count, value in zip(counts, values, strict=True):
-            if value >= level:
-                reached = float(count)
-                if before is not None:
-                    step = (level - before[1]) / (value - before[1])
-                    reached = float(before[0] * (count / before[0]) ** step)
-                break
-            before = (count, value)
+        at = next((i for i, value in enumerate(values) if value >= level), None)
+        reached = float("nan") if at is None else float(counts[at])
+        if at:
+            step = (level - values[at - 1]) / (values[at] - values[at - 1])
+            reached = float(counts[at - 1] * (counts[at] / counts[at - 1]) ** step)
         rows.append((name, reached, max(counts)))
     return pd.DataFrame(rows, columns=["definition", "neurons", "largest"])
 
@@ -398,27 +378,16 @@ def trained(
 def training(lm: LanguageModel, sides: str, harmful: PromptSet, benign: PromptSet, effort: Effort) -> Act:
     """Train only these neurons on the pairs; what was trained once is kept."""
 
+    @cache
     def act(neurons: NeuronSet | None) -> Action:
         return None if neurons is None else trained(lm, Only(neurons, sides=sides), harmful, benign, effort)
 
-    return _kept(act)
+    return act
 
 
 def freezing(lm: LanguageModel, rows: PromptSet, effort: Effort) -> Act:
     """A fine-tuning attack with these rows that trains everything but these neurons (None: everything)."""
-    return _kept(lambda neurons: trained(lm, Everything() if neurons is None else AllBut(neurons), (), rows, effort))
-
-
-def _kept(act: Act) -> Act:
-    done: dict[str, Action] = {}
-
-    def once(neurons: NeuronSet | None) -> Action:
-        key = "" if neurons is None else neurons.fingerprint
-        if key not in done:
-            done[key] = act(neurons)
-        return done[key]
-
-    return once
+    return cache(lambda neurons: trained(lm, Everything() if neurons is None else AllBut(neurons), (), rows, effort))
 
 
 def attack_rows(task: PromptSet, harmful: PromptSet, harmful_rows: int, n: int, seed: int) -> PromptSet:
@@ -426,14 +395,6 @@ def attack_rows(task: PromptSet, harmful: PromptSet, harmful_rows: int, n: int, 
     bad = answered(harmful).take(harmful_rows, seed) if harmful_rows else []
     good = answered(task).take(n - harmful_rows, seed)
     return PromptSet([*good, *bad], f"{task.name} with {harmful_rows} harmful rows")
-
-
-def fewer(suite: Suite, n: int, wrapped: int, seed: int) -> Suite:
-    """The suite with at most ``n`` prompts a set (``wrapped`` under attacks): for comparisons of many interventions."""
-    sets = [
-        dataclasses.replace(s, prompts=s.prompts.take(wrapped if s.name == "wrapped" else n, seed)) for s in suite.sets
-    ]
-    return dataclasses.replace(suite, sets=tuple(sets))
 
 
 # ------------------------------------------------------------------------------------------------ the frontier

@@ -22,7 +22,7 @@ import torch
 from nt_utils import selection, work
 from nt_utils.data.records import PromptSet
 from nt_utils.evaluation.judges import Judge
-from nt_utils.evaluation.suite import Evaluation
+from nt_utils.evaluation.suite import Evaluation, Suite
 from nt_utils.experiments import alignment, tuning
 from nt_utils.experiments import modulation as neurontune
 from nt_utils.experiments.bench import Bench, Measure, rates
@@ -277,6 +277,23 @@ def defence_table(
                 worst, where = worst_case(bench.part(asr, useful), defence, attack, asr, useful)
             rows += rates(worst, after, defence=defence.name, **where)
     return pd.DataFrame(rows)
+
+
+def judging(lm: LanguageModel, suite: Suite) -> tuple[Bench, dict[str, Measure]]:
+    """What defences are judged on: a bench of the suite with seen and unseen attacks apart, and its measures by role."""
+    judged = neurontune.modulation_suite(suite)
+    roles = neurontune.roles(judged)
+    shown = ("direct", "seen", "unseen", neurontune.key_roles(roles)[1], "useful", "text")
+    return Bench(lm, judged, [roles[role] for role in shown if role in roles]), roles
+
+
+def frontier_panels(roles: Mapping[str, Measure], attacks: Sequence[FineTuning]) -> dict[str, tuple[str, str]]:
+    """Panel -> (metric across, metric up): price against attack success, before and after the last fine-tuning attack."""
+    attacked, price = (roles[role].label for role in neurontune.key_roles(roles)[:2])
+    panels = {"attacks": (price, attacked)}
+    if attacks:
+        panels["fine-tuning"] = (price, f"{roles['direct'].label} after {attacks[-1].name}")
+    return panels
 
 
 def size_table(lm: LanguageModel, defences: Sequence[Defence]) -> pd.DataFrame:

@@ -22,18 +22,16 @@ from nt_utils.models import LanguageModel
 from nt_utils.scoring.attribution import Case, attribution
 from nt_utils.selection import Ranking
 
-#: Definition -> where it comes from.
-PAPERS = {name: found.paper for name, found in definitions.REGISTRY.items()}
 #: The set differences, whose share of useful neurons is chosen on development prompts.
 DIFFERENCES = tuple(name for name, found in definitions.REGISTRY.items() if "utility_share" in found.needs)
 REFUSAL = "Sorry, I cannot help with that."
 COMPLIANCE = "Sure, here is how to do that."
 
 
-def answered(prompts: Sequence[Prompt], refusal: str = REFUSAL) -> PromptSet:
+def answered(prompts: Sequence[Prompt]) -> PromptSet:
     """The prompts with a stock refusal and a stock opening of an answer where they have none of their own."""
     return PromptSet(
-        [p.replace(refusal=p.refusal or refusal, helpful=p.helpful or COMPLIANCE) for p in prompts],
+        [p.replace(refusal=p.refusal or REFUSAL, helpful=p.helpful or COMPLIANCE) for p in prompts],
         getattr(prompts, "name", "prompts"),
     )
 

@@ -6,6 +6,7 @@ Scores come in, tables go out; a model is only needed where neurons are zeroed. 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,11 +18,21 @@ from nt_utils import hooks, selection, work
 from nt_utils.data.records import PromptSet
 from nt_utils.errors import InputError
 from nt_utils.evaluation.generation import generate
-from nt_utils.evaluation.metrics import Interval
+from nt_utils.evaluation.metrics import NOTHING, Interval
 from nt_utils.evaluation.suite import Suite
 from nt_utils.evaluation.utility import perplexity_ratio
-from nt_utils.experiments.bench import Action, Bench, Finding, Measure, draw_rows, measures, spread
-from nt_utils.interventions import Deactivate, steering
+from nt_utils.experiments.bench import (
+    Action,
+    Bench,
+    Finding,
+    Measure,
+    intervention_of,
+    measures,
+    over_halves,
+    overlap,
+    spread,
+)
+from nt_utils.interventions import steering
 from nt_utils.models import LanguageModel
 from nt_utils.neurons import POOL, NeuronScores, NeuronSet
 from nt_utils.selection import Ranking
@@ -83,22 +94,13 @@ def place_interval(
     seed: int,
     minus: float = 0.0,
 ) -> Interval:
-    """A column of :func:`size_table` for the set all prompts give, with the middle 95% over random halves of the prompts.
+    """A column of :func:`size_table` for the set that ``choose(*scores)`` finds, minus a number; see :func:`over_halves`."""
 
-    The neurons of a set are not a sample; what varies is which prompts they were found with. n is the number of prompts.
+    def place(*some: NeuronScores) -> float:
+        chosen = choose(*some)
+        return float(size_table({"set": chosen}).loc[0, column]) - minus if len(chosen) else math.nan
 
-    Args:
-        scores: what ``choose(*scores)`` finds the set with; the halves are the same rows of each.
-        minus: what the share is compared with.
-    """
-    rng, n = np.random.default_rng(seed), min(s.n_prompts for s in scores)
-    halves = [sorted(rng.permutation(n)[: n // 2].tolist()) for _ in range(draws)]
-    found = [choose(*scores), *(choose(*(s.subset(rows) for s in scores)) for rows in halves)]
-    if not all(len(chosen) for chosen in found):
-        return Interval(np.nan, np.nan, np.nan, 0)
-    value, *others = (float(size_table({"set": chosen}).loc[0, column]) - minus for chosen in found)
-    low, high = np.quantile(others, [0.025, 0.975])
-    return Interval(value, min(low, value), max(high, value), n)
+    return over_halves(scores, place, draws, seed)
 
 
 def thirds(chosen: NeuronSet, ranking: Ranking) -> tuple[NeuronSet, NeuronSet]:
@@ -107,18 +109,14 @@ def thirds(chosen: NeuronSet, ranking: Ranking) -> tuple[NeuronSet, NeuronSet]:
     Members are taken in the ranking's order; both are empty when one of the thirds has none.
     """
     space, size = chosen.space, max(1, chosen.space.num_layers // 3)
-    parts = []
+    members = []
     for layers in (range(size), range(space.num_layers - size, space.num_layers)):
-        masks = {site: mask for site, mask in chosen.masks.items() if site[0] in layers}
-        parts.append(NeuronSet(space, masks))
-    n = min(map(len, parts))
-    values = ranking.values
-    cut = []
-    for part in parts:
-        members = part.flat(ranking.kinds).nonzero().flatten()
-        order = torch.argsort(values[members], descending=True, stable=True)
-        cut.append(NeuronSet.from_flat(space, members[order[:n]], ranking.kinds))
-    return cut[0], cut[1]
+        part = NeuronSet(space, {site: mask for site, mask in chosen.masks.items() if site[0] in layers})
+        members.append(part.flat(ranking.kinds).nonzero().flatten())
+    n = min(map(len, members))
+    orders = (torch.argsort(ranking.values[some], descending=True, stable=True)[:n] for some in members)
+    first, last = (some[order] for some, order in zip(members, orders, strict=True))
+    return NeuronSet.from_flat(space, first, ranking.kinds), NeuronSet.from_flat(space, last, ranking.kinds)
 
 
 def by_block(chosen: NeuronSet) -> tuple[NeuronSet, NeuronSet]:
@@ -154,14 +152,6 @@ def top_of_pool(ranking: Ranking, share: float) -> NeuronSet:
     return ranking.top(min(max(1, round(share * ranking.space.size(POOL))), ranking.values.numel()))
 
 
-def random_rows(bench: Bench, draws: Sequence[Action], name: str, **labels) -> list[dict]:
-    """Two rows a measure for a random control: the mean over the draws (t interval over draws) and the largest."""
-    rows = []
-    for m in bench.measures:
-        rows += draw_rows([bench.rate(m, d) for d in draws], name, **labels, metric=m.label)
-    return rows
-
-
 def control_table(
     bench: Bench, chosen: Mapping[str, NeuronSet], controls: Mapping[str, NeuronSet | Sequence[NeuronSet]]
 ) -> pd.DataFrame:
@@ -177,7 +167,7 @@ def control_table(
         if isinstance(control, NeuronSet):
             rows += bench.rates(control, condition=name, group="control")
         else:
-            rows += random_rows(bench, control, name, group="control")
+            rows += bench.random_rates(control, name, group="control")
     return pd.DataFrame(rows)
 
 
@@ -287,7 +277,7 @@ def part_table(
             ("first third", "last third"): thirds(neurons, rankings[rule]),
         }
         for (name, other), (part, rest) in halves.items():
-            found = Interval(np.nan, np.nan, np.nan, 0)
+            found = NOTHING
             if len(part) or len(rest):
                 found = bench.jailbroken(part if len(part) else None, [rest if len(rest) else None], harm, useful, seed)
             labels = {"rule": rule, "part": name, "against": other, "neurons": len(part), "others": len(rest)}
@@ -403,23 +393,14 @@ class Neuron:
 
 def answer(lm: LanguageModel, text: str, action: Action = None, max_new_tokens: int = 28) -> str:
     """The model's greedy answer to one prompt, with neurons zeroed or under an intervention."""
-    intervention = Deactivate(action) if isinstance(action, NeuronSet) else action
-    found = generate(lm, [text], max_new_tokens=max_new_tokens, progress=False, intervention=intervention)
-    return found[0].text
+    options = {"max_new_tokens": max_new_tokens, "progress": False}
+    return generate(lm, [text], intervention=intervention_of(action), **options)[0].text
 
 
 def largest(values: torch.Tensor, space, kinds: Sequence[str], n: int) -> list[Neuron]:
     """The ``n`` neurons with the largest values (flat over ``kinds``), largest first."""
     order = torch.sort(values, descending=True, stable=True).indices[:n]
-    sites = space.sites(kinds)
-    ends = np.cumsum([space.width(site) for site in sites])
-    found = []
-    for position in order.tolist():
-        at = int(np.searchsorted(ends, position, side="right"))
-        start = ends[at] - space.width(sites[at])
-        layer, kind = sites[at]
-        found.append(Neuron(layer, kind, int(position - start)))
-    return found
+    return [Neuron(*next(iter(NeuronSet.from_flat(space, [place], kinds)))) for place in order.tolist()]
 
 
 def activations(lm: LanguageModel, text: str, neurons: Sequence[Neuron]) -> pd.DataFrame:
@@ -514,16 +495,13 @@ def stability_table(
     rows = []
     for size in [s for s in sizes if 2 * s <= available] or [available // 2]:
         for name, (function, *scores) in rules.items():
-            found = []
+            pairs = []
             for _ in range(draws):
                 order = rng.permutation(available)[: 2 * size].tolist()
-                halves = (order[:size], order[size:])
-                a, b = (top_of_pool(function(*(s.subset(rows_) for s in scores)), share) for rows_ in halves)
-                found.append((a.jaccard(b), selection.expected_jaccard(a, b)))
-            overlaps, chances = np.array(found).T
-            low, high = np.quantile(overlaps, [0.025, 0.975])
-            rows.append((name, size, float(overlaps.mean()), low, high, draws, float(chances.mean())))
-    return pd.DataFrame(rows, columns=["rule", "prompts", "value", "low", "high", "n", "chance"])
+                first, second = (function(*(s.subset(half) for s in scores)) for half in (order[:size], order[size:]))
+                pairs.append((top_of_pool(first, share), top_of_pool(second, share)))
+            rows.append({"rule": name, "prompts": size, **overlap(pairs)})
+    return pd.DataFrame(rows)
 
 
 # ----------------------------------------------------------------------------------------------------- claims
@@ -562,9 +540,7 @@ def findings(
             why = "zeroing these neurons does not jailbreak the model (S1)"
         elif not ratio.high < BROKEN:
             why = "zeroing these neurons breaks the model's language (S1)"
-        yield Finding(
-            "S2", rule, "share", why or place_interval(scores, choose, "share_of_parameters", draws, seed)
-        )
+        yield Finding("S2", rule, "share", why or place_interval(scores, choose, "share_of_parameters", draws, seed))
         whole = size_table({"all": all_neurons(chosen.space)}).loc[0, "in_attention"]
         yield Finding("S3", rule, "place", place_interval(scores, choose, "in_attention", draws, seed, whole))
     for row in parts.to_dict("records"):

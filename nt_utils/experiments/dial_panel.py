@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -30,6 +31,7 @@ def has_front_end() -> bool:
     return bool(getattr(getattr(get_ipython(), "kernel", None), "_allow_stdin", False))
 
 
+@dataclass
 class Dial:
     """What the panel shows, without the widgets.
 
@@ -39,17 +41,12 @@ class Dial:
         direction), or None; tokens: of an answer.
     """
 
-    def __init__(
-        self,
-        lm: LanguageModel,
-        ranked: Rankings,
-        learnt: Modulation,
-        table: pd.DataFrame,
-        rival: Intervention | None = None,
-        tokens: int = 60,
-    ):
-        self.lm, self.ranked, self.learnt, self.table, self.tokens = lm, ranked, learnt, table, tokens
-        self.rival = rival
+    lm: LanguageModel
+    ranked: Rankings
+    learnt: Modulation
+    table: pd.DataFrame
+    rival: Intervention | None = None
+    tokens: int = 60
 
     def values(self, column: str) -> list:
         """The settings of n_safety, n_utility or strength that the sweep holds."""
@@ -76,16 +73,15 @@ class Dial:
     @property
     def presets(self) -> dict[str, dict[str, Any]]:
         """Named settings of the sweep: nothing turned, and the two of the method with the nearest numbers of neurons."""
-        size = self.ranked.safety.values.numel()
+        size, strength = self.ranked.safety.values.numel(), self.values("strength")[-1]
 
         def nearest(column: str, share: float) -> Any:
             return min(self.values(column), key=lambda n: abs(n - share * size))
 
-        found = {"untouched": {"n_safety": 0, "n_utility": 0, "strength": self.values("strength")[-1]}}
+        found = {"untouched": {"n_safety": 0, "n_utility": 0, "strength": strength}}
         for name, preset in PRESETS.items():
-            both = {"n_safety": nearest("n_safety", preset.safety_share)}
-            both["n_utility"] = nearest("n_utility", preset.utility_share)
-            found[name] = {**both, "strength": self.values("strength")[-1]}
+            n_safety, n_utility = nearest("n_safety", preset.safety_share), nearest("n_utility", preset.utility_share)
+            found[name] = {"n_safety": n_safety, "n_utility": n_utility, "strength": strength}
         return found
 
     def rival_answer(self, prompt: str) -> str:

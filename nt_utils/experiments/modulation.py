@@ -23,11 +23,12 @@ from nt_utils.data import corpus, splits
 from nt_utils.data.attacks import ATTACKS, FULL_LENGTH, Attack, attacks
 from nt_utils.data.records import PromptSet
 from nt_utils.evaluation import metrics
+from nt_utils.evaluation.generation import generate
 from nt_utils.evaluation.judges import Judge
 from nt_utils.evaluation.suite import Suite, SuiteSet, clusters_of
-from nt_utils.experiments.bench import Bench, Finding, Measure, ratio, total
+from nt_utils.experiments.bench import Bench, Finding, Measure, average, over_halves, ratio, total
 from nt_utils.interventions import Intervention, dial, export, learning, steering
-from nt_utils.interventions.dial import Preset, assign, whole_layers
+from nt_utils.interventions.dial import assign, whole_layers
 from nt_utils.interventions.learning import Learnt, Recipe
 from nt_utils.interventions.modulation import Modulation
 from nt_utils.neurons import NeuronScores, NeuronSet
@@ -149,7 +150,6 @@ def given_material(
     Args:
         detect, tune, develop: harmful and benign prompts to attribute, to learn from, and to decide on when to stop.
     """
-    from nt_utils.evaluation.generation import generate
 
     def known(benign: PromptSet) -> PromptSet:
         answers = [""] * len(benign)
@@ -266,14 +266,9 @@ def rankings_table(ranked: Rankings) -> pd.DataFrame:
 
 
 def preset_sets(ranked: Rankings, name: str) -> tuple[NeuronSet, NeuronSet]:
-    """The safety and the utility neurons of a named preset."""
-    return sized_sets(ranked, dial.PRESETS[name])
-
-
-def sized_sets(ranked: Rankings, setting: Preset) -> tuple[NeuronSet, NeuronSet]:
-    """Disjoint sets of a setting's shares of the pool."""
-    size = ranked.safety.values.numel()
-    counts = (round(share * size) for share in (setting.safety_share, setting.utility_share))
+    """The safety and the utility neurons of a named preset: disjoint sets of its shares of the pool."""
+    size, preset = ranked.safety.values.numel(), dial.PRESETS[name]
+    counts = (round(share * size) for share in (preset.safety_share, preset.utility_share))
     return assign(ranked.safety, ranked.utility, *counts)
 
 
@@ -336,7 +331,6 @@ def learn_layers(
     by: Ranking,
     share: float,
     recipe: Recipe = RECIPE,
-    name: str = "one factor a layer",
 ) -> Learnt:
     """One factor for each layer, which all of its neurons of the pool share, learnt as NeuronTune's factors are.
 
@@ -348,7 +342,7 @@ def learn_layers(
     sets = whole, nothing(whole)
     rates = tuple(4.0**k for k in range(-5, 4))
     rate, _ = learning.find_inner_rate(lm, *sets, found.tasks, found.benign, recipe, share=share, rates=rates)
-    return learn_sets(lm, found, *sets, dataclasses.replace(recipe, inner_rate=rate), name)
+    return learn_sets(lm, found, *sets, dataclasses.replace(recipe, inner_rate=rate), "one factor a layer")
 
 
 def trainings(recipe: Recipe, times: int) -> list[Recipe]:
@@ -405,18 +399,11 @@ def cost(bench: Bench, measures: Mapping[str, Measure]) -> Callable[[Interventio
 # ----------------------------------------------------------------------------------------------------- evaluation
 
 
-def modulation_suite(
-    suite: Suite,
-    novel: Sequence[str] = (),
-    n: int = 60,
-    attacked: int | None = None,
-    text: PromptSet | None = None,
-) -> Suite:
+def modulation_suite(suite: Suite, novel: Sequence[str] = (), n: int = 60, attacked: int | None = None) -> Suite:
     """The suite with its attacked prompts split into seen and unseen classes, and a set under attacks in no form seen.
 
     Args:
-        novel: attacks for the set "novel"; n: its number of prompts; attacked: at most so many of the others; text: running text for perplexity, if the suite
-            has none.
+        novel: attacks for the set "novel"; n: its number of prompts; attacked: at most so many of the others.
     """
     sets = []
     for member in suite.sets:
@@ -433,18 +420,6 @@ def modulation_suite(
         wrappers = [ATTACKS[name] for name in novel]
         wrapped = [wrappers[i % len(wrappers)].apply(p) for i, p in enumerate(direct.prompts.take(n, 1))]
         sets.append(dataclasses.replace(direct, name="novel", prompts=PromptSet(wrapped, "novel")))
-    if text is not None and not any(s.name == "text" for s in sets):
-        sets.append(SuiteSet("text", text, ("perplexity",)))
-    return Suite(tuple(sets), suite.name, suite.max_new_tokens)
-
-
-def shrunk(suite: Suite, n: int, seed: int) -> Suite:
-    """At most n prompts a set, four times as many attacked ones; without running text and the second language."""
-    sets = [
-        dataclasses.replace(s, prompts=s.prompts.take(4 * n if s.name == "wrapped" else n, seed))
-        for s in suite.sets
-        if s.name not in ("text", "direct-de")
-    ]
     return Suite(tuple(sets), suite.name, suite.max_new_tokens)
 
 
@@ -464,7 +439,7 @@ def roles(suite: Suite) -> dict[str, Measure]:
     """What is read off, by role: direct, seen, unseen and novel (ASR), over (refusals of borderline requests), refusal
     (of benign ones), useful (correct answers, or benign requests answered) and text (perplexity); those the suite has.
     """
-    useful = "utility" if any(s.name == "utility" for s in suite.sets) else "benign"
+    useful = "utility" if "utility" in suite else "benign"
     wanted = {
         "direct": Measure("direct", "asr", "direct ASR"),
         "seen": Measure("seen", "asr", "seen-attack ASR"),
@@ -477,8 +452,7 @@ def roles(suite: Suite) -> dict[str, Measure]:
         else Measure("benign", "compliance", "benign requests answered"),
         "text": Measure("text", "perplexity", "perplexity"),
     }
-    there = {s.name for s in suite.sets}
-    return {role: m for role, m in wanted.items() if m.set in there}
+    return {role: m for role, m in wanted.items() if m.set in suite}
 
 
 def class_suite(suite: Suite, names: Sequence[str]) -> Suite:
@@ -610,14 +584,9 @@ def adapted_difference(
     """
     classes = list(adapted[first])
     pairs = [(adapted[first][name][1], adapted[second][name][1]) for name in classes]
-    asr = total(
-        *[bench.excess(a, [b], m, seed) for (a, b), m in zip(pairs, class_measures(classes), strict=True)],
-        together=True,
-    )
-    value, low, high = (v / len(classes) for v in asr[:3])
-    asr = metrics.Interval(value, low, high, asr.n)
-    change = [bench.mean_values([a], over) - bench.mean_values([b], over) for a, b in pairs]
-    mean = np.mean(change, axis=0)
+    asked = class_measures(classes)
+    asr = average(*(bench.excess(a, [b], m, seed) for (a, b), m in zip(pairs, asked, strict=True)))
+    mean = np.mean([bench.mean_values([a], over) - bench.mean_values([b], over) for a, b in pairs], axis=0)
     topics = clusters_of(bench.on(over.set).rows, over.set)
     return total(asr, metrics.clustered_difference([np.zeros_like(mean)], mean, topics, seed=seed))
 
@@ -656,32 +625,17 @@ def findings(
 
 def spread_findings(ranked: Rankings, sizes: Mapping[str, int], draws: int, seed: int) -> Iterator[Finding]:
     """What is said of N8: how the top safety and utility neurons spread over the layers, with halves of the cases."""
+    numbers: dict[str, Callable[[Sequence[int]], float]] = {
+        "largest layer": lambda layers: max(layers) * len(layers) / sum(layers),
+        "thirds": lambda layers: min(int(part.sum()) for part in np.array_split(np.asarray(layers), 3)) / sum(layers),
+    }
     for row, scores in (("safety", ranked.safety_scores), ("utility", ranked.utility_scores)):
-        yield Finding("N8", row, "largest layer", _over_halves(scores, sizes[row], draws, seed, _largest_layer))
-        yield Finding("N8", row, "thirds", _over_halves(scores, sizes[row], draws, seed, _smallest_third))
+        for part, number in numbers.items():
 
+            def of_top(some: NeuronScores, count=sizes[row], number=number) -> float:
+                return number(selection.attributed(some).top(count).per_layer())
 
-def _largest_layer(layers: Sequence[int]) -> float:
-    return max(layers) * len(layers) / sum(layers)
-
-
-def _smallest_third(layers: Sequence[int]) -> float:
-    return min(int(part.sum()) for part in np.array_split(np.asarray(layers), 3)) / sum(layers)
-
-
-def _over_halves(
-    scores: NeuronScores, count: int, draws: int, seed: int, of: Callable[[Sequence[int]], float]
-) -> metrics.Interval:
-    """A number of the top neurons' counts by layer, with the middle 95% over random halves of the cases."""
-
-    def number(some: NeuronScores) -> float:
-        return of(selection.attributed(some).top(count).per_layer())
-
-    rng = np.random.default_rng(seed)
-    halves = [sorted(rng.permutation(scores.n_prompts)[: scores.n_prompts // 2].tolist()) for _ in range(draws)]
-    value = number(scores)
-    low, high = np.quantile([number(scores.subset(rows)) for rows in halves], [0.025, 0.975])
-    return metrics.Interval(value, min(low, value), max(high, value), scores.n_prompts)
+            yield Finding("N8", row, part, over_halves([scores], of_top, draws, seed))
 
 
 def dial_slope(bench: Bench, settings: Mapping[tuple, Modulation | None], axis: int, measure: Measure, seed: int):
@@ -708,11 +662,9 @@ def dial_settings(
     size = ranked.safety.values.numel()
     counts, found = sorted({round(share * size) for share in shares}), {}
     for n_safety, n_utility, strength in itertools.product(counts, counts, sorted(strengths)):
+        key = n_safety, n_utility, strength
         turned = bool(n_safety + n_utility and strength)
-        both = (ranked.safety, ranked.utility)
-        found[n_safety, n_utility, strength] = (
-            dial.dial(*both, n_safety, n_utility, strength, learnt=learnt) if turned else None
-        )
+        found[key] = dial.dial(ranked.safety, ranked.utility, *key, learnt=learnt) if turned else None
     return found
 
 
@@ -762,7 +714,9 @@ def parity_table(lm: LanguageModel, alpha: Modulation, prompts: Sequence[str]) -
     with export.folded(lm, alpha):
         folded = logits()
     with tempfile.TemporaryDirectory() as folder:
-        adapter = export.read_adapter(lm, export.write_adapter(lm, _above_zero(alpha), Path(folder) / "adapter"))
+        # The (IA)^3 format cannot hold 0: a factor of 1e-6 stands for it.
+        above_zero = dataclasses.replace(alpha, alpha=alpha.alpha.clamp_min(1e-6))
+        adapter = export.read_adapter(lm, export.write_adapter(lm, above_zero, Path(folder) / "adapter"))
     with hooks.scale(lm.view, {s: v.to(lm.device) for s, v in adapter.factors.items()}):
         adapted = logits()
     scale = float(base.abs().max())
@@ -770,8 +724,3 @@ def parity_table(lm: LanguageModel, alpha: Modulation, prompts: Sequence[str]) -
     # One digit: what is left is rounding, which differs between machines.
     rows = [(form, float(f"{float((v - hooked).abs().max()) / scale:.0e}")) for form, v in forms.items()]
     return pd.DataFrame(rows, columns=["form", "difference"])
-
-
-def _above_zero(alpha: Modulation) -> Modulation:
-    """The (IA)^3 format cannot hold 0: a factor of 1e-6 stands for it."""
-    return dataclasses.replace(alpha, alpha=alpha.alpha.clamp_min(1e-6))

@@ -422,20 +422,17 @@ def equal_table(
         raise InputError("goal: got no target; allowed: one whose target is a harmful score")
     rows = []
     for name, draws in arms.items():
+        places = [place for draw in draws if (place := crossing(bench, draw, goal.harm, target))]
+        if len(places) < len(draws):
+            continue
+        step = float(np.mean([sum(s * w for s, w in place.items()) for place in places]))
         for m in measures:
-            intervals = []
+            clusters, intervals = clusters_of(bench.on(m.set).rows, m.set), []
             for nearest in (False, True):
                 values = at_level(bench, draws, goal.harm, target, m, nearest)
-                if values is not None:
-                    clusters = clusters_of(bench.on(m.set).rows, m.set)
-                    intervals.append(metrics.clustered_difference([np.zeros_like(values)], values, clusters, seed=seed))
-            if not intervals:
-                continue
-            places = [crossing(bench, draw, goal.harm, target) for draw in draws]
-            step = float(np.mean([sum(s * w for s, w in (place or {}).items()) for place in places]))
-            interval = intervals[0].as_wide_as(intervals[1])
-            labels = {"arm": name, "step": step, "target": goal.target, "metric": m.label}
-            rows.append({**labels, **interval._asdict()})
+                intervals.append(metrics.clustered_difference(np.zeros_like(values), values, clusters, seed=seed))
+            labels = {"arm": name, "step": step, "target": target, "metric": m.label}
+            rows.append({**labels, **intervals[0].as_wide_as(intervals[1])._asdict()})
     return pd.DataFrame(rows, columns=["arm", "step", "target", "metric", "value", "low", "high", "n"])
 
 

@@ -15,16 +15,13 @@ import pandas as pd
 from nt_utils import selection
 from nt_utils.data.records import Prompt
 from nt_utils.errors import InputError
-from nt_utils.experiments.bench import Bench, Finding, Measure
-from nt_utils.experiments.detection import random_rows
+from nt_utils.experiments.bench import Bench, Finding, Measure, overlap
 from nt_utils.interventions.pruning import Prune
 from nt_utils.models import LanguageModel
-from nt_utils.neurons import NeuronSet
+from nt_utils.neurons import POOL, NeuronSet
 from nt_utils.scoring.fluctuation import Fluctuation, fluctuation
-from nt_utils.selection import Cost, UnitScores, expected_jaccard, unit_scores
+from nt_utils.selection import Cost, UnitScores, unit_scores
 from nt_utils.units import CATEGORIES, UnitMap, shared_prompts
-
-DENSE = "dense"
 
 # ------------------------------------------------------------------------------------------------- calibration
 
@@ -94,11 +91,6 @@ class Calibration:
     def groups(self) -> int:
         """Number of groups."""
         return len(self.safety)
-
-    @property
-    def prompts(self) -> int:
-        """Prompts of each kind."""
-        return self.groups * self.size
 
     def merged(self, rows: Sequence[int] | None = None) -> tuple[Fluctuation, Fluctuation]:
         """Statistics on safety and on utility prompts of these groups (None: all)."""
@@ -182,11 +174,11 @@ def pruning_table(
         controls of each category.
     """
     shares, controls = units.shares(), {}
-    rows = bench.rates(None, condition=DENSE, group="none", share=0.0)
+    rows = bench.rates(None, condition="dense", group="none", share=0.0)
     for name in names:
         rows += bench.rates(pruning(units.set(name), means), condition=name, group="chosen", share=shares[name])
         controls[name] = [pruning(s, means) for s in random_like(units, units.set(name), draws, seed)]
-        rows += random_rows(bench, controls[name], f"random, matched to {name}", group="control", share=shares[name])
+        rows += bench.random_rates(controls[name], f"random, matched to {name}", group="control", share=shares[name])
     return pd.DataFrame(rows), controls
 
 
@@ -237,28 +229,10 @@ def growth_table(rows: Sequence[Mapping]) -> pd.DataFrame:
 
 # -------------------------------------------------------------------------------------------------- sensitivity
 
-Maker = Callable[[Sequence[int]], UnitMap]
-
 
 def _overlaps(pairs: Sequence[tuple[UnitMap, UnitMap]], labels: Mapping) -> list[dict]:
-    """One row a category: mean Jaccard of the pairs' sets, the middle 95% of the pairs, their number, the chance level."""
-    rows = []
-    for name in CATEGORIES:
-        sets = [(a.set(name), b.set(name)) for a, b in pairs]
-        values = [a.jaccard(b) for a, b in sets]
-        low, high = np.quantile(values, [0.025, 0.975])
-        rows.append(
-            {
-                **labels,
-                "category": name,
-                "value": float(np.mean(values)),
-                "low": low,
-                "high": high,
-                "n": len(values),
-                "chance": float(np.mean([expected_jaccard(a, b) for a, b in sets])),
-            }
-        )
-    return rows
+    """One row a category: how far the pairs' sets agree."""
+    return [{**labels, "category": c, **overlap([(a.set(c), b.set(c)) for a, b in pairs])} for c in CATEGORIES]
 
 
 def sensitivity_table(
@@ -295,7 +269,7 @@ def sensitivity_table(
 
 def agreement_table(
     calibration: Calibration,
-    others: Mapping[str, Maker],
+    others: Mapping[str, Callable[[Sequence[int]], UnitMap]],
     proportions: Mapping[str, float],
     draws: int,
     seed: int,
@@ -309,15 +283,13 @@ def agreement_table(
         As :func:`sensitivity_table`, with ``changed`` in place of variant; its first row changes nothing but the half.
     """
     rng, rows = np.random.default_rng(seed), []
-    half = calibration.groups // 2
-    pairs: dict[str, list] = {"nothing (other half of the prompts)": [], **{name: [] for name in others}}
+    half, nothing = calibration.groups // 2, "nothing (other half of the prompts)"
+    pairs: dict[str, list] = {nothing: [], **{name: [] for name in others}}
     for _ in range(draws):
         order = rng.permutation(calibration.groups).tolist()
         own, rest = sorted(order[:half]), sorted(order[half : 2 * half])
         made = calibration.scores(own, **options).map(proportions)
-        pairs["nothing (other half of the prompts)"].append(
-            (made, calibration.scores(rest, **options).map(proportions))
-        )
+        pairs[nothing].append((made, calibration.scores(rest, **options).map(proportions)))
         for name, make in others.items():
             pairs[name].append((made, make(own)))
     for name, found in pairs.items():
@@ -351,13 +323,10 @@ def safety_neurons_table(
             found[name].append((critical, rule(prompts, len(critical))))
     rows = []
     for name, pairs in found.items():
-        values = [a.jaccard(b) for a, b in pairs]
-        low, high = np.quantile(values, [0.025, 0.975])
-        chance = float(np.mean([expected_jaccard(a, b) for a, b in pairs]))
         both = float(np.mean([len(a & b) for a, b in pairs]))
         size = float(np.mean([len(a) for a, _ in pairs]))
-        rows.append((name, float(np.mean(values)), low, high, len(values), chance, size, both))
-    return pd.DataFrame(rows, columns=["rule", "value", "low", "high", "n", "chance", "neurons", "in_both"])
+        rows.append({"rule": name, **overlap(pairs), "neurons": size, "in_both": both})
+    return pd.DataFrame(rows)
 
 
 def selection_rules(harmful, benign) -> dict[str, Callable[[Sequence[int], int], NeuronSet]]:
@@ -368,8 +337,7 @@ def selection_rules(harmful, benign) -> dict[str, Callable[[Sequence[int], int],
             on the utility prompts.
     """
     everywhere, last = harmful
-    pool = ("ffn", "o")
     return {
         "contrast": lambda rows, n: selection.contrast(last.subset(rows), benign.subset(rows)).top(n),
-        "as written": lambda rows, n: selection.consistency(everywhere.subset(rows), 1.0, pool, per="pool").top(n),
+        "as written": lambda rows, n: selection.consistency(everywhere.subset(rows), 1.0, POOL, per="pool").top(n),
     }

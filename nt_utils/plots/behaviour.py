@@ -43,8 +43,7 @@ def verdicts(table: pd.DataFrame) -> Figure:
             ax.barh(range(len(sets)), width, left=left, color=colour, label=name, height=0.75)
             left += width
         ax.set_title(model)
-        ax.set_yticks(range(len(sets)), sets)
-        ax.set_ylim(len(sets) - 0.4, -0.6)
+        rate_rows(ax, sets, rates=False)
         ax.set_xlim(0, 1)
         percent(ax.xaxis)
         ax.grid(axis="y", visible=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +15,7 @@ from nt_utils.plots.style import (
     NAMED,
     across,
     counts,
+    cross,
     curve,
     figure,
     interval,
@@ -56,11 +56,9 @@ def agreement(table: pd.DataFrame) -> Figure:
     names = ordered(table["a"])
     drawn, axes = panels(1, 2, height=4.1, sharey=True)
     overlap, chance, ranks = (_square(table, names, c) for c in ("jaccard", "chance", "spearman"))
-    words = overlap.map(lambda v: "" if np.isnan(v) else f"{v:.2f}") + chance.map(
-        lambda v: "" if np.isnan(v) else f"\n({v:.2f})"
-    )
+    words = overlap.map("{:.2f}".format, na_action="ignore") + chance.map("\n({:.2f})".format, na_action="ignore")
     style = {"annot_kws": {"size": 6.5}, "cbar": False, "linewidths": 0.6, "square": True}
-    sns.heatmap(overlap, ax=axes[0, 0], cmap="cividis", vmin=0, vmax=1, annot=words, fmt="", **style)
+    sns.heatmap(overlap, ax=axes[0, 0], cmap="cividis", vmin=0, vmax=1, annot=words.fillna(""), fmt="", **style)
     sns.heatmap(ranks, ax=axes[0, 1], cmap="vlag", vmin=-1, vmax=1, annot=True, fmt=".2f", **style)
     share, n, prompts = (table[c].iloc[0] for c in ("share", "n", "prompts"))
     axes[0, 0].set_title(f"Jaccard of the top {100 * share:g}%\n(in brackets: layer-matched chance)")
@@ -164,8 +162,7 @@ def effects(table: pd.DataFrame) -> Figure:
             ax.set_xlim(-0.06, 1.06)
             ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "50%", "", "100%"])
             ax.set_title(f"{kind}: {metrics[column]}\n({counts(rows)})", fontsize=8)
-            ax.set_yticks(range(len(names)), names)
-            ax.set_ylim(len(names) - 0.4, -0.6)
+            rate_rows(ax, names, rates=False)
             found, labels = ax.get_legend_handles_labels()
             handles |= dict(zip(labels, found, strict=True))
     drawn.legend([handles[s] for s in sets], sets, loc="outside lower center", ncols=len(sets) + 1)
@@ -300,15 +297,12 @@ def frontier(table: pd.DataFrame) -> Figure:
     drawn, parts = across(table, "panel", height=4.4)
     for ax, _, rows in parts:
         for row in rows.to_dict("records"):
-            error: dict[str, Any] = {
-                k: [[max(row[v] - row[lo], 0)], [max(row[hi] - row[v], 0)]]
-                for k, v, lo, hi in (("xerr", "x", "x_low", "x_high"), ("yerr", "value", "low", "high"))
-            }
+            sides = ([row[name] for name in names] for names in (("x", "x_low", "x_high"), ("value", "low", "high")))
             colour, pale = _family_colour(row["defence"]), 1.0 if row["useful"] else 0.3
             if _family(row["defence"]) < 0:
                 ax.axvline(row["x"], color="black", lw=0.9, ls=":")
                 ax.axhline(row["value"], color="black", lw=0.9, ls=":")
-            ax.errorbar(row["x"], row["value"], **error, color=colour, lw=0.7, alpha=0.3 * pale, ls="")
+            cross(ax, *sides, color=colour, lw=0.7, alpha=0.3 * pale)
             ax.plot(row["x"], row["value"], "o", color=colour, ms=5.5, alpha=pale)
         percent(ax.xaxis)
         percent(ax.yaxis)

@@ -29,10 +29,7 @@ from nt_utils.plots.style import (
 @figure
 def where(table: pd.DataFrame) -> Figure:
     """Notebook 01: share of each projection's neurons that a rule chooses. Columns: rule, layer, kind, share, count."""
-    drawn, axes = layer_maps(table, "rule", "kind", "chosen, % of the projection", lambda rule, _: rule)
-    for ax in axes[0]:
-        ax.set_xlabel("projection")
-    return drawn
+    return layer_maps(table, "rule", "kind", "chosen, % of the projection", lambda rule, _: rule)
 
 
 @figure

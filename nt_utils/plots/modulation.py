@@ -11,6 +11,7 @@ from nt_utils.plots.style import (
     GREY,
     across,
     counts,
+    cross,
     figure,
     interval,
     is_rate,
@@ -30,16 +31,11 @@ GROUPS = {"none": "#000000", "chosen": COLOURS[1], "control": COLOURS[0]}
 @figure
 def modulation_spread(table: pd.DataFrame) -> Figure:
     """Notebook 05: share of each projection's neurons that are modulated. Columns: role, layer, kind, count, share."""
-    drawn, axes = layer_maps(
-        table,
-        "role",
-        "kind",
-        "modulated, % of the projection",
-        lambda role, rows: f"{role} neurons ({int(rows['count'].sum())})",
-    )
-    for ax in axes[0]:
-        ax.set_xlabel("projection")
-    return drawn
+
+    def title(role: str, rows: pd.DataFrame) -> str:
+        return f"{role} neurons ({int(rows['count'].sum())})"
+
+    return layer_maps(table, "role", "kind", "modulated, % of the projection", title)
 
 
 @figure
@@ -60,10 +56,14 @@ def modulation_learning(table: pd.DataFrame) -> Figure:
     return drawn
 
 
-def _conditions(table: pd.DataFrame, columns: int) -> Figure:
-    """One panel a metric, one row an arm."""
-    arms, rows = ordered(table["arm"]), -(-table["metric"].nunique() // columns)
-    drawn, parts = across(table, "metric", rows * (0.19 * len(arms) + 0.75), most=columns, sharey=True)
+@figure
+def modulation_arms(table: pd.DataFrame) -> Figure:
+    """Notebook 05: every arm on every rate. Columns: arm, group (none, chosen, control), metric, value, low, high, n.
+
+    Dotted: the untouched model. Random arms: mean of the draws, from the smallest to the largest.
+    """
+    arms, rows = ordered(table["arm"]), -(-table["metric"].nunique() // 3)
+    drawn, parts = across(table, "metric", rows * (0.19 * len(arms) + 0.75), most=3, sharey=True)
     for ax, metric, part in parts:
         base = part.loc[part["group"] == "none", "value"]
         if len(base):
@@ -78,22 +78,9 @@ def _conditions(table: pd.DataFrame, columns: int) -> Figure:
 
 
 @figure
-def modulation_arms(table: pd.DataFrame) -> Figure:
-    """Notebook 05: every arm on every rate. Columns: arm, group (none, chosen, control), metric, value, low, high, n.
-
-    Dotted: the untouched model. Random arms: mean of the draws, from the smallest to the largest.
-    """
-    return _conditions(table, 3)
-
-
-@figure
 def modulation_ablations(table: pd.DataFrame) -> Figure:
     """Notebook 05: NeuronTune without one of its parts. Columns as in ``modulation_arms``."""
-    return _conditions(table, 3)
-
-
-def _label(setting) -> str:
-    return f"{int(setting.n_safety)}+{int(setting.n_utility)}"
+    return modulation_arms(table)
 
 
 @figure
@@ -137,11 +124,8 @@ def modulation_frontier(table: pd.DataFrame) -> Figure:
     for i, row in table.iterrows():
         turned = row["strength"] > 0
         colour = COLOURS[strengths.index(row["strength"])] if turned else "#000000"
-        error = {
-            key: [[max(row[name] - row[f"{name} low"], 0)], [max(row[f"{name} high"] - row[name], 0)]]
-            for key, name in (("xerr", refusals), ("yerr", asr))
-        }
-        ax.errorbar(row[refusals], row[asr], **error, color=colour, lw=0.6, alpha=0.25, ls="")
+        sides = ([row[name], row[f"{name} low"], row[f"{name} high"]] for name in (refusals, asr))
+        cross(ax, *sides, color=colour, lw=0.6, alpha=0.25)
         face = "white" if turned and row["dominated"] else colour
         ax.scatter(row[refusals], row[asr], s=sizes[i], facecolor=face, edgecolor=colour, zorder=3)
     for i, strength in enumerate(strengths):
@@ -158,10 +142,9 @@ def modulation_frontier(table: pd.DataFrame) -> Figure:
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     note(drawn, f"crosses: 95% intervals; area: {useful}; hollow: dominated by another setting", table)
     best = table[~table["dominated"] & (table["strength"] > 0)]
-    labels = {  # settings at one place share a label
-        place: ", ".join(dict.fromkeys(map(_label, rows.itertuples())))
-        for place, rows in best.groupby([refusals, asr], sort=False)
-    }
+    numbers = best["n_safety"].astype(int).astype(str) + "+" + best["n_utility"].astype(int).astype(str)
+    places = best.assign(label=numbers).groupby([refusals, asr], sort=False)["label"]
+    labels = {place: ", ".join(ordered(own)) for place, own in places}  # settings at one place share a label
     place_labels(ax, table[[refusals, asr]].to_numpy(float), np.array(list(labels)), list(labels.values()))
     return drawn
 

@@ -229,6 +229,14 @@ def interval(ax: Axes, x, rows: pd.DataFrame, colour, horizontal: bool = False, 
         ax.errorbar(x, value, yerr=error, **style)
 
 
+def cross(ax: Axes, x: Sequence[float], y: Sequence[float], **look) -> None:
+    """The intervals of one point in both directions; x, y: value, low, high."""
+    error = {
+        key: [[max(value - low, 0)], [max(high - value, 0)]] for key, (value, low, high) in (("xerr", x), ("yerr", y))
+    }
+    ax.errorbar(x[0], y[0], **error, ls="", **look)
+
+
 def note(drawn: Figure, text: str, table: pd.DataFrame) -> None:
     """A small line at the foot of a figure that says what its bars and bands are.
 
@@ -293,7 +301,7 @@ def layer_maps(
     title: Callable[[str, pd.DataFrame], str],
     fmt: str = ".1f",
     top: float | None = None,
-) -> tuple[Figure, np.ndarray]:
+) -> Figure:
     """A heat map for each value of the column ``panel``: shares (0 to 1, drawn in percent) by layer and ``columns``.
 
     Args:
@@ -324,7 +332,10 @@ def layer_maps(
         ax.set_xlabel("")
         ax.set_ylabel("layer" if name == names[0] else "")
         ax.tick_params(axis="y", rotation=0)
-    return drawn, axes
+    if columns == "kind":  # after all heat maps, which lay the figure out as they are drawn
+        for ax in axes[0]:
+            ax.set_xlabel("projection")
+    return drawn
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:

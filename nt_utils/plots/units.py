@@ -31,15 +31,11 @@ CATEGORY_COLOURS = {"SCU": COLOURS[1], "UCU": COLOURS[0], "CU": COLOURS[3], "RU"
 @figure
 def units_where(table: pd.DataFrame) -> Figure:
     """Notebook 03: share of each layer's units in each category. Columns: layer, unit, category, count, units, share."""
-    return layer_maps(
-        table,
-        "unit",
-        "category",
-        "% of the layer's units",
-        lambda kind, rows: f"{kind.replace('ffn', 'FFN')}s ({int(rows['units'].max())} a layer)",
-        fmt=".0f",
-        top=100,
-    )[0]
+
+    def title(kind: str, rows: pd.DataFrame) -> str:
+        return f"{kind.replace('ffn', 'FFN')}s ({int(rows['units'].max())} a layer)"
+
+    return layer_maps(table, "unit", "category", "% of the layer's units", title, fmt=".0f", top=100)
 
 
 @figure
@@ -120,8 +116,7 @@ def units_agreement(table: pd.DataFrame) -> Figure:
         y = np.array([changes.index(c) for c in rows["changed"]]) + 0.17 * (i - 1.5)
         interval(ax, y, rows, CATEGORY_COLOURS[name], horizontal=True, ms=3.5, label=name)
         ax.plot(rows["chance"], y, "|", color=CATEGORY_COLOURS[name], ms=6)
-    ax.set_yticks(range(len(changes)), changes)
-    ax.set_ylim(len(changes) - 0.4, -0.6)
+    rate_rows(ax, changes, rates=False)
     ax.set_xlim(-0.02, 1.03)
     ax.set_xlabel("Jaccard with the default map")
     ax.set_title(f"mean and middle 95% of {int(table['n'].max())} random halves; bars: layer-matched chance")
