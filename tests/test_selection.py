@@ -151,12 +151,6 @@ def test_other_controls_exist_where_more_than_half_is_chosen(tmp_path):
         assert same_counts(control, chosen) and control != chosen
 
 
-def test_global_random_keeps_only_the_total():
-    draws = selection.global_random(CHOSEN, 20, seed=3)
-    assert all(len(d) == len(CHOSEN) and len(d & CHOSEN) == 0 and not len(d - d.only(POOL)) for d in draws)
-    assert any(not same_counts(d, CHOSEN) for d in draws)
-
-
 def test_every_free_neuron_can_be_drawn():
     seen = selection.matched_random(CHOSEN, 300, seed=0)
     union = seen[0]
