@@ -152,6 +152,20 @@ def tiny_lm(name: str = "llama", seed: int = 0, template: bool = True, **more) -
     return LanguageModel(tiny_model(name, seed, **more), tiny_tokenizer(template), f"tiny-{name}")
 
 
+def double_lm(name: str = "llama", **more) -> LanguageModel:
+    """A tiny model in float64."""
+    found = tiny_lm(name, **more)
+    found.model.double()
+    return found
+
+
+def training_lm() -> LanguageModel:
+    """A tiny Llama in training mode, as no score may be taken from."""
+    found = tiny_lm()
+    found.model.train()
+    return found
+
+
 # ------------------------------------------------------------------------------------------------------- oracle
 
 

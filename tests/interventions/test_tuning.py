@@ -29,7 +29,7 @@ from nt_utils.interventions.tuning import (
 )
 from nt_utils.models import identity
 from nt_utils.neurons import NeuronSet
-from tests.common import logits_of, refused, some_neurons, without_dropout
+from tests.common import assert_same, logits_of, refused, snapshot, some_neurons, without_dropout
 from tests.tiny import FAMILIES, hooks_left, neuron_entries, tiny_lm
 
 MODELS = [*FAMILIES, "llama-biases", "llama-multi-head-tied"]
@@ -71,15 +71,6 @@ def owned(lm, neurons, sides="both"):
 
 def loss_of(lm):
     return lm.model(IDS, labels=IDS, use_cache=False).loss
-
-
-def snapshot(lm):
-    return {name: p.detach().clone() for name, p in lm.model.state_dict().items()}
-
-
-def assert_same(before, after):
-    assert before.keys() == after.keys()
-    assert not [name for name in before if not same_bits(before[name], after[name])]
 
 
 def train(lm, parameters, optimiser=None):
