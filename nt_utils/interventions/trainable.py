@@ -320,7 +320,7 @@ class Training:
     @property
     def bytes(self) -> int:
         """Bytes of what is trained, in the precision it is trained in."""
-        return sum(p.numel() * p.element_size() for p in self.parameters)
+        return sum(p.nbytes for p in self.parameters)
 
     def delta(self) -> Delta:
         """The trained entries as they are now: copies in main memory, in the model's dtype."""
