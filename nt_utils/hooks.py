@@ -300,17 +300,16 @@ def start_at(source: LanguageModel | DecoderView, layer: int, hidden: Tensor) ->
     view = _view(source)
     if not 0 <= layer < view.num_layers:
         raise InputError(f"layer: got {layer}; the model has layers 0 to {view.num_layers - 1}")
-    skipped = [view.layers[i] for i in range(layer)]
+    skipped = [view.layers[i].__dict__ for i in range(layer)]
     # An instance's own forward (accelerate sets one) is put back; otherwise the class's shows again.
-    before = [(block.__dict__.get("forward"), block._forward_hooks, block._forward_pre_hooks) for block in skipped]
+    names = ("forward", "_forward_hooks", "_forward_pre_hooks")
+    before = [{name: block[name] for name in names if name in block} for block in skipped]
     try:
         for block in skipped:
-            block.__dict__["forward"] = lambda *args, **kwargs: hidden
-            block._forward_hooks, block._forward_pre_hooks = OrderedDict(), OrderedDict()
+            block["forward"] = lambda *args, **kwargs: hidden
+            block["_forward_hooks"], block["_forward_pre_hooks"] = OrderedDict(), OrderedDict()
         yield
     finally:
-        for block, (forward, after, ahead) in zip(skipped, before, strict=True):
-            block.__dict__.pop("forward", None)
-            block._forward_hooks, block._forward_pre_hooks = after, ahead
-            if forward is not None:
-                block.__dict__["forward"] = forward
+        for block, kept in zip(skipped, before, strict=True):
+            block.pop("forward", None)
+            block.update(kept)

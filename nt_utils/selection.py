@@ -72,12 +72,8 @@ def consistency(
     neurons it is taken among, so that one value serves projections of different widths.
     """
     need = _needed(rho, scores.n_prompts)
-    if per == "projection":
-        blocks = [scores.get(*site) for site in scores.space.sites(kinds)]
-    elif per == "pool":
-        blocks = [scores.matrix(kinds)]
-    else:
-        raise InputError(f"per: got {per!r}; allowed: projection, pool")
+    check_choice("per", per, ("projection", "pool"))
+    blocks = [scores.matrix(kinds)] if per == "pool" else [scores.get(*site) for site in scores.space.sites(kinds)]
     reached = [_ranks(b).sort(dim=0).values[need - 1].double() for b in blocks]
     values = torch.cat([-r / r.numel() if relative else -r for r in reached])
     return Ranking(scores.space, tuple(kinds), values, f"consistent rho={rho:g} per {per}")

@@ -229,10 +229,8 @@ def refusal_direction(
         found = [p for p, value in zip(prompts, scores.tolist(), strict=True) if sign * value > 0]
         return found if len(found) >= 2 else list(prompts)
 
-    (harmful, bad), (harmless, good) = (
-        [kept(prompts, sign) for prompts in both]
-        for sign, both in ((1, (harmful, validation[0])), (-1, (harmless, validation[1])))
-    )
+    harmful, bad = (kept(prompts, 1) for prompts in (harmful, validation[0]))
+    harmless, good = (kept(prompts, -1) for prompts in (harmless, validation[1]))
     difference = token_means(lm, harmful, tried, batch_size) - token_means(lm, harmless, tried, batch_size)
     plain = last_logits(good).log_softmax(-1)
     rows: list[dict[str, Any]] = []

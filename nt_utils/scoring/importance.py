@@ -128,8 +128,7 @@ def standard_errors(scores: NeuronScores) -> NeuronScores | None:
     path = _errors_path(scores.path)
     if not path.is_file():
         return None
-    found = NeuronScores.load(path, scores.space)
-    return found.subset(scores.rows)
+    return NeuronScores.load(path, scores.space).subset(scores.rows)
 
 
 def _errors_path(path: Path) -> Path:
