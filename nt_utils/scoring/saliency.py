@@ -94,7 +94,7 @@ def _owned(lm: LanguageModel, site: Site) -> list[tuple[Projection, int]]:
 
 def _per_neuron(lm: LanguageModel, sites: Sequence[Site], rows: int, weights_of: Callable[[Projection, int], Tensor]):
     """Mean over a neuron's weights of ``weights_of(projection, row)`` [outputs, inputs], for each site [rows, width]."""
-    found: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    found: dict[Site, list] = {site: [] for site in sites}
     for row in range(rows):
         for site, means in found.items():
             owned = [(weights_of(projection, row), axis) for projection, axis in _owned(lm, site)]

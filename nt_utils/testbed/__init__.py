@@ -162,7 +162,7 @@ def _train(folder: Path, recipe: Recipe, key: str, seed: int, progress: bool) ->
     start = time.perf_counter()
     tokenizer = make_tokenizer(recipe)
     models = dict(zip(STAGES, train(recipe, tokenizer, seed, progress), strict=True))
-    unmeasured = {"measured": False, "passed": None, "missed": [], "dev": [], "test": []}
+    unmeasured: dict[str, Any] = {"measured": False, "passed": None, "missed": [], "dev": [], "test": []}
     record = {
         "recipe": key,
         "origin": "trained",
