@@ -2,9 +2,9 @@
 
 A site is (layer, kind): the output channels of q, k and v (bias included, before any query/key norm and rotary
 embedding), the input channels of the attention's output projection (o) and of the down projection (ffn), the output
-channels of the gate and up projections. Beside the sites there is the residual stream between the layers. Hooks are registered on entry and removed on exit whatever
-happens; they nest, the outer one acting first; no activation is edited in place. A selection that matches nothing is an
-error, and so is a context none of whose hooks ran before it closed.
+channels of the gate and up projections. Beside the sites there is the residual stream between the layers. Hooks are
+registered on entry and removed on exit whatever happens; they nest, the outer one acting first; no activation is edited
+in place. A selection that matches nothing is an error, and so is a context none of whose hooks ran before it closed.
 """
 
 from __future__ import annotations
@@ -109,16 +109,12 @@ def _at_site(view: DecoderView, site: Site, edit: Edit) -> Hook:
     layer, kind = site
     projection = view.projection(layer, kind)  # raises on an unknown site
 
-    def on_input(module: nn.Module, args: tuple) -> tuple | None:
-        edited = edit(args[0])
-        return None if edited is None else (edited, *args[1:])
-
     def on_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         edited = edit(projection.take(output))
         return None if edited is None else projection.put(output, edited)
 
     if kind in ("o", "ffn"):
-        return before(projection.module, on_input)
+        return _before_with_keywords(projection.module, _on_input(edit))
     return after(projection.module, on_output)
 
 
@@ -294,8 +290,9 @@ def _on_first_output(edit: Edit) -> Callable:
 def start_at(source: LanguageModel | DecoderView, layer: int, hidden: Tensor) -> Iterator[None]:
     """Let the model's forward go on as if ``hidden`` [batch, tokens, hidden size] had entered ``layer``.
 
-    The layers before it are not run, nor are hooks on them or inside them: ``hidden`` has what they did; embedding, masks, the layers from ``layer`` on, the
-    last norm and the head are the model's own. Layer 0 skips nothing and ignores ``hidden``.
+    The layers before it are not run, nor are hooks on them or inside them: ``hidden`` has what they did; embedding,
+    masks, the layers from ``layer`` on, the last norm and the head are the model's own. Layer 0 skips nothing and ignores
+    ``hidden``.
 
     Raises:
         InputError: no such layer.
@@ -303,17 +300,16 @@ def start_at(source: LanguageModel | DecoderView, layer: int, hidden: Tensor) ->
     view = _view(source)
     if not 0 <= layer < view.num_layers:
         raise InputError(f"layer: got {layer}; the model has layers 0 to {view.num_layers - 1}")
-    skipped = [view.layers[i] for i in range(layer)]
+    skipped = [view.layers[i].__dict__ for i in range(layer)]
     # An instance's own forward (accelerate sets one) is put back; otherwise the class's shows again.
-    before = [(block.__dict__.get("forward"), block._forward_hooks, block._forward_pre_hooks) for block in skipped]
+    names = ("forward", "_forward_hooks", "_forward_pre_hooks")
+    before = [{name: block[name] for name in names if name in block} for block in skipped]
     try:
         for block in skipped:
-            block.__dict__["forward"] = lambda *args, **kwargs: hidden
-            block._forward_hooks, block._forward_pre_hooks = OrderedDict(), OrderedDict()
+            block["forward"] = lambda *args, **kwargs: hidden
+            block["_forward_hooks"], block["_forward_pre_hooks"] = OrderedDict(), OrderedDict()
         yield
     finally:
-        for block, (forward, after, ahead) in zip(skipped, before, strict=True):
-            block.__dict__.pop("forward", None)
-            block._forward_hooks, block._forward_pre_hooks = after, ahead
-            if forward is not None:
-                block.__dict__["forward"] = forward
+        for block, kept in zip(skipped, before, strict=True):
+            block.pop("forward", None)
+            block.update(kept)

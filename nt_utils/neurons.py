@@ -150,24 +150,21 @@ class ScoreWriter:
         self.path, self.space, self.kinds, self.n_prompts = path, space, tuple(kinds), int(n_prompts)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._tmp = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+        facts = {
+            "format": "nt_utils.scores.2",
+            "space": space.to_json(),
+            "kinds": json.dumps(list(self.kinds)),
+            "meta": json.dumps(dict(meta or {}), sort_keys=True),
+            "digest": "0" * 64,  # close() puts the scores' own here
+        }
         offset, places = 0, {}
-        header: dict[str, Any] = {}
-        header["__metadata__"] = sealed(
-            {
-                "format": "nt_utils.scores.2",
-                "space": space.to_json(),
-                "kinds": json.dumps(list(self.kinds)),
-                "meta": json.dumps(dict(meta or {}), sort_keys=True),
-                "digest": "0" * 64,  # close() puts the scores' own here
-            }
-        )
+        self._header: dict[str, Any] = {"__metadata__": sealed(facts)}
         for layer, kind in space.sites(self.kinds):
             shape = [self.n_prompts, space.width((layer, kind))]
             end = offset + 4 * shape[0] * shape[1]
-            header[f"{layer}.{kind}"] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, end]}
+            self._header[f"{layer}.{kind}"] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, end]}
             places[layer, kind] = (offset, shape)
             offset = end
-        self._header = header
         self._file = open(self._tmp, "w+b")  # noqa: SIM115 (closed by close and discard)
         start = self._write_header()
         self._file.truncate(start + offset)
@@ -236,9 +233,8 @@ class NeuronScores:
     kinds: tuple[str, ...]
     meta: Mapping
     rows: tuple[int, ...]
-    scratch: tempfile.TemporaryDirectory | None = field(
-        default=None, repr=False, compare=False
-    )  # keeps a temporary file
+    # Keeps a temporary file.
+    scratch: tempfile.TemporaryDirectory | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def load(cls, path, space: NeuronSpace | None = None) -> NeuronScores:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -73,12 +72,8 @@ def consistency(
     neurons it is taken among, so that one value serves projections of different widths.
     """
     need = _needed(rho, scores.n_prompts)
-    if per == "projection":
-        blocks = [scores.get(*site) for site in scores.space.sites(kinds)]
-    elif per == "pool":
-        blocks = [scores.matrix(kinds)]
-    else:
-        raise InputError(f"per: got {per!r}; allowed: projection, pool")
+    check_choice("per", per, ("projection", "pool"))
+    blocks = [scores.matrix(kinds)] if per == "pool" else [scores.get(*site) for site in scores.space.sites(kinds)]
     reached = [_ranks(b).sort(dim=0).values[need - 1].double() for b in blocks]
     values = torch.cat([-r / r.numel() if relative else -r for r in reached])
     return Ranking(scores.space, tuple(kinds), values, f"consistent rho={rho:g} per {per}")
@@ -387,26 +382,12 @@ def matched_random(
         avoid: False draws from all neurons at every site.
         unit: site -> neurons that are drawn together (the channels of an attention head); 1 where it is not given.
     """
-    _check_control(chosen, draws)
+    check_count("draws", draws)
     generator = torch.Generator().manual_seed(seed)
     return [
-        _matched(chosen, lambda site, free: torch.rand(len(free), generator=generator), avoid, unit or {})
+        _matched(chosen, lambda site, free: torch.rand(len(free), generator=generator), avoid, unit)
         for _ in range(draws)
     ]
-
-
-def global_random(chosen: NeuronSet, draws: int = 20, seed: int = 0, kinds: Sequence[str] = POOL) -> list[NeuronSet]:
-    """Random sets with as many neurons as ``chosen``, drawn over all layers and ``kinds``.
-
-    From those not chosen; from all of them where more than half are chosen.
-    """
-    _check_control(chosen, draws)
-    generator = torch.Generator().manual_seed(seed)
-    free = (~chosen.flat(kinds)).nonzero().flatten()
-    if len(chosen) > free.numel():
-        free = torch.arange(chosen.space.size(kinds))
-    picks = [free[torch.randperm(free.numel(), generator=generator)[: len(chosen)]] for _ in range(draws)]
-    return [NeuronSet.from_flat(chosen.space, p, kinds, meta={"rule": "global random"}) for p in picks]
 
 
 def foundation_control(chosen: NeuronSet, general: NeuronScores, rho: float = 1.0) -> NeuronSet:
@@ -414,7 +395,6 @@ def foundation_control(chosen: NeuronSet, general: NeuronScores, rho: float = 1.
 
     Where more than half of a site is chosen, its most important neurons, chosen or not.
     """
-    _check_control(chosen, 1)
     kinds = [k for k in KINDS if k in general.kinds]
     reached = general.space.split(importance_reached(general, rho, kinds).values, kinds)
     return _matched(chosen, lambda site, free: -reached[site][free])
@@ -426,7 +406,7 @@ def importance_matched(chosen: NeuronSet, benign: NeuronScores) -> NeuronSet:
     Greedy, the most important chosen neuron first, no neuron twice; where more than half of a site is chosen, any other
     neuron of it may be taken.
     """
-    _check_control(chosen, 1)
+    _check_not_empty(chosen)
     masks = {}
     for site, mask in chosen.masks.items():
         mean = benign.get(*site).mean(dim=0)
@@ -445,22 +425,22 @@ def importance_matched(chosen: NeuronSet, benign: NeuronScores) -> NeuronSet:
     return NeuronSet(chosen.space, masks, meta={"rule": "importance-matched"})
 
 
-def _check_control(chosen: NeuronSet, draws: int) -> None:
+def _check_not_empty(chosen: NeuronSet) -> None:
     if not len(chosen):
         raise InputError("chosen: the neuron set is empty; nothing to match")
-    check_count("draws", draws)
 
 
 def _matched(
     chosen: NeuronSet,
     order: Callable[[Site, Tensor], Tensor],
     avoid: bool = True,
-    unit: Mapping[Site, int] = MappingProxyType({}),
+    unit: Mapping[Site, int] | None = None,
 ) -> NeuronSet:
     """As many units per site as ``chosen``, outside it where possible, those with the smallest ``order(site, free)`` first."""
+    _check_not_empty(chosen)
     masks, overlapping = {}, []
     for site, mask in chosen.masks.items():
-        width = unit.get(site, 1)
+        width = (unit or {}).get(site, 1)
         taken = mask[::width]
         free, need = (~taken).nonzero().flatten(), int(taken.sum())
         if not avoid or need > len(free):

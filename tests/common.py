@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nt_utils.errors import InputError
+from nt_utils.interventions.delta import same_bits
 from nt_utils.models import DecoderView, LanguageModel
 from nt_utils.neurons import KINDS, NeuronSet
 
@@ -81,6 +82,17 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     """The model's logits on these token ids, without gradients."""
     with torch.no_grad():
         return model(input_ids=ids, use_cache=False).logits
+
+
+def snapshot(lm: LanguageModel) -> dict[str, Tensor]:
+    """A copy of the model's weights, by name."""
+    return {name: values.detach().clone() for name, values in lm.model.state_dict().items()}
+
+
+def assert_same(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+    """Two snapshots hold the same bits."""
+    assert before.keys() == after.keys()
+    assert not [name for name in before if not same_bits(before[name], after[name])]
 
 
 def without_dropout(lm: LanguageModel) -> LanguageModel:

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import importlib.util
 import json
 import re
 import sys
@@ -16,6 +17,8 @@ from nt_utils.files import project_root
 from nt_utils.study import batch
 from nt_utils.study.parameters import notebook_parameters
 from tests import newcomer
+from tests.common import saved
+from tests.tiny import tiny_lm
 
 ROOT = project_root()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -118,12 +121,9 @@ def test_every_room_is_listed():
 
 
 def test_the_readmes_library_example_runs(tmp_path, monkeypatch, capsys):
-    from tests.tiny import tiny_lm
-
     lm = tiny_lm()
     lm.model.config.max_position_embeddings = 512  # its byte-like tokenizer makes long prompts
-    lm.model.save_pretrained(tmp_path / "model")
-    lm.tokenizer.save_pretrained(tmp_path / "model")
+    saved(lm, tmp_path / "model")
     code, shown = newcomer.example((ROOT / "README.md").read_text())
     assert "path/or/hub-id" in code
     monkeypatch.chdir(tmp_path)
@@ -191,12 +191,10 @@ def test_the_readmes_make_targets_exist():
 
 
 def test_the_readmes_modules_exist():
-    from importlib.util import find_spec
-
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     named = {name for page in pages for name in re.findall(r"-m (nt_utils[\w.]*\w)", page.read_text(encoding="utf-8"))}
     assert named
-    assert all(find_spec(name) for name in named)
+    assert all(importlib.util.find_spec(name) for name in named)
 
 
 def public(tree, where):

@@ -88,28 +88,6 @@ def test_random_controls_have_the_same_size_and_are_disjoint_where_there_is_room
         assert control.counts() == taken.counts()
 
 
-@settings(deadline=None, max_examples=25)
-@given(st.data())
-def test_the_paper_s_rule_equals_its_definition(tmp_path_factory, data):
-    rows = data.draw(st.integers(1, 5))
-    values = torch.tensor(
-        data.draw(st.lists(st.lists(st.integers(0, 4), min_size=5, max_size=5), min_size=rows, max_size=rows)),
-        dtype=torch.float32,
-    )
-    k, rho = data.draw(st.integers(1, 5)), data.draw(st.sampled_from([0.3, 0.5, 1.0]))
-    space = NeuronSpace({"ffn": (5,)}, {"ffn": 1}, 5, "one")
-    with ScoreWriter(tmp_path_factory.mktemp("s") / "s.safetensors", space, ("ffn",), rows) as writer:
-        writer.write(0, {(0, "ffn"): values})
-        scores = writer.close()
-    wins = torch.zeros(5)
-    for row in values:
-        order = sorted(range(5), key=lambda i, row=row: (-row[i], i))
-        wins[order[:k]] += 1
-    wanted = set((wins >= np.ceil(rho * rows - 1e-9)).nonzero().flatten().tolist())
-    found = selection.consistent(scores, k, rho, ("ffn",))
-    assert {index for _, _, index in found} == wanted
-
-
 # -------------------------------------------------------------------------------------------------------- files
 
 

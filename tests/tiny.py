@@ -49,6 +49,7 @@ GPT2_SHAPE = {
     "pad_token_id": 0,
     "bos_token_id": 1,
 }
+NEOX_SHAPE = {name: value for name, value in SHAPE.items() if name != "num_key_value_heads"}
 HEAD = {"head_dim": 12}  # not hidden / heads, on purpose
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -87,12 +88,10 @@ CONFIGS = {
         **SHAPE, attention_multiplier=0.5, residual_multiplier=0.22, embedding_multiplier=2.0, attention_bias=True
     ),
     "gpt_neox": lambda: GPTNeoXConfig(
-        **{k: v for k, v in SHAPE.items() if k != "num_key_value_heads"},
+        **NEOX_SHAPE,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     ),
-    "gpt_neox-sequential": lambda: GPTNeoXConfig(
-        **{k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}, use_parallel_residual=False
-    ),
+    "gpt_neox-sequential": lambda: GPTNeoXConfig(**NEOX_SHAPE, use_parallel_residual=False),
     "gpt2": lambda: GPT2Config(**GPT2_SHAPE),
     "gpt2-scaled-by-layer": lambda: GPT2Config(**GPT2_SHAPE, scale_attn_by_inverse_layer_idx=True),
 }
@@ -150,6 +149,20 @@ def tiny_tokenizer(template: bool = True) -> PreTrainedTokenizerFast:
 def tiny_lm(name: str = "llama", seed: int = 0, template: bool = True, **more) -> LanguageModel:
     """A tiny random model with the tiny tokenizer."""
     return LanguageModel(tiny_model(name, seed, **more), tiny_tokenizer(template), f"tiny-{name}")
+
+
+def double_lm(name: str = "llama", **more) -> LanguageModel:
+    """A tiny model in float64."""
+    found = tiny_lm(name, **more)
+    found.model.double()
+    return found
+
+
+def training_lm() -> LanguageModel:
+    """A tiny Llama in training mode, as no score may be taken from."""
+    found = tiny_lm()
+    found.model.train()
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------- oracle

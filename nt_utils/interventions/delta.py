@@ -163,7 +163,7 @@ class Delta:
     @property
     def bytes(self) -> int:
         """Bytes of what it keeps: values and positions, or factors (the file adds a header)."""
-        return sum(t.numel() * t.element_size() for part in self.parts.values() for t in part.tensors.values())
+        return sum(t.nbytes for part in self.parts.values() for t in part.tensors.values())
 
     @property
     def moved_share(self) -> float:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -77,11 +78,10 @@ def _check_rankings(safety: Ranking, utility: Ranking) -> None:
 
 @dataclass(frozen=True)
 class Preset:
-    """A setting of the dial: shares of the pool (0 to 1) and the strength."""
+    """A setting of the dial: shares of the pool (0 to 1)."""
 
     safety_share: float
     utility_share: float
-    strength: float = 1.0
 
 
 #: More safety neurons for safety-critical use, more utility neurons where utility comes first [NT, tunable mechanism];
@@ -98,7 +98,6 @@ def dial(
     *,
     learnt: Modulation | None = None,
     start: tuple[float, float] = (1.2, 0.9),
-    bounds: tuple[float, float] = BOUNDS,
     name: str = "",
 ) -> Modulation:
     """An intervention for any number of neurons and any strength, without training.
@@ -106,10 +105,9 @@ def dial(
     Args:
         safety, utility: the rankings the neurons are taken from (see :func:`assign`).
         strength: 0 = the untouched model, 1 = alpha as it stands, between: ``1 + strength (alpha - 1)``; above 1 it
-            goes on, up to the bounds.
+            goes on, up to the bounds (those of ``learnt`` where it is given, else ``BOUNDS``).
         learnt: a trained modulation. A neuron it holds in the same role takes its alpha, any other the mean alpha of its
             role there. Without it, or for a role it lacks, ``start`` = (safety, utility) is used.
-        bounds: as in :class:`Modulation`; those of ``learnt`` where it is given.
 
     Raises:
         InputError: see :func:`assign`; a strength that is negative or not finite; a modulation of another architecture.
@@ -119,11 +117,10 @@ def dial(
     sets = assign(safety, utility, n_safety, n_utility)
     if learnt is not None and learnt.space.architecture != safety.space.architecture:
         raise InputError("learnt: made for another architecture than the rankings")
-    bounds = learnt.bounds if learnt is not None else bounds
+    bounds, weights = (BOUNDS, "") if learnt is None else (learnt.bounds, learnt.weights)
     full = torch.cat([_role_alpha(role, chosen, learnt, start[role]) for role, chosen in enumerate(sets)])
     alpha = (1 + strength * (full - 1)).clamp(*bounds)
     meta = {"n_safety": n_safety, "n_utility": n_utility, "strength": strength}
-    weights = learnt.weights if learnt is not None else ""
     return Modulation(*sets, alpha, bounds, name or f"dial {n_safety}+{n_utility} x{strength:g}", weights, meta)
 
 
@@ -143,7 +140,7 @@ def preset(name: str, safety: Ranking, utility: Ranking, *, learnt: Modulation |
     check_choice("preset", name, PRESETS)
     setting, size = PRESETS[name], safety.values.numel()
     n_safety, n_utility = (max(1, round(share * size)) for share in (setting.safety_share, setting.utility_share))
-    return dial(safety, utility, n_safety, n_utility, setting.strength, learnt=learnt, name=name, **more)
+    return dial(safety, utility, n_safety, n_utility, learnt=learnt, name=name, **more)
 
 
 def sweep(
@@ -181,10 +178,7 @@ def mark_dominated(table: pd.DataFrame, lower: Sequence[str] = (), higher: Seque
     missing = [column for column in [*lower, *higher] if column not in table]
     if missing or not (lower or higher):
         raise InputError(f"lower, higher: no such column: {', '.join(missing) or 'none was named'}")
-    cost = torch.tensor(
-        [[row[c] for c in lower] + [-row[c] for c in higher] for row in table.to_dict("records")], dtype=torch.float64
-    )
+    cost = np.column_stack([table[[*lower]].to_numpy(float), -table[[*higher]].to_numpy(float)])
     no_worse = (cost[:, None] <= cost[None]).all(-1)
     better = (cost[:, None] < cost[None]).any(-1)
-    dominated = (no_worse & better).any(0) | cost.isnan().any(1)
-    return table.assign(dominated=dominated.tolist())
+    return table.assign(dominated=(no_worse & better).any(0) | np.isnan(cost).any(1))

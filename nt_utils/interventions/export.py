@@ -18,11 +18,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from nt_utils.errors import InputError, ModelError
 from nt_utils.interventions.modulation import Modulation
-from nt_utils.models import DecoderView, LanguageModel, is_adapter_layer
+from nt_utils.models import LanguageModel, is_adapter_layer
 from nt_utils.neurons import POOL, NeuronSet, Site, same_architecture
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -43,15 +42,18 @@ def folded(lm: LanguageModel, modulation: Modulation) -> Iterator[LanguageModel]
         ModelError: an adapter layer, or weights that are offloaded (a meta tensor cannot be folded).
     """
     modulation.check(lm)
-    parameters = {site: lm.view.projection(*site).parameter for site in modulation.factors}
-    before = {site: parameter.data for site, parameter in parameters.items()}
+    projections = {site: lm.view.projection(*site) for site in modulation.factors}
+    before = {projection.parameter: projection.parameter.data for projection in projections.values()}
     try:
-        for site, parameter in parameters.items():
-            parameter.data = _scaled(lm.view, site, before[site], modulation.factors[site])
+        for site, projection in projections.items():
+            weight = projection.parameter.data
+            factors = modulation.factors[site].to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+            factors = factors[:, None] if projection.transposed else factors
+            projection.parameter.data = (weight * factors).to(weight.dtype)
         yield lm
     finally:
-        for site, parameter in parameters.items():
-            parameter.data = before[site]
+        for parameter, weight in before.items():
+            parameter.data = weight
 
 
 def fold(lm: LanguageModel, modulation: Modulation, folder) -> Path:
@@ -73,12 +75,6 @@ def check_plain(lm: LanguageModel) -> None:
     for name, module in lm.model.named_modules():
         if is_adapter_layer(module):
             raise ModelError(f"model: {name} is an adapter layer; merge it first (merge_and_unload)")
-
-
-def _scaled(view: DecoderView, site: Site, weight: Tensor, factors: Tensor) -> Tensor:
-    """A new weight whose columns (rows where it is stored transposed) are multiplied by the factors [width]."""
-    wide = factors.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-    return (weight * (wide[:, None] if view.projection(*site).transposed else wide)).to(weight.dtype)
 
 
 @contextmanager
@@ -153,35 +149,22 @@ def read_adapter(lm: LanguageModel, folder) -> Modulation:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
     except (SafetensorError, OSError) as error:
         raise InputError(f"adapter: {path} is damaged ({str(error).splitlines()[0]})") from error
-    _check_base(lm, header, path)
-    factors = {}
-    for site, module in _modules(lm).items():
-        vector = tensors.get(_key(module))
-        width = lm.view.space.width(site)
-        if vector is None or tuple(vector.shape) != (1, width):
-            raise InputError(f"adapter: {path} is damaged: it needs [1, {width}] for {module}")
-        factors[site] = vector[0]
-    return _as_modulation(lm, factors, header)
-
-
-def _check_base(lm: LanguageModel, header: Mapping[str, str], path: Path) -> None:
     if header.get("nt_utils") != FORMAT:
         raise InputError(
             f"adapter: {path} does not name the base model's fingerprint; it was not written by this package"
         )
-    same_architecture("adapter: made for", header["architecture"], lm.view.space.architecture)
-    if header["weights"] != lm.weights_fingerprint:
-        raise InputError(
-            f"adapter: made for the weights {header['weights']}; those of {lm.name} are {lm.weights_fingerprint}"
-        )
-
-
-def _as_modulation(lm: LanguageModel, factors: Mapping[Site, Tensor], header: Mapping[str, str]) -> Modulation:
     space, weights = lm.view.space, header["weights"]
-    up, down = (
-        NeuronSet(space, {site: above(values) for site, values in factors.items()}, weights)
-        for above in (lambda v: v > 1, lambda v: v < 1)
-    )
+    same_architecture("adapter: made for", header["architecture"], space.architecture)
+    if weights != lm.weights_fingerprint:
+        raise InputError(f"adapter: made for the weights {weights}; those of {lm.name} are {lm.weights_fingerprint}")
+    factors = {}
+    for site, module in _modules(lm).items():
+        vector, width = tensors.get(_key(module)), space.width(site)
+        if vector is None or tuple(vector.shape) != (1, width):
+            raise InputError(f"adapter: {path} is damaged: it needs [1, {width}] for {module}")
+        factors[site] = vector[0]
+    up = NeuronSet(space, {site: vector > 1 for site, vector in factors.items()}, weights)
+    down = NeuronSet(space, {site: vector < 1 for site, vector in factors.items()}, weights)
     if not len(up | down):
         raise InputError("adapter: every factor is 1; it changes nothing")
     alpha = torch.stack([factors[layer, kind][index] for layer, kind, index in [*up, *down]])

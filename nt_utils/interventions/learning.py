@@ -166,8 +166,7 @@ def learn(
                 state.diverged = state.iteration
                 state.history.append({"iteration": state.iteration, "query": math.nan})
                 break
-            due = state.iteration % recipe.validate_every == 0 or state.iteration == recipe.iterations
-            if validate is not None and due:
+            if validate and (state.iteration % recipe.validate_every == 0 or state.iteration == recipe.iterations):
                 row["validation"] = validate(state.alpha.detach())
                 state.compare(row["validation"])
             state.history.append(row)
@@ -394,11 +393,11 @@ class _State:
 
     def save(self, path: Path, key: str) -> None:
         moments = self.optimiser.state[self.alpha]
-        tensors = {"alpha": self.alpha.detach().cpu(), "best": (self.alpha if self.best is None else self.best).cpu()}
-        tensors |= {name: moments[name].detach().cpu() for name in ("step", "exp_avg", "exp_avg_sq")}
+        tensors = {"alpha": self.alpha, "best": self.alpha if self.best is None else self.best}
+        tensors |= {name: moments[name] for name in ("step", "exp_avg", "exp_avg_sq")}
+        tensors = {name: value.detach().clone() for name, value in tensors.items()}  # a file takes no tensor twice
         numbers = {n: getattr(self, n) for n in ("iteration", "best_iteration", "waited", "history", "best_value")}
         numbers["has_best"] = self.best is not None
-        tensors = {name: value.detach().clone() for name, value in tensors.items()}
         write_sealed(path, tensors, {"format": STATE, "key": key, "numbers": json.dumps(numbers)})
 
     def resume(self, path: Path, key: str) -> None:

@@ -105,8 +105,12 @@ class Modulation:
     def active(self, lm: LanguageModel) -> AbstractContextManager:
         """Multiply while inside; one multiplication a site. Raises InputError on another architecture."""
         self.check(lm)
-        acting = {site: values for site, values in self.factors.items() if (values != 1).any()}
-        return hooks.scale(lm.view, _ready(acting, lm), self.name) if acting else nullcontext()
+        acting = {}
+        for site, values in self.factors.items():
+            if (values != 1).any():  # on the device and in the precision of the site, so that no forward copies them
+                projection = lm.view.projection(*site)
+                acting[site] = values.to(device_of(projection.module), projection.weight.dtype)
+        return hooks.scale(lm.view, acting, self.name) if acting else nullcontext()
 
     def save(self, path) -> Path:
         """Write one safetensors file; atomic."""
@@ -180,12 +184,3 @@ def scatter(where: Mapping[Site, tuple[Tensor, Tensor, int]], alpha: Tensor) -> 
         site: alpha.new_ones(width).index_put((channels.to(alpha.device),), alpha[positions.to(alpha.device)])
         for site, (channels, positions, width) in where.items()
     }
-
-
-def _ready(factors: Mapping[Site, Tensor], lm: LanguageModel) -> dict[Site, Tensor]:
-    """Factors on the device and in the precision of their site, so that no forward copies them."""
-    ready = {}
-    for site, values in factors.items():
-        projection = lm.view.projection(*site)
-        ready[site] = values.to(device_of(projection.module), projection.weight.dtype)
-    return ready

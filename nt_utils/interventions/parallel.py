@@ -82,38 +82,25 @@ def check(accelerator: Accelerator) -> bool:
             f"gradient_accumulation_steps: got {accelerator.gradient_accumulation_steps}; allowed: 1 (batch_size pairs are "
             "spread over the processes)"
         )
-    plugin = getattr(accelerator.state, "fsdp_plugin", None) or _settings()
-    if plugin is not None:
-        _check_fsdp(plugin)
-    return plugin is not None
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        from accelerate import FullyShardedDataParallelPlugin
 
-
-def _settings() -> Any:
-    """accelerate's FSDP settings from its environment, or None."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
-        return None
-    from accelerate import FullyShardedDataParallelPlugin
-
-    return FullyShardedDataParallelPlugin()
-
-
-def _check_fsdp(plugin: Any) -> None:
-    if plugin.fsdp_version != 2:
-        raise InputError(
-            f"fsdp_version: got {plugin.fsdp_version}; allowed: 2 (nt_utils/study/batch/profiles/fsdp.yaml)"
-        )
-    refused = {
-        "fsdp_offload_params": type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy",
-        "fsdp_cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading,
-        "fsdp_activation_checkpointing": plugin.activation_checkpointing,
+        plugin = FullyShardedDataParallelPlugin()
+    if plugin is None:
+        return False
+    settings = {
+        "fsdp_version": (plugin.fsdp_version, 2),
+        "fsdp_offload_params": (type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy", False),
+        "fsdp_cpu_ram_efficient_loading": (bool(plugin.cpu_ram_efficient_loading), False),
+        "fsdp_activation_checkpointing": (bool(plugin.activation_checkpointing), False),
+        "fsdp_reshard_after_forward": (bool(plugin.reshard_after_forward), True),
     }
-    for name, found in refused.items():
-        if found:
-            raise InputError(f"{name}: got true; allowed: false (nt_utils/study/batch/profiles/fsdp.yaml)")
-    if not plugin.reshard_after_forward:
-        raise InputError(
-            "fsdp_reshard_after_forward: got false; allowed: true (nt_utils/study/batch/profiles/fsdp.yaml)"
-        )
+    for name, (found, allowed) in settings.items():
+        if found != allowed:
+            got, wanted = str(found).lower(), str(allowed).lower()
+            raise InputError(f"{name}: got {got}; allowed: {wanted} (nt_utils/study/batch/profiles/fsdp.yaml)")
+    return True
 
 
 # ------------------------------------------------------------------------------------------------------ the model
@@ -174,17 +161,13 @@ def shard(lm: LanguageModel, accelerator: Accelerator) -> None:
     assert lm.view.space.total_parameters, "the view reads whole weights: it is made before they are sharded"
     lm.model.requires_grad_(False)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for unit in _units(lm):
+    embedding, head = lm.model.get_input_embeddings(), lm.model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    # Gathered and let go apart: each block, and the embedding, which can be as large as several of them.
+    for unit in [*lm.view.layers, *([] if tied else [embedding])]:
         fully_shard(unit, mesh=mesh)
     fully_shard(lm.model, mesh=mesh)  # what is left: the last norm, the head, an embedding that is tied to it
     lm.weights_changed()
-
-
-def _units(lm: LanguageModel) -> list[nn.Module]:
-    """What is gathered and let go apart: each block, and the embedding, which can be as large as several of them."""
-    embedding, head = lm.model.get_input_embeddings(), lm.model.get_output_embeddings()
-    tied = head is not None and head.weight is embedding.weight
-    return [*lm.view.layers, *([] if tied else [embedding])]
 
 
 def held(model: nn.Module) -> tuple[int, int]:
@@ -192,8 +175,8 @@ def held(model: nn.Module) -> tuple[int, int]:
     mine = whole = 0
     for parameter in model.parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        mine += local.numel() * local.element_size()
-        whole += parameter.numel() * parameter.element_size()
+        mine += local.nbytes
+        whole += parameter.nbytes
     return mine, whole
 
 

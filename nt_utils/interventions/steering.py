@@ -2,8 +2,9 @@
 
 The direction is the difference of means of Arditi et al., "Refusal in Language Models Is Mediated by a Single Direction"
 (NeurIPS 2024), section 2.3: the residual stream at one of the template's tokens behind the user's text, mean over harmful
-minus mean over benign prompts, at one place between the layers; :func:`refusal_direction` chooses both as the paper does. Added there (section 2.4, activation addition) it makes the model refuse;
-projected out of everything that enters the residual stream (directional ablation) it takes refusal away.
+minus mean over benign prompts, at one place between the layers; :func:`refusal_direction` chooses both as the paper
+does. Added there (section 2.4, activation addition) it makes the model refuse; projected out of everything that enters
+the residual stream (directional ablation) it takes refusal away.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from nt_utils.evaluation.batching import forward
 from nt_utils.models import LanguageModel, decoder
 
 MODES = ("add", "ablate")
+#: The paper's bounds on a candidate: the KL divergence it may cause on harmless prompts, and how deep it may lie.
+MAX_KL, MAX_DEPTH = 0.1, 0.8
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,15 +123,13 @@ def mean_difference(lm: LanguageModel, harmful: Sequence[str], benign: Sequence[
     return token_means(lm, harmful, batch_size=batch_size)[0] - token_means(lm, benign, batch_size=batch_size)[0]
 
 
-def candidates(
-    lm: LanguageModel, directions: Tensor, mode: str, strengths: Iterable[float] = (1.0,), last_share: float = 0.8
-) -> list[Steering]:
+def candidates(lm: LanguageModel, directions: Tensor, mode: str, strengths: Iterable[float] = (1.0,)) -> list[Steering]:
     """One steering for every place and strength to choose from.
 
     Place 0 (the last prompt token is the template's there, the same for all prompts) and places behind the first
-    ``last_share`` of the layers are left out, as in the paper's appendix C.
+    ``MAX_DEPTH`` of the layers are left out, as in the paper's appendix C.
     """
-    places = range(1, max(2, math.floor(last_share * lm.view.num_layers) + 1))
+    places = range(1, max(2, math.floor(MAX_DEPTH * lm.view.num_layers) + 1))
     verb = {"add": "refusal direction added", "ablate": "refusal direction ablated"}
     return [
         Steering(directions[place], place, mode, strength, lm.view.space.architecture, verb[mode])
@@ -148,10 +149,6 @@ def choose(options: Sequence[Steering], measure: Callable[[Steering], float]) ->
     if not known:
         raise InputError("measure: gave no number for any option")
     return options[values.index(min(known))], values
-
-
-#: The paper's bounds on a candidate: the KL divergence it may cause on harmless prompts, and how deep it may lie.
-MAX_KL, MAX_DEPTH = 0.1, 0.8
 
 
 @dataclass(frozen=True)
@@ -232,10 +229,8 @@ def refusal_direction(
         found = [p for p, value in zip(prompts, scores.tolist(), strict=True) if sign * value > 0]
         return found if len(found) >= 2 else list(prompts)
 
-    (harmful, bad), (harmless, good) = (
-        [kept(prompts, sign) for prompts in both]
-        for sign, both in ((1, (harmful, validation[0])), (-1, (harmless, validation[1])))
-    )
+    harmful, bad = (kept(prompts, 1) for prompts in (harmful, validation[0]))
+    harmless, good = (kept(prompts, -1) for prompts in (harmless, validation[1]))
     difference = token_means(lm, harmful, tried, batch_size) - token_means(lm, harmless, tried, batch_size)
     plain = last_logits(good).log_softmax(-1)
     rows: list[dict[str, Any]] = []

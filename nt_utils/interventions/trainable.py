@@ -158,24 +158,19 @@ class _Rows:
                 raise InputError(
                     f"model: {self.path}.tuned_{leaf} was cast to {master.dtype}; it trains as {self.dtype}"
                 )
-            parameter = getattr(self.module, leaf)
-            if self.sharded:
-                self._check_gathered(parameter, leaf)
-            elif parameter is not self.parameters[leaf]:  # FSDP puts parameters of its own in their place
-                raise _sharded(f"{self.path}.{leaf}")
-            _check_whole(parameter, f"{self.path}.{leaf}")
+            name, parameter, stored = f"{self.path}.{leaf}", getattr(self.module, leaf), self.stored[leaf].dtype
+            # A weight that was sharded before the start is gathered by now; one that was not stands where it stood.
+            if isinstance(parameter, DTensor) if self.sharded else parameter is not self.parameters[leaf]:
+                raise _sharded(name)
+            if self.sharded and parameter.dtype != stored:
+                raise InputError(
+                    f"model: FSDP gathers {name} as {parameter.dtype}, it is stored as {stored}; "
+                    "allowed: no mixed precision (load the model in that dtype)"
+                )
+            _check_whole(parameter, name)
             parameter = parameter.data
             values = master.data.to(parameter.device, parameter.dtype)
             parameter.index_copy_(self.axis(leaf), self.index.to(parameter.device), values)
-
-    def _check_gathered(self, parameter: Tensor, leaf: str) -> None:
-        if isinstance(parameter, DTensor):
-            raise _sharded(f"{self.path}.{leaf}")
-        if parameter.dtype != self.stored[leaf].dtype:
-            raise InputError(
-                f"model: FSDP gathers {self.path}.{leaf} as {parameter.dtype}, it is stored as {self.stored[leaf].dtype}; "
-                "allowed: no mixed precision (load the model in that dtype)"
-            )
 
     def before(self, module: nn.Module, args: tuple) -> None:
         """Pre-forward: bring the module's weight up to date.
@@ -320,7 +315,7 @@ class Training:
     @property
     def bytes(self) -> int:
         """Bytes of what is trained, in the precision it is trained in."""
-        return sum(p.numel() * p.element_size() for p in self.parameters)
+        return sum(p.nbytes for p in self.parameters)
 
     def delta(self) -> Delta:
         """The trained entries as they are now: copies in main memory, in the model's dtype."""

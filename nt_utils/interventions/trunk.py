@@ -37,21 +37,22 @@ class FrozenTrunk:
 
     Args:
         layer: the lowest layer with anything trained.
-        budget: bytes of states kept in main memory (None: ``BUDGET``); further rows lie in a temporary folder.
+
+    ``BUDGET`` bytes of states are kept in main memory; further rows lie in a temporary folder.
     """
 
-    def __init__(self, lm: LanguageModel, layer: int, budget: int | None = None):
-        self.lm, self.layer, self.budget = lm, layer, BUDGET if budget is None else budget
+    def __init__(self, lm: LanguageModel, layer: int):
+        self.lm, self.layer = lm, layer
         self._states: dict[Row, Tensor] = {}
         self._held = 0
         self._folder: tempfile.TemporaryDirectory | None = None
 
     @classmethod
-    def of(cls, lm: LanguageModel, layer: int, budget: int | None = None) -> FrozenTrunk | None:
+    def of(cls, lm: LanguageModel, layer: int) -> FrozenTrunk | None:
         """None where nothing can be reused: a sharded model, or dropout that is on. A layer below 0 counts as 0."""
         if is_sharded(lm.model) or (lm.model.training and _drops(lm.model)):
             return None
-        return cls(lm, max(layer, 0), budget)
+        return cls(lm, max(layer, 0))
 
     @contextmanager
     def reused(self, rows: Sequence[Row], starts: Sequence[int]) -> Iterator[Prefix]:
@@ -118,8 +119,8 @@ class FrozenTrunk:
 
     def _stored(self, states: Tensor) -> Tensor:
         """The states in memory, or mapped from a file where the budget is spent."""
-        self._held += states.numel() * states.element_size()
-        if self._held <= self.budget:
+        self._held += states.nbytes
+        if self._held <= BUDGET:
             return states.clone()
         self._folder = self._folder or tempfile.TemporaryDirectory(prefix="nt_trunk_")
         path = f"{self._folder.name}/{len(self._states)}"

@@ -304,33 +304,15 @@ def attribution(
         "groups": [case.group for case in cases],
     }
     with ScoreWriter(path, lm.view.space, kinds, len(cases), meta) as writer:
-        with frozen(lm.model), _bar(len(cases), batch_size, len(sites), method, progress) as bar:
+        total = -(-len(cases) // batch_size) * (len(sites) if method in ("integrated", "exact") else 1)
+        bar = track(total=total, desc=f"attribution, {method}", unit="site", disable=not progress)
+        with frozen(lm.model), bar:
             for start in range(0, len(cases), batch_size):
                 runs = _Runs(lm, cases[start : start + batch_size], sites, target)
                 for scores in work(runs, steps, rows):
                     writer.write(start, scores)
                     bar.update()
         return writer.close()
-
-
-def site_effects(
-    lm: LanguageModel,
-    cases: Sequence[Case],
-    *,
-    target: str = "attacked",
-    kinds: Sequence[str] = POOL,
-    batch_size: int = 4,
-) -> dict[Site, Tensor]:
-    """L(the whole site at its target) - L(plain) for every site, float64 [n_cases]: what integrated scores add up to."""
-    _check(lm, cases, "integrated", target, kinds, {"batch_size": batch_size})
-    sites = lm.view.space.sites(kinds)
-    parts: dict[Site, list[Tensor]] = {site: [] for site in sites}
-    for start in range(0, len(cases), batch_size):
-        runs = _Runs(lm, cases[start : start + batch_size], sites, target)
-        with torch.no_grad():
-            for site in sites:
-                parts[site].append(runs.patched(site, runs.target(site)[None])[0])
-    return {site: torch.cat(values) for site, values in parts.items()}
 
 
 def aggregate(scores: NeuronScores, how: str = "signed", kinds: Sequence[str] = POOL) -> Tensor:
@@ -367,12 +349,6 @@ def _check(lm, cases, method, target, kinds, numbers: Mapping[str, int]) -> None
         if same:
             raise InputError(f"cases: number {same[0]} is not attacked (its two texts are equal); use target='zero'")
     check_evaluating(lm.model)
-
-
-def _bar(n_cases: int, batch_size: int, n_sites: int, method: str, progress: bool):
-    per_batch = n_sites if method in ("integrated", "exact") else 1
-    total = -(-n_cases // batch_size) * per_batch
-    return track(total=total, desc=f"attribution, {method}", unit="site", disable=not progress)
 
 
 # ---------------------------------------------------------------------------------------------------------- runs

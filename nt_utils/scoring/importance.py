@@ -128,8 +128,7 @@ def standard_errors(scores: NeuronScores) -> NeuronScores | None:
     path = _errors_path(scores.path)
     if not path.is_file():
         return None
-    found = NeuronScores.load(path, scores.space)
-    return found.subset(scores.rows)
+    return NeuronScores.load(path, scores.space).subset(scores.rows)
 
 
 def _errors_path(path: Path) -> Path:
@@ -205,7 +204,7 @@ class Weights:
         heads = 1 if view.family.qk_norm == "full" else view.num_kv_heads
         self._size = view.num_heads * view.head_dim if heads == 1 else group
         kept = 4 * heads * self._size**2 * view.num_layers
-        self._keep = kept <= self.SHARE * sum(p.numel() * p.element_size() for p in view.model.parameters())
+        self._keep = kept <= self.SHARE * sum(p.nbytes for p in view.model.parameters())
         self._columns: dict[Site, Tensor] = {}
         self._grams: dict[int, Tensor] = {}
 

@@ -15,7 +15,6 @@ minus top p% on utility data) is :func:`nt_utils.selection.set_difference`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -93,14 +92,15 @@ def _owned(lm: LanguageModel, site: Site) -> list[tuple[Projection, int]]:
     return [(lm.view.projection(layer, role), int(side == "input")) for role, side in roles]
 
 
-def _per_neuron(lm: LanguageModel, sites: Sequence[Site], weights_of: Callable[[Projection], Tensor]):
-    """Mean over a neuron's weights of ``weights_of(projection)`` [outputs, inputs], for each site [width]."""
-    found = {}
-    for site in sites:
-        owned = [(weights_of(projection), axis) for projection, axis in _owned(lm, site)]
-        count = sum(values.shape[axis] for values, axis in owned)
-        found[site] = sum(values.sum(axis) for values, axis in owned) / count
-    return found
+def _per_neuron(lm: LanguageModel, sites: Sequence[Site], rows: int, weights_of: Callable[[Projection, int], Tensor]):
+    """Mean over a neuron's weights of ``weights_of(projection, row)`` [outputs, inputs], for each site [rows, width]."""
+    found: dict[Site, list] = {site: [] for site in sites}
+    for row in range(rows):
+        for site, means in found.items():
+            owned = [(weights_of(projection, row), axis) for projection, axis in _owned(lm, site)]
+            count = sum(values.shape[axis] for values, axis in owned)
+            means.append(sum(values.sum(axis) for values, axis in owned) / count)
+    return {site: torch.stack(means) for site, means in found.items()}
 
 
 def _modules(lm: LanguageModel, sites: Sequence[Site]) -> list[nn.Module]:
@@ -126,8 +126,7 @@ def _snip(lm: LanguageModel, batch: Responses, sites: Sequence[Site]) -> dict[Si
         slope = projection.take(slopes[projection.module][row]).float()
         return (projection.weight * (slope.t() @ inputs[projection.module][row].float())).abs()
 
-    rows = [_per_neuron(lm, sites, partial(weights, row=row)) for row in range(batch.size)]
-    return {site: torch.stack([found[site] for found in rows]) for site in sites}
+    return _per_neuron(lm, sites, batch.size, weights)
 
 
 def _wanda(lm: LanguageModel, batch: Responses, sites: Sequence[Site]) -> dict[Site, Tensor]:
@@ -144,5 +143,4 @@ def _wanda(lm: LanguageModel, batch: Responses, sites: Sequence[Site]) -> dict[S
     def weights(projection: Projection, row: int) -> Tensor:
         return projection.weight.float().abs() * norms[projection.module][row]
 
-    rows = [_per_neuron(lm, sites, partial(weights, row=row)) for row in range(batch.size)]
-    return {site: torch.stack([found[site] for found in rows]) for site in sites}
+    return _per_neuron(lm, sites, batch.size, weights)

@@ -97,26 +97,24 @@ def build(
     root = writable((Path(cache).expanduser() if cache is not None else cache_folder()) / "testbed")
     recipe = RECIPES[size]
     key = recipe_hash(recipe, seed)
-    from_package = size == "default" and not retrain and str(seed) in shipped()["seeds"]
-    trained = root / f"{size}-seed{seed}-{key}"
-    folder = trained
-    if from_package:
+    folder, record = root / f"{size}-seed{seed}-{key}", None
+    if size == "default" and not retrain and str(seed) in shipped()["seeds"]:
         try:
             record = _checked(seed, key)
-            folder = root / f"shipped-seed{seed}-{record['fingerprint']}"
         except InputError as error:
-            if not trained.is_dir():
+            if not folder.is_dir():
                 raise
             warnings.warn(f"{error}; the testbed that was trained here is used", stacklevel=2)
-            from_package = False
+    wanted = record["fingerprint"] if record else ""
+    if record:
+        folder = root / f"shipped-seed{seed}-{wanted}"
     with FileLock(str(folder) + ".lock"):
-        wanted = record["fingerprint"] if from_package else ""
         found = _load(folder, key, wanted)
         if found is None:
             if folder.exists():
                 warnings.warn(f"the cached testbed {folder} is damaged and is made again", stacklevel=2)
                 shutil.rmtree(folder)
-            if from_package:
+            if record:
                 _write(folder, _unpack(seed, record), _tokenizer(), record | {"origin": "shipped"})
             else:
                 _train(folder, recipe, key, seed, progress)
@@ -164,13 +162,12 @@ def _train(folder: Path, recipe: Recipe, key: str, seed: int, progress: bool) ->
     start = time.perf_counter()
     tokenizer = make_tokenizer(recipe)
     models = dict(zip(STAGES, train(recipe, tokenizer, seed, progress), strict=True))
+    unmeasured: dict[str, Any] = {"measured": False, "passed": None, "missed": [], "dev": [], "test": []}
     record = {
         "recipe": key,
         "origin": "trained",
         "fingerprint": fingerprint(models),
-        "gate": _gate(models, tokenizer)
-        if recipe.gate
-        else {"measured": False, "passed": None, "missed": [], "dev": [], "test": []},
+        "gate": _gate(models, tokenizer) if recipe.gate else unmeasured,
         "seconds": round(time.perf_counter() - start, 1),
     }
     _write(folder, models, tokenizer, record)
@@ -291,8 +288,8 @@ def ship(seed: int, models: Mapping[str, LlamaForCausalLM], tokenizer: PreTraine
         "seconds": round(seconds, 1),
         "gate": _gate(models, tokenizer),
     }
-    index["seeds"] = {**index["seeds"], str(seed): record}
-    index["seeds"] = {k: index["seeds"][k] for k in sorted(index["seeds"], key=int)}
+    seeds = index["seeds"] | {str(seed): record}
+    index["seeds"] = {number: seeds[number] for number in sorted(seeds, key=int)}
     (WEIGHTS / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     shipped.cache_clear()
     return record

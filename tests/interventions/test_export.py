@@ -19,7 +19,7 @@ from nt_utils.interventions.modulation import Modulation
 from nt_utils.interventions.pruning import Prune, export
 from nt_utils.models import LanguageModel, load
 from nt_utils.neurons import POOL, NeuronSet
-from tests.common import logits_of, refused
+from tests.common import assert_same, logits_of, refused, snapshot
 from tests.tiny import tiny_lm
 
 IDS = torch.randint(3, 300, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -47,13 +47,12 @@ def _three(lm, modulation):
 
 def test_hooked_folded_and_adapter_agree(any_lm, tmp_path):
     """Every family: all three forms give the same logits, which differ from the base's; the base stays as it was."""
-    before = {k: v.clone() for k, v in any_lm.model.state_dict().items()}
-    fingerprint = any_lm.weights_fingerprint
+    before, fingerprint = snapshot(any_lm), any_lm.weights_fingerprint
     modulation = _modulation(any_lm)
     base, hooked = _three(any_lm, modulation)
     folder = fold(any_lm, modulation, tmp_path / "folded")
     adapter = write_adapter(any_lm, modulation, tmp_path / "adapter")
-    assert all(torch.equal(v, before[k]) for k, v in any_lm.model.state_dict().items())
+    assert_same(before, snapshot(any_lm))
     assert any_lm.weights_fingerprint == fingerprint and torch.equal(logits_of(any_lm.model, IDS), base)
 
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()

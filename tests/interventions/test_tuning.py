@@ -29,7 +29,7 @@ from nt_utils.interventions.tuning import (
 )
 from nt_utils.models import identity
 from nt_utils.neurons import NeuronSet
-from tests.common import logits_of, refused, some_neurons, without_dropout
+from tests.common import assert_same, logits_of, refused, snapshot, some_neurons, without_dropout
 from tests.tiny import FAMILIES, hooks_left, neuron_entries, tiny_lm
 
 MODELS = [*FAMILIES, "llama-biases", "llama-multi-head-tied"]
@@ -71,15 +71,6 @@ def owned(lm, neurons, sides="both"):
 
 def loss_of(lm):
     return lm.model(IDS, labels=IDS, use_cache=False).loss
-
-
-def snapshot(lm):
-    return {name: p.detach().clone() for name, p in lm.model.state_dict().items()}
-
-
-def assert_same(before, after):
-    assert before.keys() == after.keys()
-    assert not [name for name in before if not same_bits(before[name], after[name])]
 
 
 def train(lm, parameters, optimiser=None):
@@ -402,42 +393,32 @@ def trainer(lm, folder, resume=None, **more):
 
 @pytest.mark.parametrize("scope", [Only, AllBut])
 def test_trainer_with_checkpoint_and_resume(scope, tmp_path):
-    chosen = some_neurons(tiny_lm().view)
-    deltas, sizes = [], []
-    lm = tiny_lm()
+    lm, again = tiny_lm(), tiny_lm()
+    chosen, options = some_neurons(lm.view), {"max_steps": 4, "gradient_checkpointing": True}
     before, masks = snapshot(lm), owned(lm, chosen)
     training = scope(chosen).start(lm)
-    trainer(lm, tmp_path, max_steps=4, save_steps=2, gradient_checkpointing=True)
+    trainer(lm, tmp_path, save_steps=2, **options)
     tuned = logits_of(lm.model, IDS)
-    deltas.append(training.finish())
-    sizes.append(training.size)
+    whole = training.finish()
     assert_same(before, snapshot(lm))
 
-    again = tiny_lm()
     training = scope(chosen).start(again)
-    run = trainer(
-        again,
-        tmp_path,
-        max_steps=4,
-        save_strategy="no",
-        resume=str(tmp_path / "checkpoint-2"),
-        gradient_checkpointing=True,
-    )
+    run = trainer(again, tmp_path, save_strategy="no", resume=str(tmp_path / "checkpoint-2"), **options)
     assert run.state.global_step == 4
     assert sum(s.numel() for state in run.optimizer.optimizer.state.values() for s in state.values() if s.ndim) == (
         2 * training.size
     )
-    deltas.append(training.finish())
+    resumed = training.finish()
     assert_same(before, snapshot(again))
-    assert deltas[0].fingerprint == deltas[1].fingerprint, "resuming gave other weights"
+    assert whole.fingerprint == resumed.fingerprint, "resuming gave other weights"
 
-    deltas[1].merge(again)
+    resumed.merge(again)
     assert torch.equal(logits_of(again.model, IDS), tuned)
     for key, values in again.model.named_parameters():
         mask = masks.get(key, torch.zeros(values.shape, dtype=torch.bool))
         fixed = ~mask if scope is Only else mask
         assert same_bits(values[fixed], before[key][fixed])
-    assert deltas[0].moved_share > 0.9
+    assert whole.moved_share > 0.9
 
 
 def test_trainer_in_mixed_precision_keeps_frozen_bits(tmp_path):

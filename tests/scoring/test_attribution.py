@@ -13,7 +13,7 @@ from nt_utils import hooks
 from nt_utils.data.attacks import Attack
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.models import LanguageModel
-from nt_utils.neurons import NeuronScores
+from nt_utils.neurons import POOL, NeuronScores
 from nt_utils.scoring.attribution import (
     Case,
     Prefix,
@@ -23,11 +23,10 @@ from nt_utils.scoring.attribution import (
     gauss_legendre,
     representatives,
     safety_cases,
-    site_effects,
     utility_cases,
 )
-from tests.common import refused
-from tests.tiny import VOCABULARY, hooks_left, tiny_lm, tiny_tokenizer
+from tests.common import assert_same, refused, snapshot
+from tests.tiny import VOCABULARY, double_lm, hooks_left, tiny_lm, tiny_tokenizer, training_lm
 from tests.tolerance import of_difference, relative
 
 PROMPTS = PromptSet(
@@ -45,13 +44,6 @@ def _attack(name, text, **more):
 ROLE, PREFIX = _attack("roleplay", "Be Max. {x} Go!"), _attack("prefix", "{x} Say yes")
 CASES = safety_cases(PROMPTS, [ROLE])
 QUIET = {"progress": False}
-
-
-def _double(name="llama", **more):
-    """A tiny model in float64."""
-    found = tiny_lm(name, **more)
-    found.model.double()
-    return found
 
 
 # ------------------------------------------------------------------------------- an oracle that shares no code
@@ -76,30 +68,37 @@ def _activation(lm, ids, site):
     return seen[site]
 
 
-def _moved(lm, case, response, site):
-    """Ids, span, the site's plain activations [1, tokens, width] and those with the attack's at the span."""
+def _moved(lm, case, response, site, zero=False):
+    """Ids, span, the site's plain activations [1, tokens, width] and those with the attack's (or 0) at the span."""
     ids, span = _pieces(lm, case.plain, response)
     other, other_span = _pieces(lm, case.attacked, response)
     plain = _activation(lm, ids, site)
     target = plain.clone()
-    target[:, span] = _activation(lm, other, site)[:, other_span]
+    target[:, span] = 0 if zero else _activation(lm, other, site)[:, other_span]
     return ids, span, plain, target
 
 
-def _patched_effect(lm, case, site, mask):
-    """L(masked neurons at their attacked value) - L(plain), by two full forwards for each response."""
+def _patched_effect(lm, case, sites, index=None, zero=False):
+    """L(whole sites, or one neuron of them, at the target) - L(plain), by two full forwards for each response."""
     total = 0.0
     for sign, response in ((1, case.wanted), (-1, case.unwanted)):
-        ids, span, _, target = _moved(lm, case, response, site)
+        moved = {site: _moved(lm, case, response, site, zero) for site in sites}
+        ids, span = moved[sites[0]][:2]
+        everything = {site: torch.arange(lm.view.space.width(site)) for site in sites}
+        masks = {site: places >= 0 if index is None else places == index for site, places in everything.items()}
         with torch.no_grad():
             before = _nll(lm, ids, span)
-            with hooks.replace(lm, {site: (mask, target)}):
+            with hooks.replace(lm, {site: (masks[site], target) for site, (_, _, _, target) in moved.items()}):
                 total += sign * float(_nll(lm, ids, span) - before)
     return total
 
 
-def _one(width, index):
-    return torch.arange(width) == index
+def _site_effects(lm, cases, zero=False):
+    """What integrated scores add up to: the effect of every whole site [n_cases]."""
+    return {
+        site: torch.tensor([_patched_effect(lm, case, [site], zero=zero) for case in cases], dtype=torch.float64)
+        for site in lm.view.space.sites(POOL)
+    }
 
 
 # ----------------------------------------------------------------------------------------------------- families
@@ -108,9 +107,9 @@ def _one(width, index):
 def test_every_family(any_lm):
     """Single neurons patched in full unpadded forwards = the exact method; integrated scores add up to the site's."""
     name = any_lm.name.removeprefix("tiny-")
-    lm, cases = _double(name), CASES[:1]
+    lm, cases = double_lm(name), CASES[:1]
     exact = attribution(lm, cases, method="exact", rows=200, **QUIET)
-    effects = site_effects(lm, cases)
+    effects = _site_effects(lm, cases)
     coarse, fine = (attribution(lm, cases, steps=n, rows=200, **QUIET) for n in (2, 64))
     checked, close = 0, of_difference(math.log(VOCABULARY))  # effects are differences of likelihoods
     for site, effect in effects.items():
@@ -119,10 +118,8 @@ def test_every_family(any_lm):
             # Beside the attention, not behind it: the first block's channels see the token alone, and no attack.
             assert not effect.any() and not exact.get(*site).any() and not fine.get(*site).any()
             continue
-        whole = [_patched_effect(lm, case, site, torch.ones(width, dtype=torch.bool)) for case in cases]
-        assert effect.tolist() == pytest.approx(whole, rel=relative(), abs=close)
         for index in (0, width - 1):
-            single = [_patched_effect(lm, case, site, _one(width, index)) for case in cases]
+            single = [_patched_effect(lm, case, [site], index) for case in cases]
             assert exact.get(*site)[:, index].tolist() == pytest.approx(single, rel=relative(), abs=close)
             checked += any(abs(value) > 10 * close for value in single)
         large = effect.abs() > 1e-3
@@ -154,8 +151,8 @@ def test_agreement_with_the_oracle_per_layer(name):
 
 def test_convergence():
     """The error falls as steps rise, on the family whose path is most curved."""
-    lm = _double("olmo2")
-    effects = site_effects(lm, CASES)
+    lm = double_lm("olmo2")
+    effects = _site_effects(lm, CASES)
     errors = []
     for steps in (1, 2, 4, 16):
         found = attribution(lm, CASES, steps=steps, rows=200, **QUIET)
@@ -171,7 +168,7 @@ def test_convergence():
 @pytest.mark.parametrize("site", [(0, "ffn"), (1, "o")])
 def test_layer_integrated_gradients_by_hand(site):
     """The textbook Riemann sum over one layer's channels: full forwards, one case, one point of the path at a time."""
-    lm, case, points = _double("llama"), CASES[0], 60
+    lm, case, points = double_lm(), CASES[0], 60
     total = torch.zeros(lm.view.space.width(site), dtype=torch.float64)
     for sign, response in ((1, case.wanted), (-1, case.unwanted)):
         ids, span, plain, target = _moved(lm, case, response, site)
@@ -192,7 +189,7 @@ def test_last_layer_is_captums_layer_integrated_gradients(name, kind):
 
     Its path ends where ours begins: at the input, whose context stays (Case.plain).
     """
-    lm, case = _double(name), Case(Prompt("pick a lock"), Prompt("mine a rock"), "No.", "A pin")
+    lm, case = double_lm(name), Case(Prompt("pick a lock"), Prompt("mine a rock"), "No.", "A pin")
     site, total = (lm.view.num_layers - 1, kind), 0
     for sign, response in ((1, case.wanted), (-1, case.unwanted)):
         (ids, span), (other, other_span) = (_pieces(lm, p, response) for p in (case.plain, case.attacked))
@@ -215,7 +212,7 @@ def test_last_layer_is_captums_layer_integrated_gradients(name, kind):
 
 def _linear_lm():
     """The last layer's FFN reaches the logits without a norm, and one-token responses leave a difference of logits."""
-    found = _double("llama", template=False)
+    found = double_lm(template=False)
     found.model.model.norm = nn.Identity()
     tokenizer = copy.deepcopy(tiny_tokenizer(False))
     tokenizer.eos_token = None
@@ -252,7 +249,7 @@ def test_sign(lm):
     swapped = [Case(c.plain, c.attacked, c.unwanted, c.wanted) for c in CASES]
     a, b = (attribution(lm, cases, **QUIET).matrix() for cases in (CASES, swapped))
     assert torch.allclose(a, -b, atol=1e-6) and a.abs().max() > 1e-3
-    effects = site_effects(lm, CASES)
+    effects = _site_effects(lm, CASES)
     site = max(effects, key=lambda s: float(effects[s].abs().min()))
     assert (attribution(lm, CASES, **QUIET).get(*site).sum(1).sign() == effects[site].sign()).all()
 
@@ -268,18 +265,8 @@ def test_without_an_unwanted_response(lm):
 
 def test_direct_scores_add_up_over_all_sites(lm):
     """Everything replaced at once: what remains is the sum of direct effects, of all sites together."""
-    case = CASES[0]
-    sites = lm.view.space.sites(("ffn", "o"))
-    total = 0.0
-    for sign, response in ((1, case.wanted), (-1, case.unwanted)):
-        moved = {site: _moved(lm, case, response, site) for site in sites}
-        ids, span = moved[sites[0]][:2]
-        values = {site: (torch.ones(t.shape[-1], dtype=torch.bool), t) for site, (_, _, _, t) in moved.items()}
-        with torch.no_grad():
-            before = _nll(lm, ids, span)
-            with hooks.replace(lm, values):
-                total += sign * float(_nll(lm, ids, span) - before)
-    found = attribution(lm, [case], method="direct", steps=32, **QUIET).matrix()
+    total = _patched_effect(lm, CASES[0], lm.view.space.sites(POOL))
+    found = attribution(lm, CASES[:1], method="direct", steps=32, **QUIET).matrix()
     assert float(found.double().sum()) == pytest.approx(total, rel=1e-3)
     assert abs(total) > 0.01
 
@@ -288,22 +275,13 @@ def test_target_zero(lm):
     """Towards zero no attack is needed; the exact score is the loss of silencing the neuron where tokens are predicted."""
     cases = utility_cases(PROMPTS)
     assert [(c.wanted, c.unwanted) for c in cases] == [(p.helpful, p.refusal) for p in PROMPTS]
-    effects = site_effects(lm, cases, target="zero")
+    effects = _site_effects(lm, cases, zero=True)
     found = attribution(lm, cases, target="zero", steps=32, **QUIET)
     exact = attribution(lm, cases, target="zero", method="exact", rows=200, **QUIET)
     for site, effect in effects.items():
         assert torch.allclose(found.get(*site).double().sum(1), effect, rtol=0.01, atol=1e-3)
-    ids, span = _pieces(lm, cases[0].plain, cases[0].wanted)
-    other, other_span = _pieces(lm, cases[0].plain, cases[0].unwanted)
-    site, total = (1, "ffn"), 0.0
-    for sign, tokens, at in ((1, ids, span), (-1, other, other_span)):
-        values = _activation(lm, tokens, site).clone()
-        values[:, at] = 0
-        with torch.no_grad():
-            before = _nll(lm, tokens, at)
-            with hooks.replace(lm, {site: (_one(values.shape[-1], 7), values)}):
-                total += sign * float(_nll(lm, tokens, at) - before)
-    assert float(exact.get(*site)[0, 7]) == pytest.approx(total, rel=1e-3, abs=1e-5)
+    silenced = _patched_effect(lm, cases[0], [(1, "ffn")], 7, zero=True)
+    assert float(exact.get(1, "ffn")[0, 7]) == pytest.approx(silenced, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.parametrize("method", ["integrated", "patching", "direct"])
@@ -433,11 +411,11 @@ def test_starting_at_a_layer(any_lm):
 @pytest.mark.parametrize("method", ["integrated", "patching", "direct", "exact"])
 def test_nothing_is_left_behind(method):
     lm = tiny_lm("llama")
-    before = {k: v.clone() for k, v in lm.model.state_dict().items()}
+    before = snapshot(lm)
     lm.model.lm_head.weight.requires_grad_(False)
     with torch.no_grad():  # a caller's no_grad must not matter
         attribution(lm, CASES[:1], method=method, steps=2, rows=200, **QUIET)
-    assert all(torch.equal(v, before[k]) for k, v in lm.model.state_dict().items())
+    assert_same(before, snapshot(lm))
     assert all(p.grad is None for p in lm.model.parameters())
     assert [n for n, p in lm.model.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
     assert hooks_left(lm.model) == 0
@@ -456,6 +434,4 @@ def test_bad_input(lm):
     refused("attacks: the list is empty", lambda: safety_cases(PROMPTS, []))
     refused("per_class: got 0", lambda: safety_cases(PROMPTS, [ROLE], 0))
     refused("context", lambda: attribution(lm, [Case(Prompt("x"), Prompt("y " * 100), "No")], **QUIET))
-    training = tiny_lm("llama")
-    training.model.train()
-    refused("training mode", lambda: attribution(training, CASES, **QUIET))
+    refused("training mode", lambda: attribution(training_lm(), CASES, **QUIET))

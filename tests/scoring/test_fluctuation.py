@@ -9,7 +9,7 @@ from nt_utils.neurons import POOL
 from nt_utils.scoring.fluctuation import Fluctuation, fluctuation
 from nt_utils.scoring.importance import importance
 from tests.common import refused
-from tests.tiny import tiny_lm
+from tests.tiny import training_lm
 
 PROMPTS = ["Tell me a story.", "Hi", "What is the tallest hill in this town, and why?", "Go", "Write a poem"]
 RESPONSES = ["No.", "Once upon a time there was", "I will not", "yes", "roses"]
@@ -77,6 +77,4 @@ def test_bad_input(lm):
     refused("no tokens", lambda: Fluctuation.of(lm).variance(0, "o"))
     refused("allowed kinds", lambda: fluctuation(lm, PROMPTS[:1], progress=False).score(0, "q"))
     refused("layer 0, projection ffn", lambda: Fluctuation.of(lm).update((0, "ffn"), torch.full((3, 40), torch.nan)))
-    training = tiny_lm("llama")
-    training.model.train()
-    refused("training mode", lambda: fluctuation(training, PROMPTS, progress=False))
+    refused("training mode", lambda: fluctuation(training_lm(), PROMPTS))
