@@ -8,6 +8,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from nt_utils import plots
 from nt_utils.bench import evaluation, memory, modulation, rivals, tuning
 from nt_utils.bench.errors import error_table
 from nt_utils.bench.growth import growth
-from nt_utils.bench.setup import SHAPES, batch_of, forward, random_model, ratio, resized, seconds, set_clock
+from nt_utils.bench.setup import SHAPES, batch_of, forward, random_model, ratio, seconds, set_clock
 from nt_utils.errors import InputError
 from nt_utils.files import study_name
 from nt_utils.models import DecoderView
@@ -76,7 +77,7 @@ def speed(repeats: int) -> dict:
 
 def long_prompt(repeats: int, tokens: int = 512) -> dict:
     """Scores of one long prompt, its q and k from sampled query rows, over the plain forward pass."""
-    shape = resized(SHAPES["a"], layers=2, batch=1, tokens=tokens)
+    shape = replace(SHAPES["a"], layers=2, batch=1, tokens=tokens)
     view, batch = DecoderView(random_model(shape)), batch_of(shape)
     weights = Weights(view)
     functions = {"forward": forward(view.model, batch), "scores": lambda: score_batch(view, batch, weights=weights)}

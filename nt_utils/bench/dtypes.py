@@ -5,6 +5,7 @@ python -m nt_utils.bench.dtypes --model qwen2.5-coder-0.5b-instruct
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +24,7 @@ from nt_utils.evaluation.generation import generate
 from nt_utils.evaluation.suite import Evaluation, Suite, evaluate, make_suite
 from nt_utils.experiments.detection import top_of_pool
 from nt_utils.models import LanguageModel
-from nt_utils.neurons import POOL, NeuronScores
+from nt_utils.neurons import POOL
 from nt_utils.scoring.importance import Weights, importance, score_batch
 
 DTYPES = ("float32", "bfloat16")
@@ -58,21 +59,14 @@ def scores(lms: Mapping[str, LanguageModel], harmful: PromptSet, benign: PromptS
     n, nothing = len(pairs), (math.nan, math.nan)
     yield "scores, relative difference, median", *nothing, float(np.median(apart)), n
     yield "scores, relative difference, 95th percentile", *nothing, float(np.quantile(apart, 0.95)), n
-    yield (
-        "scores, Spearman, mean of prompts",
-        *nothing,
-        float(np.mean([spearmanr(a, b).statistic for a, b in pairs])),
-        n,
-    )
-    for rule, chosen in (("contrast", selection.contrast), ("mean importance", _mean)):
+    agreement = float(np.mean([spearmanr(a, b).statistic for a, b in pairs]))
+    yield "scores, Spearman, mean of prompts", *nothing, agreement, n
+    rules = {"contrast": selection.contrast, "mean importance": lambda harmful, _: selection.mean_importance(harmful)}
+    for rule, chosen in rules.items():
         rankings = [chosen(*found[dtype]) for dtype in DTYPES]
         for share in SHARES:
             sets = [top_of_pool(ranking, share) for ranking in rankings]
             yield f"{rule}, top {100 * share:g}% of the pool, Jaccard", *nothing, sets[0].jaccard(sets[1]), len(sets[0])
-
-
-def _mean(harmful: NeuronScores, benign: NeuronScores) -> selection.Ranking:
-    return selection.mean_importance(harmful)
 
 
 def rates(lms: Mapping[str, LanguageModel], suite: Suite) -> Iterable[tuple]:
@@ -80,14 +74,8 @@ def rates(lms: Mapping[str, LanguageModel], suite: Suite) -> Iterable[tuple]:
     first, second = (evaluate(lms[dtype], suite, progress=False) for dtype in DTYPES)
     for member in suite.sets:
         metric = member.metrics[0]
-        values = [found.rate(member.name, metric) for found in (first, second)]
-        yield (
-            f"{member.name}, {metric}",
-            values[0].value,
-            values[1].value,
-            values[1].value - values[0].value,
-            values[0].n,
-        )
+        before, after = (found.rate(member.name, metric) for found in (first, second))
+        yield f"{member.name}, {metric}", before.value, after.value, after.value - before.value, before.n
         for column, words in (("verdict", "verdicts that agree"), ("response", "answers that are equal")):
             same = _column(first, member.name, column) == _column(second, member.name, column)
             yield f"{member.name}, {words}", math.nan, math.nan, float(same.mean()), len(same)
@@ -117,14 +105,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     suite = make_suite(harmful=asked, borderline=borderline, max_new_tokens=options.tokens)
     lms = {dtype: models.load(options.model, dtype=dtype) for dtype in DTYPES}
     lines: list[tuple] = []
-    for part in (
-        speed(lms, harmful.texts[: options.n_timed], options.repeats, options.tokens),
-        scores(lms, harmful, benign),
-        rates(lms, suite),
-    ):
-        for line in part:
-            lines.append(line)
-            print(*line, flush=True)
+    timed = speed(lms, harmful.texts[: options.n_timed], options.repeats, options.tokens)
+    for line in itertools.chain(timed, scores(lms, harmful, benign), rates(lms, suite)):
+        lines.append(line)
+        print(*line, flush=True)
     real.write(pd.DataFrame(lines, columns=list(COLUMNS)), "dtypes", options)
     return 0
 

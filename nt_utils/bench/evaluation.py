@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from nt_utils.bench.setup import SHAPES, byte_tokenizer, random_model, ratio, resized, seconds
+from nt_utils.bench.setup import SHAPES, byte_tokenizer, random_model, ratio, seconds
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.evaluation import batching
 from nt_utils.evaluation.suite import Suite, SuiteSet, evaluate
@@ -23,7 +23,7 @@ def model_of(name: str = "") -> LanguageModel:
     """The model of that name (as :func:`nt_utils.models.load` takes it), or a random one of shape (a)."""
     if name:
         return load(name)
-    return LanguageModel(random_model(resized(SHAPES["a"])), byte_tokenizer(), "random")
+    return LanguageModel(random_model(SHAPES["a"]), byte_tokenizer(), "random")
 
 
 def _requests(n: int, start: str = "") -> PromptSet:

@@ -10,8 +10,9 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+from nt_utils.bench.setup import forward, random_batch
 from nt_utils.errors import InputError
-from nt_utils.models import DecoderView, decoder, pad
+from nt_utils.models import DecoderView
 from nt_utils.scoring.importance import Weights, score_batch
 from nt_utils.scoring.reference import importance_by_hand
 
@@ -55,18 +56,18 @@ def _row(name: str, config, device: str) -> dict:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
     view = DecoderView(model)
     weights = Weights(view)
-    batches = [_batch(start).to(device) for start in range(0, PROMPTS, BATCH)]
+    starts = range(0, PROMPTS, BATCH)
+    batches = [random_batch(BATCH, TOKENS, seed=start, vocabulary=VOCABULARY).to(device) for start in starts]
 
-    def forward() -> None:
-        with torch.no_grad():
-            for batch in batches:
-                decoder(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    def plain() -> None:
+        for batch in batches:
+            forward(model, batch)()
 
     def exact() -> None:
         for batch in batches:
             score_batch(view, batch, weights=weights)
 
-    times = {"forward": _seconds(forward, device), "exact": _seconds(exact, device)}
+    times = {"forward": _seconds(plain, device), "exact": _seconds(exact, device)}
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
     row = {
         "shape": name,
@@ -86,12 +87,6 @@ def _row(name: str, config, device: str) -> dict:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     return row
-
-
-def _batch(start: int):
-    generator = torch.Generator().manual_seed(start)
-    rows = [torch.randint(0, VOCABULARY, (TOKENS,), generator=generator).tolist() for _ in range(BATCH)]
-    return pad(rows, pad_id=0, side="right", prompt_lengths=[TOKENS] * BATCH)
 
 
 def _seconds(run, device: str, repeats: int = 3) -> float:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 
 import pandas as pd
 
-from nt_utils.bench.setup import Shape, batch_of, forward, random_model, resized, seconds
+from nt_utils.bench.setup import Shape, batch_of, forward, random_model, seconds
 from nt_utils.models import DecoderView
 from nt_utils.scoring.importance import Weights, score_batch
 from nt_utils.scoring.query_key import ROWS
@@ -46,7 +47,7 @@ def growth(repeats: int) -> pd.DataFrame:
     Expectation: the forward's time, the norm's products at the forward's rate, and a time a softmax entry that is
     read off at the base shape alone.
     """
-    rows = [_point(sweep, resized(BASE, **change), repeats) for sweep, points in SWEEPS.items() for change in points]
+    rows = [_point(sweep, replace(BASE, **change), repeats) for sweep, points in SWEEPS.items() for change in points]
     base = _point("base", BASE, repeats)
     entry = max(base["exact_ms"] - base["forward_ms"] * (1 + base["products"] / base["forward"]), 0) / base["entries"]
     table = pd.DataFrame(rows)

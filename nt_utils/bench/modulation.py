@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from nt_utils import hooks
-from nt_utils.bench.setup import SHAPES, byte_tokenizer, random_model, ratio, resized, seconds
+from nt_utils.bench.setup import SHAPES, byte_tokenizer, random_model, ratio, seconds
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.evaluation.metrics import mean
 from nt_utils.interventions import dial, export
@@ -19,7 +20,7 @@ from nt_utils.neurons import POOL
 from nt_utils.scoring.attribution import Case, Responses, attribution, frozen
 from nt_utils.selection import Ranking
 
-SHAPE = resized(SHAPES["a"], batch=4)
+SHAPE = replace(SHAPES["a"], batch=4)
 NEW_TOKENS, STEPS, ROWS = 16, 8, 64
 
 

@@ -6,7 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -80,9 +80,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def batch_of(shape: Shape) -> Encoded:
     """The shape's batch of equally long random prompts."""
-    generator = torch.Generator().manual_seed(1)
-    rows = [torch.randint(0, VOCABULARY, (shape.tokens,), generator=generator).tolist() for _ in range(shape.batch)]
-    return pad(rows, pad_id=0, side="right", prompt_lengths=[shape.tokens] * shape.batch)
+    return random_batch(shape.batch, shape.tokens, seed=1)
+
+
+def random_batch(prompts: int, tokens: int, seed: int, vocabulary: int = VOCABULARY) -> Encoded:
+    """Equally long prompts of random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(0, vocabulary, (tokens,), generator=generator).tolist() for _ in range(prompts)]
+    return pad(rows, pad_id=0, side="right", prompt_lengths=[tokens] * prompts)
 
 
 def forward(model, batch: Encoded) -> Callable[[], None]:
@@ -123,8 +128,3 @@ def seconds(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict
 def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
     """Median over rounds of one function's time over another's."""
     return statistics.median(x / y for x, y in zip(times[above], times[below], strict=True))
-
-
-def resized(shape: Shape, **changes) -> Shape:
-    """The shape with some of its numbers changed."""
-    return replace(shape, **changes)

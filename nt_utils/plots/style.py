@@ -231,10 +231,8 @@ def interval(ax: Axes, x, rows: pd.DataFrame, colour, horizontal: bool = False, 
 
 def cross(ax: Axes, x: Sequence[float], y: Sequence[float], **look) -> None:
     """The intervals of one point in both directions; x, y: value, low, high."""
-    error = {
-        key: [[max(value - low, 0)], [max(high - value, 0)]] for key, (value, low, high) in (("xerr", x), ("yerr", y))
-    }
-    ax.errorbar(x[0], y[0], **error, ls="", **look)
+    xerr, yerr = ([[max(value - low, 0)], [max(high - value, 0)]] for value, low, high in (x, y))
+    ax.errorbar(x[0], y[0], xerr=xerr, yerr=yerr, ls="", **look)
 
 
 def note(drawn: Figure, text: str, table: pd.DataFrame) -> None:

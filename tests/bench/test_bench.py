@@ -1,6 +1,7 @@
 """The benchmarks measure what they say (no times are asserted here)."""
 
 import math
+from dataclasses import replace
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -13,13 +14,13 @@ from nt_utils.bench import evaluation, memory, rivals, tuning
 from nt_utils.bench.__main__ import BARS, long_prompt, main, precision, table
 from nt_utils.bench.errors import error_table
 from nt_utils.bench.growth import BASE, operations
-from nt_utils.bench.setup import SHAPES, RandomPrompts, byte_tokenizer, random_model, resized, seconds
+from nt_utils.bench.setup import SHAPES, RandomPrompts, byte_tokenizer, random_model, seconds
 from nt_utils.evaluation import batching
 from nt_utils.models import DecoderView, LanguageModel, pad
 from nt_utils.scoring.importance import importance, score_batch
 from tests.tiny import hooks_left, tiny_model
 
-SMALL = resized(SHAPES["a"], layers=2, hidden=64, heads=4, ffn=64, batch=1, tokens=8)
+SMALL = replace(SHAPES["a"], layers=2, hidden=64, heads=4, ffn=64, batch=1, tokens=8)
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +100,8 @@ def test_zeroed_forwards_leave_no_hooks(view, batch):
 
 
 def test_expected_operations_follow_the_shape():
-    base, longer = operations(BASE), operations(resized(BASE, tokens=128))
-    twice = operations(resized(BASE, layers=2 * BASE.layers))
+    base, longer = operations(BASE), operations(replace(BASE, tokens=128))
+    twice = operations(replace(BASE, layers=2 * BASE.layers))
     assert twice["entries"] == 2 * base["entries"]
     assert twice["forward"] == pytest.approx(2 * base["forward"])
     assert 3 < longer["entries"] / base["entries"] < 4.1  # quadratic in the prompt's length
