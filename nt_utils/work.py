@@ -7,15 +7,18 @@ log, so that an executed notebook keeps nothing of it.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import os
 import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import tqdm as bars
 from tqdm.auto import tqdm
@@ -31,6 +34,7 @@ MARK, SECONDS = "progress: ", 30.0
 DELAY = 2.0
 _parts: list[str] = []
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 def count(**amounts: float) -> None:
@@ -77,6 +81,28 @@ def measured() -> dict[str, int]:
     if torch is not None and torch.cuda.is_available():
         found["gpu_peak_bytes"] = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
     return found
+
+
+def release_memory() -> None:
+    """Give freed main memory back to the system, where the C library keeps it (glibc; elsewhere nothing happens)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def memory_released(function: Callable[P, T]) -> Callable[P, T]:
+    """A function after which, however it ends, freed memory goes back to the system.
+
+    After all .6 billion weights of a model were trained in float32, 7 of the 9 GB that the process held were free.
+    """
+
+    @functools.wraps(function)
+    def inner(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        finally:
+            release_memory()
+
+    return inner
 
 
 @contextmanager

@@ -2,8 +2,12 @@
 
 import io
 import sys
+import weakref
+
+import pytest
 
 from nt_utils import work
+from nt_utils.interventions.tuning import tune
 
 
 def test_counts_add_up():
@@ -49,3 +53,35 @@ def test_without_a_batch_it_is_a_bar_and_can_be_switched_off(monkeypatch, capsys
     with work.track(total=3, desc="scoring") as bar:
         bar.update(2)
     assert "scoring" in capsys.readouterr().err
+
+
+def test_memory_is_given_back_once_nothing_of_the_call_is_left(monkeypatch):
+    """Trained weights, gradients and optimiser are still there while the function's own names are."""
+    kept, seen = [], []
+    monkeypatch.setattr(work, "release_memory", lambda: seen.append(kept[-1]() is None))
+
+    class Held:
+        pass
+
+    @work.memory_released
+    def train(fail):
+        held = Held()
+        kept.append(weakref.ref(held))
+        if fail:
+            raise ValueError("diverged")
+        return "done"
+
+    assert train(False) == "done" and seen == [True]
+    with pytest.raises(ValueError, match="diverged"):
+        train(True)
+    assert len(seen) == 2
+    assert tune.__wrapped__.__name__ == "tune", "a training is such a call"
+
+
+@pytest.mark.parametrize("error", [OSError, AttributeError])
+def test_other_c_libraries_keep_their_memory_without_a_word(monkeypatch, error):
+    def missing(name):
+        raise error
+
+    monkeypatch.setattr(work.ctypes, "CDLL", missing)
+    work.release_memory()

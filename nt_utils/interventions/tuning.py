@@ -34,7 +34,7 @@ from nt_utils.interventions.trainable import AllBut, Everything, LoRA, Only, Tra
 from nt_utils.interventions.trunk import FrozenTrunk
 from nt_utils.models import LanguageModel, is_sharded, pad
 from nt_utils.scoring.attribution import Prefix
-from nt_utils.work import count, track
+from nt_utils.work import count, memory_released, track
 
 if TYPE_CHECKING:
     import pandas
@@ -212,6 +212,7 @@ class Tuned:
 Callback = Callable[[LanguageModel, int], Mapping[str, Any] | None]
 
 
+@memory_released
 def tune(
     lm: LanguageModel,
     scope: Only | AllBut | Everything | LoRA,
