@@ -430,6 +430,7 @@ def equal_table(
             clusters, intervals = clusters_of(bench.on(m.set).rows, m.set), []
             for nearest in (False, True):
                 values = at_level(bench, draws, goal.harm, target, m, nearest)
+                assert values is not None, "every draw comes down to the target"
                 intervals.append(metrics.clustered_difference(np.zeros_like(values), values, clusters, seed=seed))
             labels = {"arm": name, "step": step, "target": target, "metric": m.label}
             rows.append({**labels, **intervals[0].as_wide_as(intervals[1])._asdict()})

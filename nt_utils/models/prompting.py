@@ -57,7 +57,8 @@ class Encoded:
 
     def to(self, device) -> Encoded:
         """The same batch on a device."""
-        return dataclasses.replace(self, **{name: value.to(device) for name, value in self.inputs.items()})
+        moved: dict[str, Any] = {name: value.to(device) for name, value in self.inputs.items()}
+        return dataclasses.replace(self, **moved)
 
 
 def pad(rows: Sequence[Sequence[int]], *, pad_id: int, side: str, prompt_lengths: Sequence[int]) -> Encoded:

@@ -470,7 +470,7 @@ def decide(
         got = measured.get(part.name)
         if got is not None and not isinstance(got, str):
             p = part.p_value(got, (freedom or {}).get(part.name))
-            found.append(Verdict(part.verdict(got), part.name, Interval(*got[:3], int(got[3])), p))
+            found.append(Verdict(part.verdict(got), part.name, Interval(got[0], got[1], got[2], int(got[3])), p))
     failing = [verdict for verdict in found if verdict.verdict == FAILS]
     if failing:  # any part may refute the claim: the smallest of their p-values counts as many times
         surest = min(failing, key=lambda verdict: verdict.p)
