@@ -291,8 +291,8 @@ class Bench:
         for m in self.measures:
             found = [self.rate(m, d) for d in draws]
             mean = metrics.t_interval([r.value for r in found])
-            limits = {"low": max(mean.low, 0.0), "high": min(mean.high, 1.0), "n": found[0].n}
-            both = {"mean": mean._replace(**limits), "max": max(found, key=lambda r: r.value)}
+            mean = Interval(mean.value, max(mean.low, 0.0), min(mean.high, 1.0), found[0].n)
+            both = {"mean": mean, "max": max(found, key=lambda r: r.value)}
             for how, rate in both.items():
                 condition = f"{name}, {how} of {len(draws)}"
                 rows.append({**labels, "metric": m.label, "condition": condition, **rate._asdict()})

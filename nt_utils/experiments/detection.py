@@ -393,8 +393,8 @@ class Neuron:
 
 def answer(lm: LanguageModel, text: str, action: Action = None, max_new_tokens: int = 28) -> str:
     """The model's greedy answer to one prompt, with neurons zeroed or under an intervention."""
-    options = {"max_new_tokens": max_new_tokens, "progress": False}
-    return generate(lm, [text], intervention=intervention_of(action), **options)[0].text
+    intervention = intervention_of(action)
+    return generate(lm, [text], max_new_tokens=max_new_tokens, progress=False, intervention=intervention)[0].text
 
 
 def largest(values: torch.Tensor, space, kinds: Sequence[str], n: int) -> list[Neuron]:

@@ -427,10 +427,13 @@ def equal_table(
             continue
         step = float(np.mean([sum(s * w for s, w in place.items()) for place in places]))
         for m in measures:
-            clusters, intervals = clusters_of(bench.on(m.set).rows, m.set), []
-            for nearest in (False, True):
-                values = at_level(bench, draws, goal.harm, target, m, nearest)
-                intervals.append(metrics.clustered_difference(np.zeros_like(values), values, clusters, seed=seed))
+            clusters = clusters_of(bench.on(m.set).rows, m.set)
+            found = (at_level(bench, draws, goal.harm, target, m, nearest) for nearest in (False, True))
+            intervals = [
+                metrics.clustered_difference(np.zeros_like(values), values, clusters, seed=seed)
+                for values in found
+                if values is not None
+            ]
             labels = {"arm": name, "step": step, "target": target, "metric": m.label}
             rows.append({**labels, **intervals[0].as_wide_as(intervals[1])._asdict()})
     return pd.DataFrame(rows, columns=["arm", "step", "target", "metric", "value", "low", "high", "n"])
