@@ -535,12 +535,7 @@ def findings(
         yield Finding("S1", rule, "perplexity", ratio)
         jailbroken = bench.jailbroken(chosen, drawn[rule], harm, useful, seed)
         yield Finding("S1", rule, "jailbroken", jailbroken)
-        why = ""
-        if not jailbroken.low > 0.1:
-            why = "zeroing these neurons does not jailbreak the model (S1)"
-        elif not ratio.high < BROKEN:
-            why = "zeroing these neurons breaks the model's language (S1)"
-        yield Finding("S2", rule, "share", why or place_interval(scores, choose, "share_of_parameters", draws, seed))
+        yield Finding("S2", rule, "share", place_interval(scores, choose, "share_of_parameters", draws, seed))
         whole = size_table({"all": all_neurons(chosen.space)}).loc[0, "in_attention"]
         yield Finding("S3", rule, "place", place_interval(scores, choose, "in_attention", draws, seed, whole))
     for row in parts.to_dict("records"):

@@ -98,7 +98,7 @@ class Claim:
     """One claim: what is said, by whom, and what would show it.
 
     figure: the paper's own number; rows: what it is tested on separately, ("",) for one test; parts: all of them are needed;
-    subjects: keys of SUBJECTS that can test it.
+    subjects: keys of SUBJECTS that can test it; requires: the claim without which it says nothing, for the same row.
     """
 
     id: str
@@ -108,6 +108,7 @@ class Claim:
     rows: tuple[str, ...] = ("",)
     subjects: tuple[str, ...] = EVERY
     why_not: str = ""
+    requires: str = ""
     _: KW_ONLY
     paper: str
     section: str
@@ -176,6 +177,7 @@ CLAIMS: tuple[Claim, ...] = (
         "below 1%",
         (Part("share", "share of the model's parameters at the primary dose", below=0.01, unit="share"),),
         RULES,
+        requires="S1",
     ),
     of_notebook_01(
         "S3",

@@ -135,6 +135,13 @@ def _line(
     own = [line for line in lines if (line["claim"], line["row"]) == (what.id, row)]
     seeds = list(dict.fromkeys(line["seed"] for line in own))
     by_seed = {seed: _measured([line for line in own if line["seed"] == seed]) for seed in seeds}
+    if what.requires:
+        first = [line for line in lines if (line["claim"], line["row"]) == (what.requires, row)]
+        for seed, parts in by_seed.items():
+            needed = claims.decide(what.requires, _measured([line for line in first if line["seed"] == seed]), model)
+            if needed.verdict not in (claims.HOLDS, claims.NOT_RUN):
+                why = f"what it rests on ({what.requires}) is not shown: {needed.verdict}"
+                by_seed[seed] = {name: found if isinstance(found, str) else why for name, found in parts.items()}
     missed = [s for s in seeds if any(line["gate"] == "missed" for line in own if line["seed"] == s)]
     kept = {seed: parts for seed, parts in by_seed.items() if seed not in missed}
     each = {seed: claims.decide(what.id, parts, model) for seed, parts in by_seed.items()}

@@ -256,15 +256,3 @@ def test_places_vary_with_the_prompts_not_with_the_neurons(tmp_path):
     assert found.value == detection.size_table({"x": choose(noisy)}).loc[0, "in_attention"]
     empty = detection.place_interval([noisy], lambda some: NeuronSet(SPACE, {}), "in_attention", draws=3, seed=0)
     assert empty.n == 0
-
-
-@pytest.mark.parametrize(("low", "high", "why"), [(0.2, 1.4, ""), (0.1, 1.4, "jailbreak"), (0.2, 1.5, "language")])
-def test_a_set_that_breaks_the_model_is_not_counted_as_a_small_one(tmp_path, monkeypatch, low, high, why):
-    """S2 asks how few neurons jailbreak the model; a set for which S1 fails, in either part, answers nothing."""
-    monkeypatch.setattr(detection, "perplexity_ratio", lambda *a: metrics.Interval(1.2, 1.1, high, 9))
-    monkeypatch.setattr(FakeBench, "jailbroken", lambda *a: metrics.Interval(0.5, low, 0.9, 9), raising=False)
-    rules = {"contrast": (selection.mean_importance, scores(tmp_path, "some", 3.0))}
-    parts = pd.DataFrame(columns=["rule", "part", "against", "neurons", "others", "value", "low", "high", "n"])
-    found = list(detection.findings(FakeBench(), rules, {"contrast": 0.2}, {"contrast": []}, parts, ASR, ASR, 4, 0))
-    (share,) = [f.found for f in found if f.claim == "S2"]
-    assert why in share if why else 0 < share.value < 1
