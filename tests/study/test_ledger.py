@@ -149,3 +149,16 @@ def test_strangers_names_cannot_break_a_table():
     assert escaped("a|b <img onerror=x> `c` $d$\ne") == r"a\|b &lt;img onerror=x&gt; \`c\` \$d\$ e"
     assert escaped("a\r~~b~~\x1b[31m") == r"a \~\~b\~\~ \[31m", "no line end and no terminal sequence"
     assert math.isnan(claims.Verdict("x").interval.value)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict"), [(1.2, claims.HOLDS), (1.45, claims.NOT_TESTABLE), (3.0, claims.NOT_TESTABLE)]
+)
+def test_a_claim_that_rests_on_another_says_nothing_where_that_one_is_not_shown(ratio, verdict):
+    """A set that breaks the model was counted as a small set that jailbreaks it (S2 asks how few neurons S1 needs)."""
+    run = make_run(None, 0, "qwen2.5-coder-0.5b-instruct", "01_safety_neurons")
+    run.measured("S1", (0.5, 0.3, 0.7, 40), row="contrast", part="jailbroken")
+    run.measured("S1", (ratio, ratio - 0.1, ratio + 0.1, 40), row="contrast", part="perplexity")
+    run.measured("S2", (0.001, 0.0009, 0.0011, 40), row="contrast")
+    found = row(ledger.run_rows(run), "S2", row="contrast")
+    assert found["verdict"] == verdict and ("(S1)" in found["reason"]) == (verdict == claims.NOT_TESTABLE)
