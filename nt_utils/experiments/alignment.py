@@ -519,7 +519,7 @@ def probe_table(
         states: model -> last-token states of the queries [prompts, layers + 1, hidden]; labels: whether the model under
             study refuses; topics: prompts of a topic stay in one fold.
     Returns:
-        Columns model, layer, value (accuracy), low, high (Wilson), n, majority (accuracy of the commoner answer).
+        Columns model, layer, value (accuracy), low, high (over topics), n, majority (accuracy of the commoner answer).
         Empty when all labels agree: nothing to tell apart.
     """
     y = np.asarray(labels, dtype=float)
@@ -531,8 +531,7 @@ def probe_table(
         for model, found in states.items():
             for layer in range(found.shape[1]):
                 guesses = _ridge_guesses(found[:, layer].double().numpy(), y, part)
-                right = int((guesses == (y > 0.5)).sum())
-                rows.append((model, layer, *metrics.wilson(right, len(y)), majority))
+                rows.append((model, layer, *metrics.rate(guesses == (y > 0.5), groups), majority))
     return pd.DataFrame(rows, columns=["model", "layer", "value", "low", "high", "n", "majority"])
 
 

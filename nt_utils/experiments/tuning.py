@@ -360,16 +360,16 @@ def spent_table(lm: LanguageModel, arms: Mapping[str, Arm], pairs: Pairs, steps:
 
 
 def class_table(before: Evaluation, after: Mapping[str, Evaluation], name: str = "wrapped") -> pd.DataFrame:
-    """ASR by class of attack before and after: attack, state, value, low, high, n; the first attack is "all"."""
+    """ASR by class of attack before and after: attack, state, value, low, high, n; the first attack is "all".
+
+    Intervals are over topics: one request under several attacks is not several requests.
+    """
     rows = []
     for state, found in {"before": before, **after}.items():
         part = found.rows[found.rows["set"] == name]
-        values = found.values(name, "asr")
-        groups = [("all", values), *values.groupby(part["attack_class"], sort=True)]
-        for attack, hits in groups:
-            judged = hits.dropna()
-            interval = metrics.wilson(int(judged.sum()), len(judged))
-            rows.append({"attack": attack, "state": state, **interval._asdict()})
+        answers = part.assign(hit=found.values(name, "asr"), cluster=clusters_of(part))
+        for attack, some in [("all", answers), *answers.groupby("attack_class", sort=True)]:
+            rows.append({"attack": attack, "state": state, **metrics.rate(some["hit"], some["cluster"])._asdict()})
     return pd.DataFrame(rows)
 
 

@@ -221,7 +221,7 @@ def probe(table: pd.DataFrame) -> Figure:
     ax.set_ylabel("probe accuracy")
     ax.set_title(f"does the aligned model refuse? ({counts(table)})")
     legend(drawn, 2)
-    note(drawn, "95% Wilson intervals; dotted: the commoner answer", table)
+    note(drawn, "95% intervals over topics; dotted: the commoner answer", table)
     return drawn
 
 

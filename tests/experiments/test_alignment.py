@@ -309,4 +309,7 @@ def test_the_probe_finds_what_is_there_and_nothing_else():
     leaky = torch.zeros(80, 1, 40)
     leaky[range(80), 0, [i // 2 for i in range(80)]] = 1  # one-hot topics: only a topic seen in training could help
     by_topic = [bool((i // 2) % 2) for i in range(80)]
-    assert alignment.probe_table({"m": leaky}, by_topic, topics, 5, seed=0)["value"].iloc[0] < 0.7
+    found = alignment.probe_table({"m": leaky}, by_topic, topics, 5, seed=0).iloc[0]
+    assert found["value"] < 0.7
+    alone = metrics.wilson(round(80 * found["value"]), 80)
+    assert found["high"] - found["low"] > 1.2 * (alone.high - alone.low), "prompts of a topic are no independent ones"

@@ -251,7 +251,7 @@ def test_an_arm_that_diverges_at_every_rate_has_rows_that_say_so(setting):
 
 def test_classes_of_attacks_before_and_after(setting):
     lm, *_ = setting
-    wrapped = PromptSet([p.replace(attack=a) for a in ("prefix.1", "fiction.1") for p in HARMFUL], "w")
+    wrapped = PromptSet([p.replace(attack=a, topic=p.text) for a in ("prefix.1", "fiction.1") for p in HARMFUL], "w")
     bench = Bench(
         lm, Suite((SuiteSet("wrapped", wrapped, ("asr",)),), max_new_tokens=4), [Measure("wrapped", "asr", "a")]
     )
@@ -260,6 +260,10 @@ def test_classes_of_attacks_before_and_after(setting):
     assert table["n"].tolist() == [8, 4, 4] * 2
     assert table["state"].unique().tolist() == ["before", "SN"]
     assert table["value"].iloc[0] == pytest.approx(table["value"].iloc[1:3].mean())
+    part = bench(None).rows
+    by_request = metrics.rate(bench(None).values("wrapped", "asr"), pd.factorize(part["topic"])[0])
+    assert tuple(table.loc[0, ["low", "high"]]) == pytest.approx((by_request.low, by_request.high))
+    assert by_request != metrics.wilson(int(8 * by_request.value), 8), "two attacks on a request are not two requests"
 
 
 def test_a_new_task_joins_the_suite(setting):
