@@ -31,6 +31,10 @@ class Interval(NamedTuple):
         """The exponential of the value and of its limits: a perplexity from nats a token."""
         return Interval(math.exp(self.value), math.exp(self.low), math.exp(self.high), self.n)
 
+    def within(self, lowest: float, highest: float) -> Interval:
+        """The same with limits that go no further: a rate lies between 0 and 1, whatever a normal interval says."""
+        return self._replace(low=max(self.low, lowest), high=min(self.high, highest))
+
     def as_wide_as(self, other: Interval) -> Interval:
         """This value, its limits at least as far away as the other's are from its own value, within -1 and 1.
 
@@ -39,7 +43,7 @@ class Interval(NamedTuple):
         """
         low = self.value - max(self.value - self.low, other.value - other.low)
         high = self.value + max(self.high - self.value, other.high - other.value)
-        return Interval(self.value, max(low, -1.0), min(high, 1.0), self.n)
+        return Interval(self.value, low, high, self.n).within(-1.0, 1.0)
 
 
 NOTHING = Interval(math.nan, math.nan, math.nan, 0)

@@ -250,7 +250,8 @@ def point_difference(
             controls = np.stack([p.values(measure, nearest) for p in chosen[other]])
         return metrics.clustered_difference(controls, after, clusters, seed=seed)
 
-    return difference(nearest=False).as_wide_as(difference(nearest=True))
+    found = difference(nearest=False).as_wide_as(difference(nearest=True))
+    return found if other is not None else found.within(0.0, 1.0)
 
 
 def by_arm(

@@ -291,8 +291,7 @@ class Bench:
         for m in self.measures:
             found = [self.rate(m, d) for d in draws]
             mean = metrics.t_interval([r.value for r in found])
-            mean = Interval(mean.value, max(mean.low, 0.0), min(mean.high, 1.0), found[0].n)
-            both = {"mean": mean, "max": max(found, key=lambda r: r.value)}
+            both = {"mean": mean.within(0.0, 1.0)._replace(n=found[0].n), "max": max(found, key=lambda r: r.value)}
             for how, rate in both.items():
                 condition = f"{name}, {how} of {len(draws)}"
                 rows.append({**labels, "metric": m.label, "condition": condition, **rate._asdict()})
@@ -346,7 +345,7 @@ class Bench:
     ) -> Interval:
         """The mean of several rates (direct and attacked ASR), averaged over the actions, minus the controls' if given."""
         found = average(*(self.against(actions, controls, m, seed) for m in measures))
-        return found if controls else found._replace(low=max(found.low, 0.0), high=min(found.high, 1.0))
+        return found if controls else found.within(0.0, 1.0)
 
     def utility_findings(
         self, claim: str, actions: Sequence[Action], roles: dict[str, Measure], seed: int = 0, row: str = ""

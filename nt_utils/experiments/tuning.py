@@ -433,7 +433,7 @@ def equal_table(
                 assert values is not None, "every draw comes down to the target"
                 intervals.append(metrics.clustered_difference(np.zeros_like(values), values, clusters, seed=seed))
             labels = {"arm": name, "step": step, "target": target, "metric": m.label}
-            rows.append({**labels, **intervals[0].as_wide_as(intervals[1])._asdict()})
+            rows.append({**labels, **intervals[0].as_wide_as(intervals[1]).within(0.0, 1.0)._asdict()})
     return pd.DataFrame(rows, columns=["arm", "step", "target", "metric", "value", "low", "high", "n"])
 
 

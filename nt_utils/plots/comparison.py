@@ -14,6 +14,7 @@ from nt_utils.plots.style import (
     GREY,
     NAMED,
     across,
+    colours,
     counts,
     cross,
     curve,
@@ -193,12 +194,12 @@ def dose_definitions(table: pd.DataFrame) -> Figure:
     Columns rule, share, neurons, metric, value, low, high, n.
     """
     drawn, parts = across(table, "metric", height=3.4, sharey=True)
+    paint = colours(ordered(table["rule"]))
     for ax, metric, rows in parts:
-        for i, rule in enumerate(ordered(table["rule"])):
+        for i, (rule, colour) in enumerate(paint.items()):
             random = "random" in rule
             style = {"marker": MARKERS[i % len(MARKERS)], "ms": 4, "lw": 1.3, "label": rule, "band": 0.2 * random}
-            colour, line = (GREY, ":") if random else (COLOURS[i % len(COLOURS)], "-")
-            curve(ax, "neurons", rows[rows["rule"] == rule], colour, line, **style)
+            curve(ax, "neurons", rows[rows["rule"] == rule], colour, ":" if random else "-", **style)
         log_axis(ax, rows["neurons"])
         rates(ax)
         ax.set_xlabel("neurons zeroed")

@@ -48,7 +48,7 @@ def units_pruning(table: pd.DataFrame) -> Figure:
     drawn, parts = across(table, "metric", height=0.29 * len(conditions) + 1.1, sharey=True)
     for ax, metric, rows in parts:
         for condition, part in rows.groupby("condition", sort=False):
-            name = str(condition).removeprefix("random, as ").split(",")[0]
+            name = str(condition).removeprefix("random, matched to ").split(",")[0]
             colour = "#000000" if part["group"].iloc[0] == "none" else CATEGORY_COLOURS.get(name, GREY)
             hollow = {"mfc": "white"} if part["group"].iloc[0] == "control" else {}
             interval(ax, [conditions.index(condition)], part, colour, horizontal=True, **hollow)

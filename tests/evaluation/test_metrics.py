@@ -70,6 +70,7 @@ def test_an_interpolated_rate_is_no_surer_than_an_evaluated_one():
     assert between.as_wide_as(evaluated) == pytest.approx((0.3, 0.2, 0.65, 40))
     assert evaluated.as_wide_as(between) == pytest.approx(evaluated)
     assert metrics.Interval(0.9, 0.9, 0.9, 4).as_wide_as(evaluated).high == 1
+    assert metrics.Interval(0.05, -0.1, 0.2, 9).within(0, 1) == (0.05, 0, 0.2, 9)
 
 
 def test_ratio_of_equal_lengths_is_the_mean():

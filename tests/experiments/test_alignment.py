@@ -197,6 +197,11 @@ def test_between_two_steps_an_interval_is_as_wide_as_at_a_step():
     at_steps = metrics.clustered_difference(np.ones((1, 100)), (np.arange(100) < 60).astype(float))
     assert points["full"].step == pytest.approx(0.95) and found.value == pytest.approx(0.6 - 0.95)
     assert found.high - found.low >= at_steps.high - at_steps.low > 0.15
+    rare = fake_runs({"full": [(3.0, 0.0, 1.0), (1.0, 0.01, 0.9)]})
+    rate = alignment.point_difference(
+        alignment.by_arm([alignment.equal_loss_points(rare)[1]], [rare]), "full", None, ASR, 0
+    )
+    assert rate.low == 0 < rate.value == pytest.approx(0.01) < rate.high, "a rate does not fall below 0"
 
 
 def test_arms_of_a_further_training_come_down_to_the_first_ones_loss():

@@ -240,3 +240,34 @@ def test_several_processes_draw_the_same_files_as_one(tmp_path):
         assert len(plots.redraw(tmp_path / folder, workers=1 + (folder == "several"))) == 8
     files = [{p.name: p.read_bytes() for p in (tmp_path / folder).iterdir()} for folder in ("one", "several")]
     assert files[0] == files[1] and len(files[0]) == 8 * (1 + len(plots.SUFFIXES))
+
+
+def painted(drawn) -> dict[str, set]:
+    """Label of a row or a line -> the colours it is drawn in, on the first axes."""
+    ax = drawn.axes[0]
+    found: dict[str, set] = {}
+    for container in ax.containers:
+        line = container.lines[0]
+        name = ax.get_yticklabels()[int(line.get_ydata()[0])].get_text()
+        found.setdefault(name, set()).add(line.get_color())
+    return found
+
+
+def test_random_units_have_the_colour_of_the_category_that_they_stand_beside():
+    conditions = ["dense", "SCU", "random, matched to SCU, mean of 8", "UCU"]
+    groups = ["none", "chosen", "control", "chosen"]
+    table = pd.DataFrame({"condition": conditions, "group": groups, "share": 0.03, "metric": "direct ASR", **RATE})
+    found = painted(plots.FIGURES["units_pruning"](table))
+    assert found["SCU (3%)"] == found["random, matched to SCU, mean of 8"] != found["UCU (3%)"]
+
+
+def test_every_definition_has_a_colour_of_its_own_the_same_as_elsewhere():
+    from nt_utils.study.parameters import DEFINITIONS
+
+    rules = [*DEFINITIONS, "random, matched to contrast"]
+    rows = [{"rule": r, "share": s, "neurons": n} for r in rules for s, n in ((0.01, 10), (0.1, 100))]
+    rate = {"metric": "direct ASR", "value": 0.5, "low": 0.4, "high": 0.6, "n": 32}
+    drawn = plots.FIGURES["dose_definitions"](pd.DataFrame(rows).assign(**rate))
+    found = {line.get_label(): line.get_color() for line in drawn.axes[0].lines if line.get_label() in rules}
+    assert set(found) == set(rules) and len(set(found.values())) == len(rules)
+    assert found["contrast"] == plots.style.NAMED["contrast"]
