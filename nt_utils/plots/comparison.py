@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -198,8 +199,8 @@ def dose_definitions(table: pd.DataFrame) -> Figure:
     for ax, metric, rows in parts:
         for i, (rule, colour) in enumerate(paint.items()):
             random = "random" in rule
-            style = {"marker": MARKERS[i % len(MARKERS)], "ms": 4, "lw": 1.3, "label": rule, "band": 0.2 * random}
-            curve(ax, "neurons", rows[rows["rule"] == rule], colour, ":" if random else "-", **style)
+            style: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "ms": 4, "lw": 1.3, "label": rule}
+            curve(ax, "neurons", rows[rows["rule"] == rule], colour, ":" if random else "-", band=0.2 * random, **style)
         log_axis(ax, rows["neurons"])
         rates(ax)
         ax.set_xlabel("neurons zeroed")
