@@ -92,7 +92,7 @@ def release_memory() -> None:
 def memory_released(function: Callable[P, T]) -> Callable[P, T]:
     """A function after which, however it ends, freed memory goes back to the system.
 
-    After all .6 billion weights of a model were trained in float32, 7 of the 9 GB that the process held were free.
+    After all .6 billion weights of a model were trained in float32, 6 of the 9 GiB that the process held were free.
     """
 
     @functools.wraps(function)
