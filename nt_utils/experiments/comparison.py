@@ -67,12 +67,10 @@ def agreement_table(definitions: Definitions, halves: Halves, shares: Sequence[f
         for share in sorted(shares):
             sets, full = tops[share]
             pairs = [v for first, second in sets for v in _both(_overlap, first, second, a, b)]
-            jaccard, chance = (
-                middle([jaccard for jaccard, _ in pairs])[:3],
-                float(np.mean([chance for _, chance in pairs])),
-            )
-            together = full[a].jaccard(full[b])
-            rows.append((a, b, share, *jaccard, together, chance, *ranks, len(halves), definitions.prompts))
+            overlaps, chances = zip(*pairs, strict=True)
+            at_once = full[a].jaccard(full[b])  # all prompts together
+            chance = float(np.mean(chances))
+            rows.append((a, b, share, *middle(overlaps)[:3], at_once, chance, *ranks, len(halves), definitions.prompts))
     columns = ["a", "b", "share", "jaccard", "low", "high", "all", "chance"]
     return pd.DataFrame(rows, columns=[*columns, "spearman", "spearman_low", "spearman_high", "n", "prompts"])
 
