@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nt_utils import plots
 from nt_utils.errors import InputError, command
 from nt_utils.files import atomic, escaped, project_root, read_json, run_folder, study_name
 from nt_utils.study import claims, ledger, seeds
@@ -116,7 +117,11 @@ def claims_page(table: pd.DataFrame) -> str:
 
 
 def publish_figures(folder: Path, target: Path) -> None:
-    """Copy a run's figures into ``target``/<notebook>/, with a note of what made them; older ones there go."""
+    """Copy a run's figures into ``target``/<notebook>/, with a note of what made them; older ones there go.
+
+    A run that is older than the code has its pictures drawn anew first: what is published looks as its tables do today.
+    """
+    plots.redraw(folder / "figures")
     if target.is_dir():
         shutil.rmtree(target)
     for note in sorted((folder / "provenance").glob("[0-9][0-9]_*.json")):

@@ -12,6 +12,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
+from nt_utils import plots
 from nt_utils.errors import InputError
 from nt_utils.files import project_root
 from nt_utils.study import ledger, publish, reproduce
@@ -48,9 +49,9 @@ def finished(root, folder, value=-0.3):
     run.parameters.preset = "full"
     run.measured("S8", (value, value - 0.03, value + 0.03, 80))
     (folder / "figures").mkdir(parents=True)
-    pd.DataFrame({"arm": ["a", "b"], "value": [0.25, 1 + value]}).to_csv(
-        folder / "figures" / "02_sn_steps.csv", index=False
-    )
+    table = pd.DataFrame({"arm": ["a", "b"], "value": [0.25, 1 + value]})
+    table = table.assign(step=0, metric="direct ASR", low=0.1, high=0.9, n=80, chosen=True)
+    table.to_csv(folder / "figures" / "02_sn_steps.csv", index=False)
     (folder / "figures" / "02_sn_steps.png").write_bytes(base64.b64decode(picture(40)))
     outputs = [
         new_output("display_data", data={"image/png": picture(), "text/plain": "<Image>"}),
@@ -91,6 +92,17 @@ def test_the_gallery_has_every_figure_with_question_caption_claims_and_links_tha
     assert "Claims: [S8](../docs/claims.md)." in page
     for target in publish.links(page):
         assert (published / "figures" / target).exists(), target
+
+
+def test_a_figure_that_older_code_drew_is_drawn_anew(published):
+    """Pictures of a run were copied as they were: publishing again brought back captions that had been mended."""
+    made = published / "figures" / "testbed" / NAME / "02_sn_steps.png"
+    stale = published / "runs" / "testbed-full" / "seed-0" / "figures" / made.name
+    drawn = made.read_bytes()
+    stale.write_bytes(base64.b64decode(picture(40)))
+    publish.publish({"testbed": [stale.parent.parent]}, published)
+    assert made.read_bytes() == drawn != base64.b64decode(picture(40))
+    assert plots.is_current(stale.with_suffix(".csv"))
 
 
 def test_publishing_another_model_keeps_what_was_published(published):
@@ -192,7 +204,7 @@ def test_a_rerun_passes_exactly_when_its_verdicts_are_equal(
     assert reproduce.main(["--study", "testbed", "--folder", str(folder)]) == status
     table = pd.read_csv(folder / "reproduced.csv").set_index(["notebook", "table"]).loc[NAME]
     assert table.loc["verdicts", "says"] == says
-    assert table.loc["02_sn_steps", "cells"] == 4
+    assert table.loc["02_sn_steps", "cells"] == 2 * 8
     assert table.loc["02_sn_steps", "different"] == (value != -0.3)
     (folder / "figures" / "02_sn_steps.csv").unlink()
     assert reproduce.main(["--study", "testbed", "--folder", str(folder)]) == 1
