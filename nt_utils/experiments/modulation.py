@@ -72,6 +72,7 @@ class Material:
     tasks      attack class -> attacked harmful requests; "direct" holds requests without attack
     dev        (tasks, benign) of a split apart: what decides when to stop
     unseen     unseen attack class -> a few requests, to adapt to; learning never sees them
+    checkpoint where an interrupted learning of alpha goes on from, see :func:`learning.learn`; "" for nowhere
     """
 
     plain: PromptSet
@@ -81,6 +82,7 @@ class Material:
     tasks: dict[str, PromptSet]
     dev: tuple[dict[str, PromptSet], PromptSet]
     unseen: dict[str, PromptSet]
+    checkpoint: str = ""
 
 
 def material(n: int, seed: int = 0) -> Material:
@@ -187,9 +189,11 @@ def study_material(lm: LanguageModel, subject, n: int) -> Material:
     """A study's material (``subject``: a ``study.Subject``): the embedded prompts', n a task, else that of its given prompts."""
     p = subject.parameters
     if subject.is_embedded:
-        return material(n, p.seed)
-    uses = {"detect": p.n_detect, "tune": p.n_detect, "develop": p.n_dev}
-    return given_material(lm, *(subject.learning_rows(use, n) for use, n in uses.items()))
+        found = material(n, p.seed)
+    else:
+        uses = {"detect": p.n_detect, "tune": p.n_detect, "develop": p.n_dev}
+        found = given_material(lm, *(subject.learning_rows(use, n) for use, n in uses.items()))
+    return dataclasses.replace(found, checkpoint=subject.run.checkpoint("alpha"))
 
 
 # ---------------------------------------------------------------------------------------------------- attribution
@@ -276,8 +280,9 @@ def learn_sets(
     lm: LanguageModel, found: Material, safety: NeuronSet, utility: NeuronSet, recipe: Recipe = RECIPE, name: str = ""
 ) -> Learnt:
     """Alpha for given sets, learnt on the material and stopped by its validation part."""
+    more: dict[str, Any] = {"validation": found.dev, "checkpoint": found.checkpoint or None, "name": name}
     with work.part(name):
-        return learning.learn(lm, safety, utility, found.tasks, found.benign, recipe, validation=found.dev, name=name)
+        return learning.learn(lm, safety, utility, found.tasks, found.benign, recipe, **more)
 
 
 def learn_preset(

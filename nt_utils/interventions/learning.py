@@ -141,7 +141,8 @@ def learn(
         validation: (tasks, benign) of a split apart; its loss decides when to stop and which alpha is kept.
         measure: instead of that loss, a number to be small (say from an evaluation of the intervention).
         checkpoint: file that holds the state after every iteration; an interrupted run goes on from it and ends with the
-            same alpha. It must be of the same recipe (``iterations`` may grow), neurons, prompts and weights.
+            same alpha. It must be of the same recipe (``iterations`` may grow), neurons, prompts and weights; "{key}" in
+            its name stands for a hash of these, so that one name serves several runs.
 
     Raises:
         InputError: too few prompts for support and query, prompts without target, sets that overlap, a foreign
@@ -153,8 +154,10 @@ def learn(
     learner = Learner(lm, safety, utility, tasks, benign, recipe)
     validate = _validation(learner, validation, measure)
     state = _State.begin(learner)
-    if checkpoint is not None:
-        state.resume(Path(checkpoint), learner.key(validation))
+    key = learner.key(validation)
+    file = None if checkpoint is None else Path(str(checkpoint).replace("{key}", key))
+    if file is not None:
+        state.resume(file, key, recipe.iterations)
     bar = track(total=recipe.iterations, initial=state.iteration, desc="alpha", unit="step", disable=not progress)
     with frozen(learner.lm.model), bar:
         while state.iteration < recipe.iterations and not 0 < recipe.patience <= state.waited:
@@ -170,8 +173,8 @@ def learn(
                 row["validation"] = validate(state.alpha.detach())
                 state.compare(row["validation"])
             state.history.append(row)
-            if checkpoint is not None:
-                state.save(Path(checkpoint), learner.key(validation))
+            if file is not None:
+                state.save(file, key)
             bar.update()
     return learner.result(state, name, validated=validate is not None)
 
@@ -400,8 +403,8 @@ class _State:
         numbers["has_best"] = self.best is not None
         write_sealed(path, tensors, {"format": STATE, "key": key, "numbers": json.dumps(numbers)})
 
-    def resume(self, path: Path, key: str) -> None:
-        """Take over a checkpoint's state; nothing happens where there is none."""
+    def resume(self, path: Path, key: str, iterations: int) -> None:
+        """Take over a checkpoint's state, of at most so many iterations; nothing happens where there is none."""
         if not path.exists():
             return
         header, tensors = read_sealed(path, STATE)
@@ -411,6 +414,11 @@ class _State:
                 "name another file"
             )
         numbers = json.loads(header["numbers"])
+        if numbers["iteration"] > iterations:
+            raise InputError(
+                f"iterations: got {iterations}; allowed: {numbers['iteration']} and more, which {path} has behind it, or "
+                "another file as checkpoint"
+            )
         has_best = numbers.pop("has_best")
         for name, value in numbers.items():
             setattr(self, name, value)

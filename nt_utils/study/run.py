@@ -146,6 +146,10 @@ class Run:
         key = {"parameters": vars(self.parameters), "facts": self.facts, "code": code_fingerprint()}
         return cached(self.path("kept", f"{name}.parquet"), pd.read_parquet, anew, key)
 
+    def checkpoint(self, name: str) -> str:
+        """File name of what this code's trainings keep to go on from ("{key}": which training). It goes like :meth:`kept`'s."""
+        return str(self.path("kept", f"{name}_{code_fingerprint()}_{{key}}.safetensors"))
+
     def timing_table(self, name: str, frame) -> Path:
         """Save a table of seconds and bytes, which differ from run to run, beside the timings."""
         return ledger.write_table(self.path("timings", f"{name}.csv"), frame, "%.4g")

@@ -1,6 +1,7 @@
 """Notebook 05's tables on a tiny model: the material, the sets, the baselines, the dial, adaptation and export."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -102,6 +103,19 @@ def test_given_prompts_get_stock_refusals_and_the_models_own_answers(lm, monkeyp
     assert set(material.tasks) == {"roleplay", "fiction", "suppression", "prefix", "direct"}
     assert not set(material.tasks) & set(material.unseen) and "persona" in material.unseen
     assert {s.name for s in study.development_suite(material, 4).sets} == {"direct", "seen", "benign"}
+
+
+def test_what_a_notebook_learns_goes_on_where_it_was_interrupted(lm, found, ranked, tmp_path):
+    run = SimpleNamespace(checkpoint=lambda name: str(tmp_path / f"{name}_{{key}}.safetensors"))
+    subject = SimpleNamespace(parameters=SimpleNamespace(seed=0), is_embedded=True, run=run)
+    kept = dataclasses.replace(found, checkpoint=study.study_material(lm, subject, 3).checkpoint)
+    sets, recipe = study.preset_sets(ranked, "safety-first"), dataclasses.replace(QUICK, iterations=1)
+    study.learn_sets(lm, kept, *sets, recipe)
+    longer = dataclasses.replace(recipe, iterations=2)
+    again, anew = (study.learn_sets(lm, material, *sets, longer) for material in (kept, found))
+    assert torch.equal(again.modulation.alpha, anew.modulation.alpha)
+    (file,) = tmp_path.iterdir()
+    assert file.name.startswith("alpha_")
 
 
 def test_the_suite_tells_seen_from_unseen_attacks(suite):

@@ -377,7 +377,8 @@ def test_resumed_learning_ends_with_the_same_alpha(lm, tmp_path, method):
         with pytest.raises(KeyboardInterrupt):
             learn(lm, *sets, TASKS, BENIGN, recipe, validation=HELD_OUT, checkpoint=file, progress=False)
     assert file.exists()
-    resumed = learn(lm, *sets, TASKS, BENIGN, recipe, validation=HELD_OUT, checkpoint=file, progress=False)
+    later = {"validation": HELD_OUT, "checkpoint": file, "progress": False}
+    resumed = learn(lm, *sets, TASKS, BENIGN, recipe, **later)
     assert torch.equal(resumed.modulation.alpha, whole.modulation.alpha)
     pd.testing.assert_frame_equal(resumed.history, whole.history)
     for changed in (
@@ -387,8 +388,26 @@ def test_resumed_learning_ends_with_the_same_alpha(lm, tmp_path, method):
     ):
         arguments = {"tasks": TASKS, "benign": BENIGN, "recipe": recipe} | changed
         refused("belongs to another run", learn, lm, *sets, **arguments, validation=HELD_OUT, checkpoint=file)
+    refused("allowed: 5 and more", learn, lm, *sets, TASKS, BENIGN, replace(recipe, iterations=4), **later)
     file.write_bytes(b"nothing")
     refused("damaged", learn, lm, *sets, TASKS, BENIGN, recipe, validation=HELD_OUT, checkpoint=file)
+
+
+def test_one_checkpoint_name_serves_several_runs(lm, tmp_path):
+    """What notebook 05 does: all that it learns goes on from files of one name, each from its own."""
+    recipes = [replace(SHORT, seed=seed) for seed in (0, 1)]
+
+    def run(**more):
+        return [learn(lm, *_sets(lm), TASKS, BENIGN, r, progress=False, **more).modulation.alpha for r in recipes]
+
+    wanted, name = run(), str(tmp_path / "alpha_{key}.safetensors")
+    first = run(checkpoint=name)
+    assert len(list(tmp_path.iterdir())) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(Learner, "step")  # nothing is learnt again
+        second = run(checkpoint=name)
+    for found in (first, second):
+        assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
 
 
 def test_seeds_matter(lm):

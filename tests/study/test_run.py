@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
@@ -144,6 +145,7 @@ def test_a_table_of_an_interrupted_run_is_kept_for_the_same_parameters_and_promp
     again(preset="full")
     again(preset="full", prompts="y")
     assert len(calls) == 3
+    Path(run.checkpoint("alpha").replace("{key}", "f00d")).touch()
     run.finish()
     assert not list((tmp_path / "kept").iterdir())
 
