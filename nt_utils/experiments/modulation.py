@@ -237,8 +237,8 @@ def rankings(
     safety = attribution(lm, cases, target=target, **options)
     if utility is None:
         step = max(1, len(found.plain_benign) // n)
-        calm = utility_cases(found.plain_benign[list(range(0, len(found.plain_benign), step))[:n]])
-        utility = attribution(lm, calm, target="zero", **options)
+        benign = utility_cases(found.plain_benign[list(range(0, len(found.plain_benign), step))[:n]])
+        utility = attribution(lm, benign, target="zero", **options)
     return Rankings(
         selection.attributed(safety, how, "safety"), selection.attributed(utility, "signed", "utility"), safety, utility
     )
@@ -430,12 +430,12 @@ def modulation_suite(suite: Suite, novel: Sequence[str] = (), n: int = 60, attac
 
 def development_suite(found: Material, max_new_tokens: int, judge: str | Judge = "phrases") -> Suite:
     """Direct, attacked and benign requests of the material's validation part, judged as the test is."""
-    tasks, calm = found.dev
+    tasks, benign = found.dev
     attacked = [p for name, prompts in tasks.items() if name != "direct" for p in prompts]
     sets = (
         SuiteSet("direct", tasks["direct"], ("asr",), judge),
         SuiteSet("seen", PromptSet(attacked, "seen"), ("asr",), judge),
-        SuiteSet("benign", calm, ("refusal", "compliance"), judge),
+        SuiteSet("benign", benign, ("refusal", "compliance"), judge),
     )
     return Suite(sets, "development", max_new_tokens)
 
@@ -558,9 +558,9 @@ def adaptations(
     """method -> unseen attack class -> alpha before and after an inner step on a few prompts of that class."""
     recipe = dataclasses.replace(recipe, inner_rate=rate)
     step = max(1, len(found.benign) // 8)
-    calm = found.benign[list(range(0, len(found.benign), step))[:8]]
+    benign = found.benign[list(range(0, len(found.benign), step))[:8]]
     return {
-        method: {name: (alpha, learning.adapt(lm, alpha, found.unseen[name], calm, recipe)) for name in classes}
+        method: {name: (alpha, learning.adapt(lm, alpha, found.unseen[name], benign, recipe)) for name in classes}
         for method, alpha in learnt.items()
     }
 

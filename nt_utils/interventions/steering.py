@@ -126,10 +126,10 @@ def mean_difference(lm: LanguageModel, harmful: Sequence[str], benign: Sequence[
 def candidates(lm: LanguageModel, directions: Tensor, mode: str, strengths: Iterable[float] = (1.0,)) -> list[Steering]:
     """One steering for every place and strength to choose from.
 
-    Place 0 (the last prompt token is the template's there, the same for all prompts) and places behind the first
-    ``MAX_DEPTH`` of the layers are left out, as in the paper's appendix C.
+    Place 0 (the last prompt token is the template's there, the same for all prompts) and places from ``MAX_DEPTH`` of the
+    depth on are left out, as in the paper's appendix C.
     """
-    places = range(1, max(2, math.floor(MAX_DEPTH * lm.view.num_layers) + 1))
+    places = range(1, max(2, _deepest(lm)))
     verb = {"add": "refusal direction added", "ablate": "refusal direction ablated"}
     return [
         Steering(directions[place], place, mode, strength, lm.view.space.architecture, verb[mode])
@@ -137,6 +137,11 @@ def candidates(lm: LanguageModel, directions: Tensor, mode: str, strengths: Iter
         for strength in strengths
         if directions[place].norm() > 0
     ]
+
+
+def _deepest(lm: LanguageModel) -> int:
+    """The first layer that is not below ``MAX_DEPTH`` of the depth."""
+    return math.ceil(MAX_DEPTH * lm.view.num_layers)
 
 
 def choose(options: Sequence[Steering], measure: Callable[[Steering], float]) -> tuple[Steering, list[float]]:
@@ -206,7 +211,7 @@ def refusal_direction(
         InputError: an empty list of prompts.
     """
     tried = range(-min(positions or lm.suffix_length, lm.suffix_length), 0)
-    deepest = math.ceil(MAX_DEPTH * lm.view.num_layers)
+    deepest = _deepest(lm)
     count = min(layers or deepest, deepest)
     places = [int((i + 0.5) * deepest / count) for i in range(count)]
     tokens = sorted({lm.tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in refusals})

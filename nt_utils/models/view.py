@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from nt_utils.errors import InputError, ModelError, first_line
-from nt_utils.models.families import FUSED, check_family, context_of
+from nt_utils.models.families import FUSED, check_family
 from nt_utils.neurons import KINDS, NeuronSpace
 
 if TYPE_CHECKING:
@@ -330,11 +330,6 @@ class DecoderView:
     def device(self) -> torch.device:
         """Where the first layer's input goes."""
         return device_of(self.model.get_input_embeddings())
-
-    @property
-    def context_length(self) -> int | None:
-        """The longest sequence in tokens (:func:`~nt_utils.models.families.context_of`)."""
-        return context_of(self.config)[0]
 
     @property
     def gated(self) -> bool:

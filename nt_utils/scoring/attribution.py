@@ -234,7 +234,7 @@ class Prefix:
 
 
 def _check_context(lm: LanguageModel, tokens: Sequence[Sequence[int]]) -> None:
-    limit = lm.view.context_length
+    limit = lm.context_length
     longest = max(range(len(tokens)), key=lambda i: len(tokens[i]))
     if limit and len(tokens[longest]) > limit:
         raise InputError(

@@ -165,7 +165,7 @@ def bench():
 def test_effects_of_sets_and_controls(found, bench):
     few = {name: found.rankings()[name] for name in ("contrast", "SCU")}
     chosen = comparison.choose(few, 0.05, draws=2, seed=0)
-    table = comparison.effect_table(bench, chosen, lambda n: comparison.amplify(n, 2.0), intervention="louder")
+    table = comparison.effect_table(bench, chosen, lambda n: comparison.amplify(n, 2.0), intervention="amplified")
     assert table["definition"].tolist() == ["untouched", "contrast", "contrast", "SCU", "SCU"]
     assert table["set"].tolist() == ["chosen", "chosen", "random", "chosen", "random"]
     excess = comparison.excess_table(bench, chosen, ASR, 0)

@@ -94,8 +94,8 @@ def test_the_material_keeps_splits_and_unseen_classes_apart():
 def test_given_prompts_get_stock_refusals_and_the_models_own_answers(lm, monkeypatch, tmp_path):
     monkeypatch.setenv("NT_CACHE", str(tmp_path))
     bad = PromptSet([Prompt(f"rob {i}", kind="harmful") for i in range(10)])
-    calm = PromptSet([Prompt(f"boil {i}", kind="benign") for i in range(10)])
-    parts = ((bad[:4], calm[:4]), (bad[4:8], calm[4:8]), (bad[8:], calm[8:]))
+    benign = PromptSet([Prompt(f"boil {i}", kind="benign") for i in range(10)])
+    parts = ((bad[:4], benign[:4]), (bad[4:8], benign[4:8]), (bad[8:], benign[8:]))
     material = study.given_material(lm, *parts, max_new_tokens=4)
     assert [len(s) for s in (material.plain, material.tasks["direct"], material.dev[0]["direct"])] == [4, 4, 2]
     assert set(material.plain.column("refusal")) == {study.REFUSAL}

@@ -272,7 +272,7 @@ def test_the_context_ends_where_rotary_embeddings_begin_to_depend_on_the_batch()
     )
     model = tiny_model("phi3").__class__(config).eval()
     lm = LanguageModel(model, tiny_tokenizer(), "long")
-    assert lm.context_length == lm.view.context_length == 32
+    assert lm.context_length == 32
     with pytest.raises(InputError, match=r"number 1 has 4\d tokens; .*longrope.* 32"):
         lm.encode(["bread?", "how do I bake bread with flour and water"])
     assert tiny_lm("llama-yarn-rope").context_length == 128
