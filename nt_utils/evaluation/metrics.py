@@ -140,7 +140,6 @@ def clustered_difference(
     clusters: ArrayLike | None = None,
     *,
     level: float = 0.95,
-    seed: int | None = None,
 ) -> Interval:
     """Mean of after - controls, with an interval over clusters of prompts and over the draws of both sides.
 
@@ -153,7 +152,6 @@ def clustered_difference(
         controls: outcomes under each control draw, ``[draws, prompts]`` (one row: a plain paired comparison).
         after: outcomes on the same prompts, ``[prompts]``, or of several draws or trainings, ``[draws, prompts]``.
         clusters: cluster of each prompt: prompts of one topic are not independent of each other.
-        seed: not used, nothing is drawn.
 
     Prompts with a NaN anywhere are left out; n is the number of prompts that remain. Differences of rates stay within -1
     and 1.

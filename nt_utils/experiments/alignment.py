@@ -219,21 +219,19 @@ def equal_loss_points(
     return target, found
 
 
-def points_table(
-    chosen: Mapping[str, Sequence[Point]], measures: Sequence[Measure], seed: int = 0, **labels
-) -> pd.DataFrame:
+def points_table(chosen: Mapping[str, Sequence[Point]], measures: Sequence[Measure], **labels) -> pd.DataFrame:
     """Table 2 of the paper: labels, arm, learning_rate, step, loss, metric, value, low, high, n; intervals resample topics."""
     rows = []
     for arm, (first, *_) in chosen.items():
         more = {**labels, "arm": arm, "learning_rate": first.learning_rate, "step": first.step, "loss": first.loss}
         for m in measures:
-            found = point_difference(chosen, arm, None, m, seed)
+            found = point_difference(chosen, arm, None, m)
             rows.append({**more, "metric": m.label, **(found or metrics.NOTHING)._asdict()})
     return pd.DataFrame(rows)
 
 
 def point_difference(
-    chosen: Mapping[str, Sequence[Point]], arm: str, other: str | None, measure: Measure, seed: int
+    chosen: Mapping[str, Sequence[Point]], arm: str, other: str | None, measure: Measure
 ) -> metrics.Interval | None:
     """An arm's rate minus another's (None: minus nothing), over topics and trainings; None where one has no point.
 
@@ -248,7 +246,7 @@ def point_difference(
         controls = np.zeros((1, after.shape[1]))
         if other is not None:
             controls = np.stack([p.values(measure, nearest) for p in chosen[other]])
-        return metrics.clustered_difference(controls, after, clusters, seed=seed)
+        return metrics.clustered_difference(controls, after, clusters)
 
     found = difference(nearest=False).as_wide_as(difference(nearest=True))
     return found if other is not None else found.within(0.0, 1.0)
@@ -267,13 +265,13 @@ def by_arm(
 
 
 def freezing_findings(
-    equal: Mapping[str, Mapping[str, Sequence[Point]]], guarded: str, asr: Measure, seed: int
+    equal: Mapping[str, Mapping[str, Sequence[Point]]], guarded: str, asr: Measure
 ) -> Iterator[Finding]:
     """What is said of A5 (freezing, each fine-tuning set a row) and A6 (adapters, on benign rows), at equal held-out loss."""
     for row in ("benign rows", "10% harmful rows"):
-        found = point_difference(equal.get(row, {}), guarded, "full", asr, seed)
+        found = point_difference(equal.get(row, {}), guarded, "full", asr)
         yield Finding("A5", row, "safety", found or "an arm did not learn the task, or the study has no such rows")
-    found = point_difference(equal["benign rows"], "LoRA", "full", asr, seed)
+    found = point_difference(equal["benign rows"], "LoRA", "full", asr)
     yield Finding("A6", "", "safety", found or "an arm did not learn the task")
 
 
@@ -378,9 +376,7 @@ def align(
     return found
 
 
-def budget_findings(
-    trainings: Sequence[Mapping[str, Aligned]], asr: Measure, utility: Measure, seed: int
-) -> Iterator[Finding]:
+def budget_findings(trainings: Sequence[Mapping[str, Aligned]], asr: Measure, utility: Measure) -> Iterator[Finding]:
     """What is said of A8: aligned by RU alone minus full alignment, averaged over the trainings."""
     done = {name: [e for t in trainings if (e := t[name].evaluation) is not None] for name in ("RU", "full")}
     if lost := [name for name, evaluations in done.items() if len(evaluations) < len(trainings)]:
@@ -392,7 +388,7 @@ def budget_findings(
             for name, evaluations in done.items()
         }
         clusters = clusters_of(done["RU"][0].rows, measure.set)
-        yield Finding("A8", "", part, metrics.clustered_difference(found["full"], found["RU"], clusters, seed=seed))
+        yield Finding("A8", "", part, metrics.clustered_difference(found["full"], found["RU"], clusters))
 
 
 def budget_table(base: Evaluation, found: Mapping[str, Aligned], measures: Sequence[Measure]) -> pd.DataFrame:
@@ -479,7 +475,7 @@ def direction_values(
     }
 
 
-def direction_table(values: Mapping[str, Mapping[str, np.ndarray]], topics: Sequence[str], seed: int) -> pd.DataFrame:
+def direction_table(values: Mapping[str, Mapping[str, np.ndarray]], topics: Sequence[str]) -> pd.DataFrame:
     """model -> variant -> leaning as a table: model, variant, layer (0 = embedding), value, low, high, n (prompts).
 
     Intervals resample topics.
@@ -488,23 +484,23 @@ def direction_table(values: Mapping[str, Mapping[str, np.ndarray]], topics: Sequ
     for model, variants in values.items():
         for variant, found in variants.items():
             for layer in range(found.shape[1]):
-                interval = over_topics(found[:, layer], topics, seed)
+                interval = over_topics(found[:, layer], topics)
                 rows.append((model, variant, layer, *interval))
     return pd.DataFrame(rows, columns=["model", "variant", "layer", "value", "low", "high", "n"])
 
 
-def lean_finding(leanings: Mapping[str, Mapping[str, np.ndarray]], topics: Sequence[str], seed: int) -> Finding:
+def lean_finding(leanings: Mapping[str, Mapping[str, np.ndarray]], topics: Sequence[str]) -> Finding:
     """What is said of A1: leaning of the aligned model minus the unaligned one's, mean over the layers, over topics."""
     variant = "query-only baseline subtracted"
     if "unaligned" not in leanings:
         return Finding("A1", "", "lean", "this model has no unaligned counterpart")
     change = leanings["aligned"][variant] - leanings["unaligned"][variant]
-    return Finding("A1", "", "lean", over_topics(change[:, 1:].mean(axis=1), topics, seed))
+    return Finding("A1", "", "lean", over_topics(change[:, 1:].mean(axis=1), topics))
 
 
-def over_topics(values: np.ndarray, topics: Sequence[str], seed: int) -> metrics.Interval:
+def over_topics(values: np.ndarray, topics: Sequence[str]) -> metrics.Interval:
     """Mean with an interval that resamples topics ("" = a topic of its own)."""
-    return metrics.clustered_difference(np.zeros((1, len(values))), values, _clusters(topics), seed=seed)
+    return metrics.clustered_difference(np.zeros((1, len(values))), values, _clusters(topics))
 
 
 def _clusters(topics: Sequence[str]) -> np.ndarray:

@@ -158,7 +158,6 @@ def looking_again(
     share: float,
     asr: Measure,
     useful: Measure,
-    seed: int,
 ) -> dict[str, dict[str, metrics.Interval]]:
     """What an attacker achieves who detects contrast neurons anew in the defended model and zeroes them.
 
@@ -177,8 +176,8 @@ def looking_again(
     undefended = Deactivate(found_anew(None))
     return {
         d.name: {
-            "asr": bench.excess(then(d.action, Deactivate(found_anew(d.action))), [undefended], asr, seed),
-            "utility": bench.change(d.action, useful, seed),
+            "asr": bench.excess(then(d.action, Deactivate(found_anew(d.action))), [undefended], asr),
+            "utility": bench.change(d.action, useful),
         }
         for _, d in work.parts({d.name: d for d in defences if d.action is not None})
     }
@@ -304,9 +303,7 @@ def left_out(every: Sequence[str], done: Sequence[str], what: str) -> str:
     return f"{what}: {len(every) - len(rest)} of {len(every)}, without {', '.join(rest)}"
 
 
-def excess_table(
-    bench: Bench, chosen: Chosen, measure: Measure, seed: int, act: Act = lambda neurons: neurons
-) -> pd.DataFrame:
+def excess_table(bench: Bench, chosen: Chosen, measure: Measure, act: Act = lambda neurons: neurons) -> pd.DataFrame:
     """Rate under ``act`` minus the mean of the definition's own matched random sets, whole and per neuron.
 
     Columns definition, neurons, metric, value, low, high (over topics and draws), n, per_neuron (points a neuron).
@@ -315,7 +312,7 @@ def excess_table(
     for name, neurons in chosen.sets.items():
         if not (drawn := chosen.controls[name].get("random")):
             continue
-        found = bench.excess(act(neurons), [act(d) for d in drawn], measure, seed)
+        found = bench.excess(act(neurons), [act(d) for d in drawn], measure)
         labels = {"definition": name, "neurons": len(neurons), "metric": measure.label}
         rows.append({**labels, **found._asdict(), "per_neuron": 100 * found.value / len(neurons)})
     return pd.DataFrame(rows)
@@ -423,14 +420,14 @@ def frontier_table(
 
 
 def against_direction(
-    bench: Bench, neurons: NeuronSet, ablate: Action, asr: Measure, useful: Measure, seed: int
+    bench: Bench, neurons: NeuronSet, ablate: Action, asr: Measure, useful: Measure
 ) -> metrics.Interval | str:
     """How much more these neurons jailbreak than the refusal direction, or why that has no test: two that do nothing are alike."""
     if ablate is None:
         return "no candidate met the bounds of the paper's choice of a direction"
-    if bench.jailbroken(ablate, [None], asr, useful, seed).low <= 0:
+    if bench.jailbroken(ablate, [None], asr, useful).low <= 0:
         return "ablating the refusal direction does not jailbreak this model"
-    return bench.jailbroken(neurons, [ablate], asr, useful, seed)
+    return bench.jailbroken(neurons, [ablate], asr, useful)
 
 
 def findings(

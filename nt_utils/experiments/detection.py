@@ -263,7 +263,6 @@ def part_table(
     rankings: Mapping[str, Ranking],
     harm: Measure,
     useful: Measure,
-    seed: int,
 ) -> pd.DataFrame:
     """Which part of each set jailbreaks: attention against FFN, first third of the layers against last third.
 
@@ -279,7 +278,7 @@ def part_table(
         for (name, other), (part, rest) in halves.items():
             found = NOTHING
             if len(part) or len(rest):
-                found = bench.jailbroken(part if len(part) else None, [rest if len(rest) else None], harm, useful, seed)
+                found = bench.jailbroken(part if len(part) else None, [rest if len(rest) else None], harm, useful)
             labels = {"rule": rule, "part": name, "against": other, "neurons": len(part), "others": len(rest)}
             rows.append({**labels, **found._asdict()})
     return pd.DataFrame(rows)
@@ -363,7 +362,7 @@ def factorial_table(
         for name, ranking in work.parts(rankings):
             chosen = top_of_pool(ranking, share)
             controls: Sequence[Action] = selection.matched_random(chosen, draws, seed) if draws else []
-            found = bench.jailbroken(chosen, controls or [None], harm, useful, seed)
+            found = bench.jailbroken(chosen, controls or [None], harm, useful)
             broken = bool(fluent and bench.rate(fluent, chosen).value > BROKEN * plain)
             labels = dict(zip(FACTORS, name, strict=True))
             against = "random" if controls else NONE
@@ -533,7 +532,7 @@ def findings(
         chosen = choose(*scores)
         ratio = perplexity_ratio(bench.on(text), bench.on(text, chosen), text)
         yield Finding("S1", rule, "perplexity", ratio)
-        jailbroken = bench.jailbroken(chosen, drawn[rule], harm, useful, seed)
+        jailbroken = bench.jailbroken(chosen, drawn[rule], harm, useful)
         yield Finding("S1", rule, "jailbroken", jailbroken)
         yield Finding("S2", rule, "share", place_interval(scores, choose, "share_of_parameters", draws, seed))
         whole = size_table({"all": all_neurons(chosen.space)}).loc[0, "in_attention"]
@@ -545,12 +544,10 @@ def findings(
         yield Finding(claim, row["rule"], "effect", why if both_empty else found)
 
 
-def language_findings(
-    bench: Bench, sets: Mapping[str, NeuronSet], asked: Mapping[str, Measure], seed: int
-) -> Iterator[Finding]:
+def language_findings(bench: Bench, sets: Mapping[str, NeuronSet], asked: Mapping[str, Measure]) -> Iterator[Finding]:
     """What is said of S5: for each language ASR with its own neurons zeroed minus with the other language's."""
     for own, other in (("first language", "second language"), ("second language", "first language")):
         why: Interval | str = "no prompts in a second language"
         if sets:
-            why = bench.excess(sets[own], [sets[other]], asked[own], seed)
+            why = bench.excess(sets[own], [sets[other]], asked[own])
         yield Finding("S5", own, "effect", why)

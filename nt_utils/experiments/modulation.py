@@ -580,9 +580,7 @@ def adaptation_table(bench: Bench, adapted: Adapted, over: Measure) -> pd.DataFr
     return pd.DataFrame(rows)
 
 
-def adapted_difference(
-    bench: Bench, adapted: Adapted, first: str, second: str, over: Measure, seed: int
-) -> metrics.Interval:
+def adapted_difference(bench: Bench, adapted: Adapted, first: str, second: str, over: Measure) -> metrics.Interval:
     """ASR plus over-refusal after adaptation, first method minus second, mean over the unseen classes.
 
     Over-refusal is measured on the same prompts for every class: its mean is resampled once.
@@ -590,10 +588,10 @@ def adapted_difference(
     classes = list(adapted[first])
     pairs = [(adapted[first][name][1], adapted[second][name][1]) for name in classes]
     asked = class_measures(classes)
-    asr = average(*(bench.excess(a, [b], m, seed) for (a, b), m in zip(pairs, asked, strict=True)))
+    asr = average(*(bench.excess(a, [b], m) for (a, b), m in zip(pairs, asked, strict=True)))
     mean = np.mean([bench.mean_values([a], over) - bench.mean_values([b], over) for a, b in pairs], axis=0)
     topics = clusters_of(bench.on(over.set).rows, over.set)
-    return total(asr, metrics.clustered_difference([np.zeros_like(mean)], mean, topics, seed=seed))
+    return total(asr, metrics.clustered_difference([np.zeros_like(mean)], mean, topics))
 
 
 # --------------------------------------------------------------------------------------------------------- claims
@@ -605,7 +603,6 @@ def findings(
     measures: Mapping[str, Measure],
     roles: dict[str, Measure],
     rivals: Mapping[str, tuple[str, str, Sequence[Intervention]]],
-    seed: int,
 ) -> Iterator[Finding]:
     """What is said of N1 to N4 and N6: the modulated model against the untouched one and against other neurons.
 
@@ -617,15 +614,15 @@ def findings(
     attack, needless, _ = key_roles(measures)
     both = [measures[attack], measures[needless]]
     for claim, part, others in rivals.values():
-        yield Finding(claim, "", part, total(*(bench.against(tuned, others, m, seed) for m in both)))
-    after, before = (bench.against(some, None, measures[attack], seed) for some in (tuned, [None]))
+        yield Finding(claim, "", part, total(*(bench.against(tuned, others, m) for m in both)))
+    after, before = (bench.against(some, None, measures[attack]) for some in (tuned, [None]))
     yield Finding("N2", "", "asr", ratio(after, before) or "attacks may never succeed on the untouched model")
     for part, role in (("over-refusal", "over"), ("benign", "refusal")):
         found: metrics.Interval | str = "the study has no borderline prompts"
         if role in measures:
-            found = bench.against(tuned, [None], measures[role], seed)
+            found = bench.against(tuned, [None], measures[role])
         yield Finding("N3", "", part, found)
-    yield from bench.utility_findings("N4", tuned, roles, seed)
+    yield from bench.utility_findings("N4", tuned, roles)
 
 
 def spread_findings(ranked: Rankings, sizes: Mapping[str, int], draws: int, seed: int) -> Iterator[Finding]:
@@ -643,7 +640,7 @@ def spread_findings(ranked: Rankings, sizes: Mapping[str, int], draws: int, seed
             yield Finding("N8", row, part, over_halves([scores], of_top, draws, seed))
 
 
-def dial_slope(bench: Bench, settings: Mapping[tuple, Modulation | None], axis: int, measure: Measure, seed: int):
+def dial_slope(bench: Bench, settings: Mapping[tuple, Modulation | None], axis: int, measure: Measure):
     """Slope of a rate over the number of safety (axis 0) or utility neurons (axis 1), from none to the most = 1.
 
     Least squares over the levels, each the mean over the other settings; resampled over topics.
@@ -656,7 +653,7 @@ def dial_slope(bench: Bench, settings: Mapping[tuple, Modulation | None], axis: 
     x = np.array(levels) / max(max(levels), 1) - np.mean(levels) / max(max(levels), 1)
     slope = (x[:, None] * found).sum(0) / max(float((x**2).sum()), 1e-12)
     return metrics.clustered_difference(
-        [np.zeros_like(slope)], slope, clusters_of(bench.on(measure.set).rows, measure.set), seed=seed
+        [np.zeros_like(slope)], slope, clusters_of(bench.on(measure.set).rows, measure.set)
     )
 
 
@@ -678,7 +675,6 @@ def dial_findings(
     settings: Mapping[tuple, Modulation | None],
     rivals: Sequence[Intervention | None],
     cost: Callable[[Intervention], float],
-    seed: int,
 ) -> Iterator[Finding]:
     """What is said of N7. ``bench.measures``: ASR, over-refusal, utility; ``cost`` chooses one setting on development prompts.
 
@@ -686,14 +682,14 @@ def dial_findings(
     least counts.
     """
     asr, over, useful = bench.measures[:3]
-    yield Finding("N7", "", "safety slope", dial_slope(bench, settings, 0, asr, seed))
-    yield Finding("N7", "", "utility slope", dial_slope(bench, settings, 1, over, seed))
+    yield Finding("N7", "", "safety slope", dial_slope(bench, settings, 0, asr))
+    yield Finding("N7", "", "utility slope", dial_slope(bench, settings, 1, over))
     best = min((a for a in settings.values() if a is not None), key=cost)
     least = []
     for rival in rivals:
-        ahead = [bench.excess(best, [rival], useful, seed)]
+        ahead = [bench.excess(best, [rival], useful)]
         for m in (asr, over):  # less is better: the rival's rate minus the setting's
-            ahead.append(bench.excess(rival, [best], m, seed))
+            ahead.append(bench.excess(rival, [best], m))
         least.append(max(ahead, key=lambda i: i.value))
     yield Finding("N7", "", "undominated", min(least, key=lambda i: i.value))
 

@@ -201,7 +201,6 @@ def findings(
     controls: Sequence[Arm],
     harm: Sequence[Measure],
     roles: dict[str, Measure],
-    seed: int,
 ) -> Iterator[Finding]:
     """What is said of one model's SN-Tune: its harmful score (mean of the ``harm`` rates), its utility, against random.
 
@@ -215,18 +214,18 @@ def findings(
         yield from (Finding(claims[claim], "", part, DIVERGED) for claim, part in lost)
         return
     tuned, drawn = [arm.delta for arm in arms], [arm.delta for arm in controls]
-    after, before = (bench.harmful_score(a, None, harm, seed) for a in (tuned, [None]))
+    after, before = (bench.harmful_score(a, None, harm) for a in (tuned, [None]))
     yield Finding(claims["score"], "", "harmful score", after)
     fall = ratio(after, before)
     yield Finding(claims["score"], "", "fall", fall or "the model's harmful score may be zero before tuning")
-    yield from bench.utility_findings(claims["utility"], tuned, roles, seed)
+    yield from bench.utility_findings(claims["utility"], tuned, roles)
     if "random" in claims:
         reason = f"random neurons: {DIVERGED}" if any(control.diverged for control in controls) else ""
-        yield Finding(claims["random"], "", "harmful score", reason or bench.harmful_score(tuned, drawn, harm, seed))
+        yield Finding(claims["random"], "", "harmful score", reason or bench.harmful_score(tuned, drawn, harm))
 
 
 def later_finding(
-    later: Mapping[str, FineTuned], sn: str, rsn: str, harm: Measure, useful: Measure, task: Measure | None, seed: int
+    later: Mapping[str, FineTuned], sn: str, rsn: str, harm: Measure, useful: Measure, task: Measure | None
 ) -> Interval | str:
     """What is said of S10: the rise of RSN-Tune's harmful score under the later task minus SN-Tune's, or why it has no test.
 
@@ -247,9 +246,9 @@ def later_finding(
     starts = [later[name].evaluations[0].rate(harm.set, harm.metric).value for name in (rsn, sn)]
     if starts[0] > starts[1] + 0.05:
         return f"RSN-Tune's model is less safe from the start: {100 * starts[0]:.0f} against {100 * starts[1]:.0f}"
-    if rise(later[sn], harm, seed=seed).low <= 0.05:
+    if rise(later[sn], harm).low <= 0.05:
         return "SN-Tune's safety does not fall under the later task, so nothing can be kept better"
-    return rise(later[rsn], harm, later[sn], seed)
+    return rise(later[rsn], harm, later[sn])
 
 
 def without(ranking: Ranking, excluded: NeuronSet, share: float) -> NeuronSet:
@@ -412,7 +411,7 @@ def at_level(
 
 
 def equal_table(
-    bench: Bench, arms: Mapping[str, Sequence[Arm]], goal: Goal, measures: Sequence[Measure], seed: int = 0
+    bench: Bench, arms: Mapping[str, Sequence[Arm]], goal: Goal, measures: Sequence[Measure]
 ) -> pd.DataFrame:
     """Rates at equal harmful score: arm, step (interpolated, mean over draws), target, metric, value, low, high, n.
 
@@ -431,13 +430,13 @@ def equal_table(
             for nearest in (False, True):
                 values = at_level(bench, draws, goal.harm, target, m, nearest)
                 assert values is not None, "every draw comes down to the target"
-                intervals.append(metrics.clustered_difference(np.zeros_like(values), values, clusters, seed=seed))
+                intervals.append(metrics.clustered_difference(np.zeros_like(values), values, clusters))
             labels = {"arm": name, "step": step, "target": target, "metric": m.label}
             rows.append({**labels, **intervals[0].as_wide_as(intervals[1]).within(0.0, 1.0)._asdict()})
     return pd.DataFrame(rows, columns=["arm", "step", "target", "metric", "value", "low", "high", "n"])
 
 
-def rise(run: FineTuned, measure: Measure, control: FineTuned | None = None, seed: int = 0) -> metrics.Interval:
+def rise(run: FineTuned, measure: Measure, control: FineTuned | None = None) -> metrics.Interval:
     """How much a rate rises under later fine-tuning, averaged over its steps; minus the control's rise, if given."""
 
     def values(one: FineTuned) -> np.ndarray:
@@ -448,4 +447,4 @@ def rise(run: FineTuned, measure: Measure, control: FineTuned | None = None, see
 
     own = values(run)
     base = values(control) if control is not None else np.zeros_like(own)
-    return metrics.clustered_difference([base], own, clusters_of(run.last.rows, measure.set), seed=seed)
+    return metrics.clustered_difference([base], own, clusters_of(run.last.rows, measure.set))

@@ -189,7 +189,6 @@ def findings(
     controls: Mapping[str, Sequence[Prune]],
     safety: Measure,
     utility: Measure,
-    seed: int,
 ) -> Iterator[Finding]:
     """What is said of A2 (SCU), A3 (UCU) and A4 (RU): changes of both rates, against random units or against the dense model."""
     against = {
@@ -202,7 +201,7 @@ def findings(
         for part, random in parts.items():
             measure = safety if part == "safety" else utility
             others: Sequence = controls[name] if random else [None]
-            yield Finding(claim, "", part, bench.excess(action, others, measure, seed))
+            yield Finding(claim, "", part, bench.excess(action, others, measure))
 
 
 def pruning_cost(

@@ -170,10 +170,10 @@ def test_the_bounded_attacker_keeps_utility_and_equal_losses_are_interpolated():
     assert {arm: p.step for arm, p in equal.items()} == {"full": 1.5, "slow": 2}
     assert equal["full"].rate(ASR) == pytest.approx(0.3), "half way between 10 and 50%"
     assert equal["full"].values(ASR).mean() == pytest.approx(0.3)
-    found = alignment.point_difference(alignment.by_arm([equal, equal], [swept, swept]), "full", "slow", ASR, 0)
+    found = alignment.point_difference(alignment.by_arm([equal, equal], [swept, swept]), "full", "slow", ASR)
     assert found.value == pytest.approx(0.1)
-    assert alignment.point_difference({arm: [p] for arm, p in worst.items()}, "full", "slow", ASR, 0) is None
-    findings = list(alignment.freezing_findings({"benign rows": alignment.by_arm([equal], [swept])}, "slow", ASR, 0))
+    assert alignment.point_difference({arm: [p] for arm, p in worst.items()}, "full", "slow", ASR) is None
+    findings = list(alignment.freezing_findings({"benign rows": alignment.by_arm([equal], [swept])}, "slow", ASR))
     assert [f.row for f in findings] == ["benign rows", "10% harmful rows", ""]
     assert findings[0].found.value == pytest.approx(-0.1)
     assert isinstance(findings[1].found, str)
@@ -193,13 +193,13 @@ def test_between_two_steps_an_interval_is_as_wide_as_at_a_step():
     swept = fake_runs(arms)
     _, points = alignment.equal_loss_points(swept)
     chosen = alignment.by_arm([points], [swept])
-    found = alignment.point_difference(chosen, "slow", "full", ASR, 0)
+    found = alignment.point_difference(chosen, "slow", "full", ASR)
     at_steps = metrics.clustered_difference(np.ones((1, 100)), (np.arange(100) < 60).astype(float))
     assert points["full"].step == pytest.approx(0.95) and found.value == pytest.approx(0.6 - 0.95)
     assert found.high - found.low >= at_steps.high - at_steps.low > 0.15
     rare = fake_runs({"full": [(3.0, 0.0, 1.0), (1.0, 0.01, 0.9)]})
     rate = alignment.point_difference(
-        alignment.by_arm([alignment.equal_loss_points(rare)[1]], [rare]), "full", None, ASR, 0
+        alignment.by_arm([alignment.equal_loss_points(rare)[1]], [rare]), "full", None, ASR
     )
     assert rate.value == pytest.approx(0.01)
     assert rate.low == 0 < rate.high, "a rate does not fall below 0"
@@ -261,7 +261,7 @@ def test_an_alignment_that_diverges_at_every_rate_has_rows_that_say_so(tuned_lm,
     assert table["value"].isna().groupby("arm").all().to_dict() == {"full": True, "RU": False, "unaligned": False}
     assert (table.loc["full", "n"] == 0).all() and table.loc["full", "learning_rate"].isna().all()
     assert figures.align_budget(table.reset_index()).axes
-    said = list(alignment.budget_findings([found], ASR, REFUSED, 0))
+    said = list(alignment.budget_findings([found], ASR, REFUSED))
     assert len(said) == 2 and all(f.found == "full: the training diverged at every learning rate" for f in said)
 
 
@@ -294,7 +294,7 @@ def test_leaning_is_a_difference_of_cosines(tuned_lm):
     assert (alignment.leaning(query, query, compliance) >= 0).all()
     values = alignment.direction_values(tuned_lm, HARM, GOOD, "No", "Yes")
     assert {v.shape for v in values.values()} == {(16, 3)}
-    table = alignment.direction_table({"aligned": values}, HARM.column("topic"), seed=0)
+    table = alignment.direction_table({"aligned": values}, HARM.column("topic"))
     assert len(table) == 3 * 3
     assert (table["low"] <= table["value"]).all()
     assert figures.direction(table).axes

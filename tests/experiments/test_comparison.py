@@ -168,7 +168,7 @@ def test_effects_of_sets_and_controls(found, bench):
     table = comparison.effect_table(bench, chosen, lambda n: comparison.amplify(n, 2.0), intervention="amplified")
     assert table["definition"].tolist() == ["untouched", "contrast", "contrast", "SCU", "SCU"]
     assert table["set"].tolist() == ["chosen", "chosen", "random", "chosen", "random"]
-    excess = comparison.excess_table(bench, chosen, ASR, 0)
+    excess = comparison.excess_table(bench, chosen, ASR)
     assert excess["n"].tolist() == [4, 4]
 
 
@@ -274,13 +274,13 @@ def test_an_attacker_who_looks_again_detects_in_the_defended_model(monkeypatch, 
     monkeypatch.setattr(comparison.selection, "contrast", contrast)
     compared, changed = [], []
     fakes = {
-        "excess": lambda self, a, b, m, seed: compared.append((a, b)),
-        "change": lambda self, a, m, seed: changed.append(a),
+        "excess": lambda self, a, b, m: compared.append((a, b)),
+        "change": lambda self, a, m: changed.append(a),
     }
     bench = type("B", (), fakes)()
     prompts = PromptSet([Prompt(text="x")], "p")
     made = [Defence("none"), Defence("tuned", Defended())]
-    found = comparison.looking_again(lm, bench, made, prompts, prompts, 0.1, None, None, 0)
+    found = comparison.looking_again(lm, bench, made, prompts, prompts, 0.1, None, None)
     assert {name: list(parts) for name, parts in found.items()} == {"tuned": ["asr", "utility"]}
     assert changed == [made[1].action], "the defence's own price, without the attack"
     assert seen == ["score", "score", "in", "score", "score", "out"]
@@ -292,7 +292,7 @@ def test_neurons_and_a_direction_that_do_nothing_are_not_compared():
     nothing, much = metrics.Interval(0.0, -0.05, 0.05, 8), metrics.Interval(0.6, 0.5, 0.7, 8)
     answers = iter([nothing, much, nothing])
     bench = type("B", (), {"jailbroken": lambda self, *_: next(answers)})()
-    asked = {"asr": ASR, "useful": ASR, "seed": 0}
+    asked = {"asr": ASR, "useful": ASR}
     said = comparison.against_direction(bench, None, "ablate", **asked)
     assert "does not jailbreak" in said
     assert comparison.against_direction(bench, None, "ablate", **asked) is nothing

@@ -176,7 +176,7 @@ def test_learning_adapting_and_their_tables(lm, found, ranked, suite):
     bench = Bench(lm, study.class_suite(suite, ["persona"]), [*study.class_measures(["persona"]), over])
     table = study.adaptation_table(bench, adapted, over)
     assert len(table) == 2 * 2 * 2 and set(table["stage"]) == {"before", "after"}
-    value, low, high, n = study.adapted_difference(bench, adapted, "first", "joint", over, 0)
+    value, low, high, n = study.adapted_difference(bench, adapted, "first", "joint", over)
     assert low <= value <= high and n == 3
     rate, moved = study.inner_rate(lm, found, study.preset_sets(ranked, "safety-first"), 0.01, QUICK)
     assert rate > 0 and np.isfinite(moved)
@@ -258,9 +258,9 @@ class Fixed(Bench):
 def test_the_dials_slope_is_least_squares_over_its_levels():
     settings = {(n, m, 1.0): 0.8 - 0.05 * n for n in (0, 4, 8) for m in (0, 5)}
     bench = Fixed()
-    found = study.dial_slope(bench, settings, 0, bench.measures[0], 0)
+    found = study.dial_slope(bench, settings, 0, bench.measures[0])
     assert found.value == pytest.approx(np.polyfit([0, 0.5, 1], [0.8, 0.6, 0.4], 1)[0])
-    assert study.dial_slope(bench, settings, 1, bench.measures[0], 0).value == pytest.approx(0)
+    assert study.dial_slope(bench, settings, 1, bench.measures[0]).value == pytest.approx(0)
 
 
 def test_ratios_have_the_interval_of_their_parts():
@@ -353,11 +353,11 @@ def test_claims_of_the_dial_and_of_the_modulated_model(lm, found, ranked, suite)
     tuned = Modulation(*study.preset_sets(ranked, "safety-first"), torch.full((14,), 1.5))
     other = Modulation(*study.preset_sets(ranked, "safety-first"), torch.full((14,), 2.5))
     rivals = {"x": ("N1", "random", [tuned]), "y": ("N6", "cost", [None])}
-    both = {(f.claim, f.part): f.found for f in study.findings(bench, [tuned, other], measures, quality, rivals, 0)}
+    both = {(f.claim, f.part): f.found for f in study.findings(bench, [tuned, other], measures, quality, rivals)}
     useful = measures["refusal"]
     mean = np.mean([bench.rate(useful, a).value for a in (tuned, other)]) - bench.rate(useful).value
     assert both["N3", "benign"].value == pytest.approx(mean), "two trainings are averaged"
-    rows = {(f.claim, f.part): f.found for f in study.findings(bench, [tuned], measures, quality, rivals, 0)}
+    rows = {(f.claim, f.part): f.found for f in study.findings(bench, [tuned], measures, quality, rivals)}
     assert {claim for claim, _ in rows} == {"N1", "N2", "N3", "N4", "N6"}
     assert rows["N1", "random"].value == 0, "against itself"
     kl = bench.on(quality["kl"].set, tuned).values(quality["kl"].set, "kl").mean()
@@ -367,8 +367,6 @@ def test_claims_of_the_dial_and_of_the_modulated_model(lm, found, ranked, suite)
     assert len(settings) == 4 and settings[0, 0, 1.0] is None
     directions = study.added_directions(lm, found, (0.5, 1.0), lambda s: -s.strength)
     assert [d.strength for d in directions] == [0.5, 1.0]
-    said = {
-        f.part: f.found for f in study.dial_findings(three, settings, [None, *directions], lambda a: len(a.alpha), 0)
-    }
+    said = {f.part: f.found for f in study.dial_findings(three, settings, [None, *directions], lambda a: len(a.alpha))}
     assert set(said) == {"safety slope", "utility slope", "undominated"}
     assert all(i.low <= i.value <= i.high for i in said.values())

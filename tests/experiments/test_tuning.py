@@ -136,7 +136,7 @@ def test_safety_is_kept_better_only_by_what_was_safe_and_learnt_the_task():
         return SimpleNamespace(evaluations=evaluations, last=evaluations[max(evaluations)])
 
     def said(sn, rsn):
-        return tuning.later_finding({"SN": run(*sn), "RSN": run(*rsn)}, "SN", "RSN", ASR, useful, task, 0)
+        return tuning.later_finding({"SN": run(*sn), "RSN": run(*rsn)}, "SN", "RSN", ASR, useful, task)
 
     sn = ([0, 9, 9], [0, 8, 8])
     assert said(sn, ([0, 1, 1], [0, 8, 8])).value == pytest.approx(-0.8)
@@ -245,7 +245,7 @@ def test_an_arm_that_diverges_at_every_rate_has_rows_that_say_so(setting):
     assert curves["value"]["full"].to_dict() == {0: dev.rate(ASR).value}
     assert len(tuning.cost_table(lm, arms)) == 3
     claims = {"score": "S6", "utility": "S7", "random": "S8"}
-    found = list(tuning.findings(dev, claims, [lost], [kept], [ASR], {}, 0))
+    found = list(tuning.findings(dev, claims, [lost], [kept], [ASR], {}))
     assert {f.claim for f in found} == set(claims.values()) and all("diverged" in f.found for f in found)
 
 
