@@ -303,6 +303,7 @@ def tune(
                 if not run.step(batch, optimiser, clip):
                     break
                 if step + 1 in stops:
+                    optimiser.zero_grad(set_to_none=True)  # an evaluation may need the memory
                     run.evaluate(step + 1)
         size, size_bytes = training.size, training.bytes
         final = run.delta() if run.diverged is None else None
