@@ -31,7 +31,7 @@ LEDGER = tuple(
     "untestable missed_gate reason notebook weights".split()
 )
 #: Columns that a notebook shows of its own claims.
-SHOWN = ("claim", "row", "statement", "part", "value", "low", "high", "n", "verdict", "reason")
+NOTEBOOK_COLUMNS = ("claim", "row", "statement", "part", "value", "low", "high", "n", "verdict", "reason")
 MOST_ROWS = 60  # of one subject
 
 
@@ -229,7 +229,7 @@ def cell(line: Mapping[str, Any]) -> str:
 
 
 #: What a stranger asks first; the README opens with these claims.
-FIRST = ("S1", "S2", "S6", "A2", "N2")
+FRONT_CLAIMS = ("S1", "S2", "S6", "A2", "N2")
 
 
 def front_page(ledger: pd.DataFrame, ids: Sequence[str] = ()) -> str:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import nbformat
     import pandas as pd
 
-ALL, FIRST, PROSE = "claims", "first claims", "findings"  # what stands between markers of the README
+ALL_CLAIMS, FIRST_CLAIMS, FINDINGS = "claims", "first claims", "findings"  # what stands between markers of the README
 PUBLISHED = (".csv", ".png", ".svg")  # of a figure; `make figures` draws the other forms from the table
 WIDTH = 820  # pixels of a picture in an executed notebook
 MOST_BYTES = 2_000_000  # of an executed notebook
@@ -48,7 +48,7 @@ def publish(studies: Mapping[str, Sequence[Path]], root: Path) -> None:
     import pandas as pd
 
     readme = root / "README.md"
-    for name in (ALL, FIRST):
+    for name in (ALL_CLAIMS, FIRST_CLAIMS):
         between(readme, name)
     for folders in studies.values():
         seeds.check_same(folders)
@@ -67,7 +67,7 @@ def publish(studies: Mapping[str, Sequence[Path]], root: Path) -> None:
         publish_figures(folders[0], target / study)
         publish_notebooks(folders[0], root / "notebooks" / "executed" / study, root)
     write_text(target / "README.md", gallery(target, root))
-    for name, text in ((ALL, front(table)), (FIRST, ledger.front_page(table, ledger.FIRST))):
+    for name, text in ((ALL_CLAIMS, front(table)), (FIRST_CLAIMS, ledger.front_page(table, ledger.FRONT_CLAIMS))):
         head, _, tail = between(readme, name)
         write_text(readme, f"{head}\n{text}\n{tail}")
     print(f"published {len(table)} rows of {table['model'].nunique()} models to {target}")

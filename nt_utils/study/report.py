@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).parent / "report_template"
 LONG = 15  # rows beyond which a table is folded
 #: Figures to open with, the first two that there are.
-FIRST = ("01_dose", "06_frontier", "01_deactivation", "05_modulation_arms", "06_defences")
+OPENING_FIGURES = ("01_dose", "06_frontier", "01_deactivation", "05_modulation_arms", "06_defences")
 #: Markup that a table may have; everything else in it is shown as text.
 TAGS = frozenset(
     "a b br caption code col colgroup div em h1 h2 h3 h4 i li ol p pre small span strong sub sup table tbody td tfoot th "
     "thead tr ul".split()
 )
-SHOWN = ("model", "seed", "preset", "time", "commit", "weights")
+PROVENANCE = ("model", "seed", "preset", "time", "commit", "weights")
 ATTRIBUTES = {"*": ["id", "class", "colspan", "rowspan", "scope"], "a": ["href", "title"]}
 
 
@@ -56,7 +56,7 @@ def build(folder: Path) -> str:
     return page.render(
         style=(TEMPLATES / "style.css").read_text(encoding="utf-8"),
         made=made,
-        facts=[(name, made[name]) for name in SHOWN if made.get(name, "") != ""],
+        facts=[(name, made[name]) for name in PROVENANCE if made.get(name, "") != ""],
         control=claims.is_positive_control(str(made["model"])),
         claims=lines,
         short=_in_short(lines),
@@ -112,8 +112,8 @@ class Pictures:
         return f"<figure>{picture}<figcaption><b>{text}</b> ({html.escape(self.said)})</figcaption></figure>"
 
     def opening(self, folder: Path) -> Iterator[str]:
-        """The first two of FIRST."""
-        found = [p for n in FIRST if (p := folder / "figures" / f"{n}.png").is_file()]
+        """The first two of OPENING_FIGURES."""
+        found = [p for n in OPENING_FIGURES if (p := folder / "figures" / f"{n}.png").is_file()]
         for path in found[:2]:
             notebook = next(iter((project_root() / "notebooks").glob(f"{path.stem[:2]}_*.ipynb")), None)
             self.asked = publish.questions(notebook) if notebook else {}

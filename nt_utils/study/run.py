@@ -191,7 +191,7 @@ class Run:
         caption = (
             f"Claims of this notebook ({self.label}, seed {self.parameters.seed}): 95% intervals and what they decide."
         )
-        return self.show(pd.DataFrame(found)[list(ledger.SHOWN)], caption)
+        return self.show(pd.DataFrame(found)[list(ledger.NOTEBOOK_COLUMNS)], caption)
 
     def finish(self) -> None:
         """Write claims, timings and provenance. Every notebook ends with it."""

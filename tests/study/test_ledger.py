@@ -89,8 +89,8 @@ def test_positive_controls_are_marked_and_not_counted():
     assert "testbed" not in ledger.counts(table)
     page = ledger.front_page(table)
     assert page.count("\n") == 1 + len(claims.CLAIMS)
-    few = ledger.front_page(table, ledger.FIRST).splitlines()
-    assert [line.split(" | ")[0] for line in few[2:]] == [f"| {name}" for name in ledger.FIRST]
+    few = ledger.front_page(table, ledger.FRONT_CLAIMS).splitlines()
+    assert [line.split(" | ")[0] for line in few[2:]] == [f"| {name}" for name in ledger.FRONT_CLAIMS]
     assert few[4].endswith("[02](notebooks/02_sn_tune.ipynb) |")
     assert page.splitlines()[0].endswith("Qwen2.5-Coder-0.5B-Instruct | testbed (positive control) |")
     s8 = next(line for line in page.splitlines() if line.startswith("| S8 |"))

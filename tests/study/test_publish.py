@@ -38,7 +38,7 @@ def root(tmp_path):
         new_code_cell('run.figure("sn_steps", table)\nrun.measured("S8", interval)'),
     ]
     nbformat.write(new_notebook(cells=cells), tmp_path / "notebooks" / f"{NAME}.ipynb")
-    marks = (*publish.markers(publish.FIRST), *publish.markers(publish.ALL))
+    marks = (*publish.markers(publish.FIRST_CLAIMS), *publish.markers(publish.ALL_CLAIMS))
     (tmp_path / "README.md").write_text("before\n{}\nstale\n{}\n{}\nstale\n{}\nafter\n".format(*marks))
     finished(tmp_path, tmp_path / "runs" / "testbed-full" / "seed-0")
     return tmp_path
@@ -170,9 +170,9 @@ def test_the_projects_pages_say_what_its_ledger_says(table):
     root = project_root()
     found = ledger.frame(ledger.read(table).to_dict("records"))
     readme = (root / "README.md").read_text(encoding="utf-8")
-    assert publish.front(found) in readme and ledger.front_page(found, ledger.FIRST) in readme
+    assert publish.front(found) in readme and ledger.front_page(found, ledger.FRONT_CLAIMS) in readme
     assert (root / "docs" / "claims.md").read_text(encoding="utf-8").strip() == publish.claims_page(found).strip()
-    assert ledger.unsupported(publish.between(root / "README.md", publish.PROSE)[1], found) == []
+    assert ledger.unsupported(publish.between(root / "README.md", publish.FINDINGS)[1], found) == []
     assert found.groupby("model").size().max() <= ledger.MOST_ROWS
     gallery = root / "figures" / "README.md"
     assert [t for t in publish.links(gallery.read_text(encoding="utf-8")) if not (gallery.parent / t).exists()] == []
