@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -34,13 +35,13 @@ from nt_utils.interventions.trunk import FrozenTrunk
 from nt_utils.models import LanguageModel, check_evaluating
 from nt_utils.neurons import NeuronSet
 from nt_utils.scoring.attribution import Responses, frozen
-from nt_utils.work import track
+from nt_utils.work import COUNTS, count, is_older, track
 
 METHODS = ("first", "second", "joint")
 TIES = ("", "layer")
 #: What :func:`find_inner_rate` tries: 1/16 to 256.
 RATES = tuple(2.0**k for k in range(-4, 9))
-STATE = "nt_utils.learning.3"
+STATE = "nt_utils.learning.4"
 
 
 @dataclass(frozen=True)
@@ -380,6 +381,7 @@ class _State:
     waited: int = 0
     history: list[dict] = field(default_factory=list)
     diverged: int | None = None
+    counted: Counter[str] = field(default_factory=lambda: Counter(COUNTS))  # before any of its own work
 
     @classmethod
     def begin(cls, learner: Learner) -> _State:
@@ -400,7 +402,7 @@ class _State:
         tensors |= {name: moments[name] for name in ("step", "exp_avg", "exp_avg_sq")}
         tensors = {name: value.detach().clone() for name, value in tensors.items()}  # a file takes no tensor twice
         numbers = {n: getattr(self, n) for n in ("iteration", "best_iteration", "waited", "history", "best_value")}
-        numbers["has_best"] = self.best is not None
+        numbers |= {"has_best": self.best is not None, "work": COUNTS - self.counted}
         write_sealed(path, tensors, {"format": STATE, "key": key, "numbers": json.dumps(numbers)})
 
     def resume(self, path: Path, key: str, iterations: int) -> None:
@@ -419,7 +421,10 @@ class _State:
                 f"iterations: got {iterations}; allowed: {numbers['iteration']} and more, which {path} has behind it, or "
                 "another file as checkpoint"
             )
-        has_best = numbers.pop("has_best")
+        has_best, work = numbers.pop("has_best"), Counter(numbers.pop("work"))
+        if is_older(path):  # this process's own has been counted
+            count(**work)
+        self.counted = COUNTS - work
         for name, value in numbers.items():
             setattr(self, name, value)
         device = self.alpha.device

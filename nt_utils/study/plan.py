@@ -44,6 +44,8 @@ ASSUMED_GPU, SCORING = (2.5e14, 1.2e12), 3.0
 SHAPE_B, SHAPE_7B = (4 * 64, 2 * (1024 * (2 * 1024 + 2 * 256) + 3 * 1024 * 2816)), 6.6e9
 #: Bytes beside weights and cache: libraries, logits, the allocator's slack; of notebooks 00 to 03 on the 0.5B model 2.9 GiB.
 REST = 3 * GIB
+#: Answers that are written together, where that was not counted.
+ROWS_A_BATCH = 32
 #: Forward passes that a token takes: the backward pass has twice the forward's operations, half of them for the weights.
 PASSES = {"read": 1.0, "gradient": 2.0, "trained": 2.0, "tuned": 3.0}
 #: Mean tokens of a rendered prompt: of the embedded ones in the testbed's own tokenizer, and of others (assumed).
@@ -220,6 +222,23 @@ class Work:
         }
         return Work({k: n * by.get(k.split("_")[0], tokens) for k, n in self.counts.items()}, self.source)
 
+    @classmethod
+    def counted(cls, note: Mapping[str, Any], source: str) -> Work:
+        """What a run's provenance says; answers that it took from the cache are counted as if written, at full length."""
+        counts = {name: n for name, n in note["work"].items() if name not in COSTS}
+        given = {name: value for name, value in note["parameters"].items() if name in FOLLOWED}
+        if answers := counts.pop("cached_answers", 0):
+            p = SimpleNamespace(**given)
+            new = answers * (getattr(p, "max_new_tokens", 0) or 40)
+            added = {
+                "read_tokens": answers * _prompt_tokens(p),
+                "written_tokens": new,
+                "decode_steps": new / ROWS_A_BATCH,
+            }
+            counts = {name: round(counts.get(name, 0) + added.get(name, 0)) for name in {**counts, **added}}
+            source += f", {answers} answers from the cache taken as written anew"
+        return cls(counts, source, given)
+
     def tokens(self, kind: str) -> float:
         """Tokens of a kind of work."""
         return self.counts.get(f"{kind}_tokens", 0)
@@ -233,9 +252,8 @@ def work_of(notebook: str, folder: Path, study: str, preset: str, p: SimpleNames
     """A notebook's work: counted in a run of this study where there is one, else published, of this study or of the testbed,
     scaled; None: unknown. folder: runs/<study>/seed-N."""
     for note in sorted(folder.parent.glob(f"seed-*/provenance/{notebook}.json")):
-        found = read_json(note)
-        if found.get("work") and not found["work"].get("cached_answers"):
-            return Work(found["work"], "counted when this study last ran")
+        if (found := read_json(note)).get("work"):
+            return Work.counted(found, "counted when this study last ran").scaled(p)
     published = read_json(PUBLISHED) if PUBLISHED.is_file() else {}
     for name in dict.fromkeys((study, parameters.TESTBED)):
         if entry := published.get(name, {}).get(preset, {}).get(notebook):
@@ -247,15 +265,9 @@ def publish(folder: Path, study: str, preset: str) -> Path:
     """Take the counts of a study's finished run into the package. Raises InputError when none counted its work."""
     found = {}
     for note in sorted((folder / "provenance").glob("*.json")):
-        content = read_json(note)
-        work = {name: n for name, n in content.get("work", {}).items() if name not in COSTS}
-        if work.get("cached_answers"):
-            raise InputError(
-                f"{note}: {work['cached_answers']} answers came from the cache; run it with an empty NT_CACHE"
-            )
-        if work:
-            kept = {k: v for k, v in content["parameters"].items() if k in FOLLOWED}
-            found[note.stem] = {"work": work, "parameters": kept}
+        if (content := read_json(note)).get("work"):
+            work = Work.counted(content, "")
+            found[note.stem] = {"work": work.counts, "parameters": work.parameters}
     if not found:
         raise InputError(f"{folder}: no finished run that counted its work")
     known = read_json(PUBLISHED) if PUBLISHED.is_file() else {}
@@ -276,7 +288,7 @@ def seconds_of(work: Work, model: Model, dtype: str, rate: Rates) -> float:
 def memory_of(work: Work, model: Model, p: SimpleNamespace, dtype: str) -> float:
     """Expected peak bytes: the models held, what training adds (masters, gradients and two moments in float32: 16 bytes a
     trained parameter), the cache and logits of a batch of answers, and REST."""
-    rows, new = 32, getattr(p, "max_new_tokens", 0) or 256
+    rows, new = ROWS_A_BATCH, getattr(p, "max_new_tokens", 0) or 256
     models = 1 + bool(getattr(p, "base_model", ""))
     answering = rows * (_prompt_tokens(p) + new) * model.cache * BYTES.get(dtype, 2)
     return models * model.weights(dtype) + (16 * model.count if work.tokens("tuned") else 0) + answering + REST

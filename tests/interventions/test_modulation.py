@@ -1,6 +1,8 @@
 """Alpha: what it does to the model, how it is learnt (gradients against finite differences), and the dial."""
 
 import math
+import os
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +21,7 @@ from nt_utils.interventions.modulation import Modulation
 from nt_utils.neurons import POOL, NeuronSet, NeuronSpace
 from nt_utils.scoring.attribution import frozen
 from nt_utils.selection import Ranking
+from nt_utils.work import COUNTS
 from tests.common import assert_same, logits_of, refused, snapshot
 from tests.tiny import double_lm, tiny_lm, training_lm
 
@@ -365,7 +368,7 @@ def test_resumed_learning_ends_with_the_same_alpha(lm, tmp_path, method):
     sets, recipe = _sets(lm), replace(SHORT, method=method, iterations=5, validate_every=2)
     whole, again = (learn(lm, *sets, TASKS, BENIGN, recipe, validation=HELD_OUT, progress=False) for _ in range(2))
     assert torch.equal(whole.modulation.alpha, again.modulation.alpha)
-    file, original = tmp_path / "state", Learner.step
+    file, original, before = tmp_path / "state", Learner.step, Counter(COUNTS)
 
     def interrupted(self, state):
         if state.iteration == 3:
@@ -377,8 +380,15 @@ def test_resumed_learning_ends_with_the_same_alpha(lm, tmp_path, method):
         with pytest.raises(KeyboardInterrupt):
             learn(lm, *sets, TASKS, BENIGN, recipe, validation=HELD_OUT, checkpoint=file, progress=False)
     assert file.exists()
+    done = Counter(COUNTS) - before
     later = {"validation": HELD_OUT, "checkpoint": file, "progress": False}
+    COUNTS.clear()  # as in a new process, which finds an older file
+    os.utime(file, (0, 0))
     resumed = learn(lm, *sets, TASKS, BENIGN, recipe, **later)
+    assert COUNTS["gradient_tokens"] > done["gradient_tokens"] > 0, "what was interrupted counts as well"
+    once = COUNTS["gradient_tokens"]
+    learn(lm, *sets, TASKS, BENIGN, recipe, **later)  # it has all its iterations
+    assert COUNTS["gradient_tokens"] == once
     assert torch.equal(resumed.modulation.alpha, whole.modulation.alpha)
     pd.testing.assert_frame_equal(resumed.history, whole.history)
     for changed in (

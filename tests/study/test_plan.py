@@ -150,7 +150,10 @@ def test_counts_are_published_and_scaled_to_another_study(counted, tmp_path):
     assert found.counts["decode_steps"] == pytest.approx(4 * 2 * 2)
     assert plan.work_of("01_safety_neurons", elsewhere, "other", "quick", other) is None
     own = plan.work_of("01_safety_neurons", counted, "testbed", "quick", other)
-    assert WORK.items() <= own.counts.items() and "last ran" in own.source
+    assert own.counts["scored_tokens"] == pytest.approx(1000 * 2 * longer), (
+        "the last run's own numbers may have been others"
+    )
+    assert "last ran" in own.source
 
 
 def test_a_study_with_counts_of_its_own_does_not_take_the_testbeds(counted, tmp_path):
@@ -167,11 +170,20 @@ def test_a_study_with_counts_of_its_own_does_not_take_the_testbeds(counted, tmp_
     assert found["work"] == WORK and set(found["parameters"]) == {"harmful", "n_detect", "n_test", "max_new_tokens"}
 
 
-def test_counts_of_a_run_that_read_its_answers_from_the_cache_are_not_published(counted):
+def test_answers_from_the_cache_count_as_written_at_full_length(counted):
     note = counted / "provenance" / "01_safety_neurons.json"
-    note.write_text(json.dumps({"work": WORK | {"cached_answers": 3}, "parameters": {}}))
-    refused("3 answers came from the cache", lambda: plan.publish(counted, "testbed", "default"))
-    assert not plan.PUBLISHED.exists()
+    given = {"harmful": "testbed", "max_new_tokens": 16}
+    note.write_text(json.dumps({"work": WORK | {"cached_answers": 64}, "parameters": given}))
+    plan.publish(counted, "testbed", "default")
+    found = json.loads(plan.PUBLISHED.read_text())["testbed"]["default"]["01_safety_neurons"]["work"]
+    wanted = WORK | {
+        "read_tokens": WORK["read_tokens"] + 64 * plan.EMBEDDED_TOKENS,
+        "written_tokens": WORK["written_tokens"] + 64 * 16,
+        "decode_steps": WORK["decode_steps"] + 64 * 16 / plan.ROWS_A_BATCH,
+    }
+    assert found == wanted
+    own = plan.work_of("01_safety_neurons", counted, "testbed", "default", SimpleNamespace(**given))
+    assert own.counts == wanted and "64 answers from the cache" in own.source
 
 
 @pytest.mark.parametrize(("device", "said"), [(None, "the CPU of this machine"), (("H100", 80 * 2**30), "(H100; ")])
