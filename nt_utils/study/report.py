@@ -106,7 +106,8 @@ class Pictures:
         drawn = re.search(r"run\.figure\(\s*\"(\w+)\"", source)
         name = name or (drawn.group(1) if drawn else "")
         heading = self.asked.get(name, ("", "", []))[0]
-        title = ": ".join(part for part in (heading, name.replace("_", " ")) if part) or "figure"
+        named = name.replace("_", " ")
+        title = ": ".join(p for p in (heading, named if named != heading.lower() else "") if p) or "figure"
         text = html.escape(f"Figure {self.count}. {title}")
         picture = f'<img alt="{text}" src="data:image/png;base64,{"".join(content.split())}">'
         return f"<figure>{picture}<figcaption><b>{text}</b> ({html.escape(self.said)})</figcaption></figure>"
