@@ -94,7 +94,7 @@ def attack(
 ) -> dict[tuple[str, float], FineTuned]:
     """Fine-tune under every scope at every learning rate (LoRA: times LORA_FACTOR): (arm, rate) -> what came of it.
 
-    Of the arms in ``keep`` the delta at the largest rate is kept; all of them would be as large as that many models.
+    Of the arms in ``keep`` the delta of the :func:`best_run` is kept; all of them would be as large as that many models.
     One call with one scope is "freeze these, fine-tune, evaluate". Options: see
     :func:`nt_utils.experiments.finetuning.finetune` (steps, reference, batch_size, seed).
     """
@@ -106,9 +106,20 @@ def attack(
             with work.part(f"rate {used:g}"):
                 found[arm, used] = finetune(lm, rows, suite, learning_rate=used, scope=scope, start=start, **options)
             start = found[arm, used].evaluations[0]
-            if arm not in keep or rate != max(learning_rates):
-                found[arm, used].tuned.final = None
+            kept = best_run(found, arm) if arm in keep else None
+            for (name, _), run in found.items():
+                if name == arm and run is not kept:
+                    run.tuned.final = None
     return found
+
+
+def best_run(runs: Mapping[tuple[str, float], FineTuned], arm: str) -> FineTuned:
+    """An arm at the rate that a fine-tuner would take: the smallest loss on held-out rows after the last step."""
+
+    def loss(run: FineTuned) -> float:
+        return math.inf if run.tuned.diverged is not None else run.losses[max(run.losses)]
+
+    return min((run for (name, _), run in runs.items() if name == arm), key=loss)
 
 
 def attack_table(runs: Mapping[tuple[str, float], FineTuned], measures: Sequence[Measure], **labels) -> pd.DataFrame:
@@ -127,6 +138,11 @@ def attack_table(runs: Mapping[tuple[str, float], FineTuned], measures: Sequence
 
 #: Share of its starting loss by which an arm's held-out loss has to fall for the arm to count as learning the task.
 LEARNT = 0.02
+
+
+def learnt(run: FineTuned, loss: float) -> bool:
+    """Whether this held-out loss of a training says that it has learnt the task."""
+    return loss <= (1 - LEARNT) * run.losses[min(run.losses)]
 
 
 @dataclass(frozen=True)
@@ -197,11 +213,7 @@ def equal_loss_points(
     for (arm, rate), run in runs.items():
         if len(run.losses) > 1 and (arm not in best or min(run.losses.values()) < min(best[arm][1].losses.values())):
             best[arm] = (rate, run)
-    best = {
-        arm: (rate, run)
-        for arm, (rate, run) in best.items()
-        if min(run.losses.values()) <= (1 - LEARNT) * run.losses[min(run.losses)]
-    }
+    best = {arm: (rate, run) for arm, (rate, run) in best.items() if learnt(run, min(run.losses.values()))}
     if target is None:
         target = max((min(run.losses.values()) for _, run in best.values()), default=math.nan)
     found = {}
@@ -310,6 +322,13 @@ def moved_share(
         )
         values.append(moved - resampled)
     return middle(values)
+
+
+def flow_finding(run: FineTuned, before: Calibration, after: Calibration, *how, **options) -> Finding:
+    """What is said of A7 by the model after a fine-tuning (see :func:`moved_share`), where that has learnt its task."""
+    if run.tuned.diverged is not None or not learnt(run, run.losses[max(run.losses)]):
+        return Finding("A7", "", "share", "full fine-tuning did not learn the task at any learning rate")
+    return Finding("A7", "", "share", moved_share(before, after, *how, **options))
 
 
 # ----------------------------------------------------------------------------------------------------- alignment

@@ -25,6 +25,7 @@ from nt_utils.evaluation.likelihood import response_likelihood
 from nt_utils.evaluation.suite import Evaluation, Suite, evaluate, make_suite
 from nt_utils.experiments.bench import Measure, rates, trimmed
 from nt_utils.interventions.delta import Delta
+from nt_utils.interventions.precision import copied
 from nt_utils.interventions.tuning import AllBut, Everything, LoRA, Only, Tuned, tune
 from nt_utils.models import LanguageModel
 
@@ -77,8 +78,8 @@ def finetune(
             ends the training.
         learning_rate: of AdamW, constant; see :func:`choose_rate`.
         scope: what is trained (None: everything).
-        reference: the model by which improbable responses are found (None: `lm` in the attacked state, at step 0; then
-            the model under training itself, which takes its own babble for probable).
+        reference: the model by which improbable responses are found (None: a copy of `lm` as it is before the training;
+            a model under training would take its own babble for probable).
         seed: of the order of the rows, the same for every state that is to be compared.
         start: the evaluation of step 0, where another fine-tuning from this state has made it.
         held_out: rows of the same task that are not trained on; their loss is taken at every evaluated step.
@@ -89,6 +90,7 @@ def finetune(
     """
     found: dict[int, Evaluation] = {} if start is None else {0: start}
     losses: dict[int, float] = {}
+    reference = copied(lm) if reference is None else reference
 
     def measure(model: LanguageModel, step: int) -> None:
         if held_out:

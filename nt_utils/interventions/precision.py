@@ -63,10 +63,15 @@ def training_copy(lm: LanguageModel, train_dtype: str = "auto") -> LanguageModel
         raise InputError(
             f"train_dtype: {train_dtype} needs a copy of a model that is sharded or offloaded; use 'model'"
         )
+    return copied(lm, dtype)
+
+
+def copied(lm: LanguageModel, dtype: torch.dtype | None = None) -> LanguageModel:
+    """A copy with weights of its own, in another precision where one is given."""
     twin = copy.copy(lm)
     twin.__dict__.pop("view", None)  # the original's
     model: Any = copy.deepcopy(lm.model)
-    twin.model = model.to(dtype)
+    twin.model = model if dtype is None else model.to(dtype)
     return twin
 
 

@@ -13,7 +13,7 @@ from nt_utils.errors import InputError
 from nt_utils.evaluation import metrics
 from nt_utils.evaluation.suite import Suite, SuiteSet
 from nt_utils.experiments import alignment
-from nt_utils.experiments.bench import Bench, Measure
+from nt_utils.experiments.bench import Bench, Finding, Measure
 from nt_utils.experiments.units import Calibration
 from nt_utils.interventions.tuning import Everything, LoRA
 from nt_utils.plots import alignment as figures
@@ -79,6 +79,22 @@ def test_frozen_units_are_bit_identical_after_fine_tuning(tuned_lm, runs):
                     gate = stored[f"model.layers.{layer}.mlp.gate_proj.weight"]
                     assert torch.equal(view.weight(layer, "gate")[mask], gate[mask])
     assert all(torch.equal(v, stored[k]) for k, v in tuned_lm.model.state_dict().items())
+
+
+def test_units_are_followed_where_the_task_was_learnt(tuned_lm, suite, calibration):
+    """A rate that breaks the model, however large, is not what a fine-tuner takes."""
+    options = {"keep": ["full"], "steps": [2], "batch_size": 4, "held_out": GOOD[:4]}
+    swept = alignment.attack(tuned_lm, GOOD, suite, {"full": Everything()}, [0.003, 1.0], **options)
+    best, broken = swept["full", 0.003], swept["full", 1.0]
+    assert broken.losses[2] > broken.losses[0] > best.losses[2] and broken.tuned.final is None
+    assert alignment.best_run(swept, "full") is best
+    with best.delta.active(tuned_lm):
+        after = Calibration.of(tuned_lm, HARM, GOOD, size=2)
+    how = calibration, after, SHARES, "SCU", "CU", 4, 0
+    assert alignment.flow_finding(best, *how) == Finding("A7", "", "share", alignment.moved_share(*how))
+    assert "did not learn the task" in alignment.flow_finding(broken, *how).found
+    broken.tuned.diverged = 1
+    assert alignment.best_run(swept, "full") is best
 
 
 def test_sets_that_are_frozen(scores):

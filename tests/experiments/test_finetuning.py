@@ -6,7 +6,7 @@ import torch
 from nt_utils.data import corpus, tasks
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError
-from nt_utils.evaluation.suite import Suite, SuiteSet
+from nt_utils.evaluation.suite import Suite, SuiteSet, evaluate
 from nt_utils.experiments.bench import Measure
 from nt_utils.experiments.finetuning import choose_rate, curves, finetune, task_loss
 from nt_utils.interventions.tuning import AllBut, Only, tune
@@ -47,6 +47,21 @@ def test_a_state_is_fine_tuned_and_left_as_it_was():
     assert lm.weights_fingerprint == reference.weights_fingerprint
     with pytest.raises(InputError, match="steps: got 0"):
         finetune(lm, ROWS, SUITE, steps=[0], learning_rate=0.01)
+
+
+def test_without_a_reference_the_model_before_the_training_tells_babble(monkeypatch):
+    """A model that is broken by its training takes its own babble for probable: it would count as answering everything."""
+    lm, seen = tiny_lm(), []
+    untouched = lm.weights_fingerprint
+
+    def asked(model, suite, base, **options):
+        seen.append((model.weights_fingerprint, base.weights_fingerprint))
+        return evaluate(model, suite, base=base, **options)
+
+    monkeypatch.setattr("nt_utils.experiments.finetuning.evaluate", asked)
+    finetune(lm, ROWS, SUITE, steps=[2], learning_rate=0.01, batch_size=3)
+    (first, told), (after, told_after) = seen
+    assert first == told == told_after == untouched != after
 
 
 def test_the_rate_is_the_one_that_learns_the_task():
