@@ -29,7 +29,7 @@ LISTS := $(shell (cat pyproject.toml constraints.txt; pwd; echo '$(TORCH_INDEX)'
 BLANK := $(subst ,, )
 READY := $(subst $(BLANK),\$(BLANK),$(PREFIX))/.nt-utils-$(LISTS)
 
-.PHONY: study plan test test-cpus testbed lab browser figures publish reproduce docs report bench bench-gpu lint clean help env env-test env-dev env-browser
+.PHONY: study plan test test-real test-cpus testbed lab browser figures publish reproduce docs report bench bench-gpu lint clean help env env-test env-dev env-browser
 
 study: env ## run the study: executed notebooks, tables and figures in runs/<study>/seed-<seed>/
 	@$(PY) -m nt_utils.study.batch study --studies "$(STUDY)" --seeds "$(SEEDS)" --preset "$(PRESET)" --cores "$(CORES)"
@@ -39,6 +39,9 @@ plan: env ## what the study will do, need and take, and what is missing; loads n
 
 test: env-test ## run the tests
 	@$(PY) -m pytest
+
+test-real: env-test ## check file, template, scores and hooks on Qwen2.5-Coder-0.5B itself; downloads .5 GB
+	@NT_TEST_REAL=1 HF_HUB_OFFLINE=$${HF_HUB_OFFLINE:-0} $(PY) -m pytest tests/real
 
 test-cpus: env-test ## run the tests with every set of instructions that this CPU offers, and with one and two threads
 	@$(PY) -m tests.cpus

@@ -9,6 +9,8 @@ import pytest
 
 from tests.tiny import FAMILIES, tiny_lm
 
+collect_ignore = [] if os.environ.get("NT_TEST_REAL") else ["real"]  # `make test-real`
+
 
 @pytest.fixture(scope="session")
 def lm():
