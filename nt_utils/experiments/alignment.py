@@ -23,6 +23,7 @@ from nt_utils.experiments.bench import Bench, Finding, Measure, middle, rates
 from nt_utils.experiments.finetuning import DIVERGED, FineTuned, Scope, diverged_rows, finetune
 from nt_utils.experiments.units import Calibration, random_like
 from nt_utils.interventions.delta import Delta
+from nt_utils.interventions.precision import copied
 from nt_utils.interventions.tuning import AllBut, Everything, LoRA, Only, Tuned, tune
 from nt_utils.models import LanguageModel, pad
 from nt_utils.neurons import NeuronSet
@@ -90,14 +91,21 @@ def attack(
     scopes: Mapping[str, Scope],
     learning_rates: Sequence[float],
     keep: Sequence[str] = (),
+    *,
+    reference: LanguageModel | None = None,
+    held_out: Sequence[Prompt] = (),
     **options,
 ) -> dict[tuple[str, float], FineTuned]:
     """Fine-tune under every scope at every learning rate (LoRA: times LORA_FACTOR): (arm, rate) -> what came of it.
 
     Of the arms in ``keep`` the delta of the :func:`best_run` is kept; all of them would be as large as that many models.
-    One call with one scope is "freeze these, fine-tune, evaluate". Options: see
-    :func:`nt_utils.experiments.finetuning.finetune` (steps, reference, batch_size, seed).
+    One call with one scope is "freeze these, fine-tune, evaluate". ``reference``, ``held_out`` and options (steps,
+    batch_size, seed): see :func:`nt_utils.experiments.finetuning.finetune`. Raises InputError where an arm is to be kept and
+    nothing is held out.
     """
+    if keep and not len(held_out):
+        raise InputError("held_out: is empty; the delta to keep is the one with the smallest loss on these rows")
+    options |= {"reference": copied(lm) if reference is None else reference, "held_out": held_out}  # one for all arms
     found: dict[tuple[str, float], FineTuned] = {}
     start = None
     for arm, scope in work.parts(scopes):
@@ -324,11 +332,19 @@ def moved_share(
     return middle(values)
 
 
-def flow_finding(run: FineTuned, before: Calibration, after: Calibration, *how, **options) -> Finding:
-    """What is said of A7 by the model after a fine-tuning (see :func:`moved_share`), where that has learnt its task."""
-    if run.tuned.diverged is not None or not learnt(run, run.losses[max(run.losses)]):
+def flow_finding(
+    run: FineTuned,
+    before: Calibration,
+    after: Calibration | None,
+    proportions: Mapping[str, float],
+    draws: int,
+    seed: int,
+) -> Finding:
+    """What is said of A7: the share of SCU that a fine-tuning turns into CU (see :func:`moved_share`), where it has learnt
+    its task. ``after``: of the fine-tuned model; None where the training diverged."""
+    if after is None or not learnt(run, run.losses[max(run.losses)]):
         return Finding("A7", "", "share", "full fine-tuning did not learn the task at any learning rate")
-    return Finding("A7", "", "share", moved_share(before, after, *how, **options))
+    return Finding("A7", "", "share", moved_share(before, after, proportions, "SCU", "CU", draws, seed))
 
 
 # ----------------------------------------------------------------------------------------------------- alignment

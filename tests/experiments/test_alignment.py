@@ -90,11 +90,28 @@ def test_units_are_followed_where_the_task_was_learnt(tuned_lm, suite, calibrati
     assert alignment.best_run(swept, "full") is best
     with best.delta.active(tuned_lm):
         after = Calibration.of(tuned_lm, HARM, GOOD, size=2)
-    how = calibration, after, SHARES, "SCU", "CU", 4, 0
-    assert alignment.flow_finding(best, *how) == Finding("A7", "", "share", alignment.moved_share(*how))
-    assert "did not learn the task" in alignment.flow_finding(broken, *how).found
+    moved = alignment.moved_share(calibration, after, SHARES, "SCU", "CU", 4, 0)
+    assert alignment.flow_finding(best, calibration, after, SHARES, 4, 0) == Finding("A7", "", "share", moved)
+    for run, state in ((broken, after), (best, None)):  # None: it diverged
+        assert "did not learn the task" in alignment.flow_finding(run, calibration, state, SHARES, 4, 0).found
     broken.tuned.diverged = 1
     assert alignment.best_run(swept, "full") is best
+    with pytest.raises(InputError, match="held_out: is empty"):
+        alignment.attack(tuned_lm, GOOD, suite, {"full": Everything()}, [0.003], keep=["full"], steps=[2])
+
+
+def test_one_copy_of_the_model_judges_all_arms(tuned_lm, suite, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        alignment,
+        "finetune",
+        lambda *a, reference, **k: (
+            seen.append(reference) or SimpleNamespace(evaluations={0: None}, tuned=SimpleNamespace(final=None))
+        ),
+    )
+    alignment.attack(tuned_lm, GOOD, suite, {"full": Everything(), "LoRA": LoRA(rank=1)}, [0.1, 0.2], steps=[1])
+    assert len(seen) == 4 and len(set(map(id, seen))) == 1 and seen[0].model is not tuned_lm.model
+    assert seen[0].weights_fingerprint == tuned_lm.weights_fingerprint
 
 
 def test_sets_that_are_frozen(scores):
