@@ -54,7 +54,7 @@ def importance_by_hand(
     block = view.feed_forward(layer) if kind == "ffn" else view.attention(layer)
     call: dict = {}
     with hooks.observe([(block, lambda args, kwargs: call.update(args=args, kwargs=kwargs))]):
-        view.model(ids, use_cache=False)
+        view.model(ids.to(view.model.device), use_cache=False)
 
     def output() -> Float[Tensor, "tokens hidden"]:
         found = block(*call["args"], **call["kwargs"])
