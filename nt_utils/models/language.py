@@ -44,6 +44,9 @@ class LanguageModel(Prompter):
                 raise ModelError("model: a PeftModel that adds virtual tokens to every prompt is not supported")
             given = given.get_base_model()  # its layers hold the adapters
         self.model: PreTrainedModel = given
+        # Under a mask, cuDNN's attention has NaN gradients at some lengths on H100 and H200 (torch 2.11 to 2.13, pytorch
+        # issue 196678). The other kernels do not, and a CPU has no use for it.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         super().__init__(tokenizer, name, system_prompt, **more)
 
     @cached_property

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,26 @@ def git_revision() -> str:
         return head + ("+changes" if head and git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def machine() -> dict[str, Any]:
+    """What computes: platform, version of Python, number of processors and names of the GPUs that PyTorch sees."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "gpus": gpus,
+    }
+
+
+def devices(note: Mapping[str, Any]) -> str:
+    """What a run computed on, for a caption: "CPU", or its GPUs, also those of an interrupted run whose tables it took over."""
+    makers = [note.get("machine", {}), *(kept["machine"] for kept in note.get("kept", {}).values())]
+    found = [name for made in makers for name in made.get("gpus") or ["CPU"]]
+    return " and ".join(dict.fromkeys(found))
 
 
 def versions() -> dict[str, str]:

@@ -29,6 +29,7 @@ from nt_utils import plots
 from nt_utils.errors import InputError, command
 from nt_utils.files import atomic, escaped, project_root, read_json, run_folder, study_name
 from nt_utils.study import claims, ledger, seeds
+from nt_utils.study.provenance import devices
 
 if TYPE_CHECKING:
     import nbformat
@@ -151,6 +152,7 @@ def made_with(note: Mapping[str, Any]) -> dict[str, Any]:
         "weights": facts.get("model weights", "")[:16],
         "testbed": facts.get("testbed", {}).get("fingerprint", ""),
         "time": note.get("time", ""),
+        "device": devices(note),
     }
 
 
@@ -159,6 +161,7 @@ def caption(made: Mapping[str, Any]) -> str:
     told = [made["model"], f"seed {made['seed']}", f"preset {made['preset']}"]
     told += [f"n = {made['n']} prompts of each kind"] if made.get("n") else []
     told += [f"commit {made['commit']}"] if made.get("commit") else []
+    told += [f"computed on {made['device']}"] if made.get("device", "CPU") != "CPU" else []
     return ", ".join(map(str, told))
 
 

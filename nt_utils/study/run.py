@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,10 +19,10 @@ from typing import Any
 
 from nt_utils import work
 from nt_utils.errors import InputError
-from nt_utils.files import atomic, cached, project_root, run_folder, study_name
+from nt_utils.files import atomic, cached, project_root, read_json, run_folder, study_name
 from nt_utils.study import claims, display, ledger
 from nt_utils.study.parameters import check_parameters, from_notebook
-from nt_utils.study.provenance import code_fingerprint, git_revision, notes, versions
+from nt_utils.study.provenance import code_fingerprint, git_revision, machine, notes, versions
 from nt_utils.study.subject import check_inputs
 
 
@@ -59,6 +57,7 @@ class Run:
     handed_in: dict[tuple[str, str, str], dict] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    taken_over: dict[str, dict] = field(default_factory=dict)  # table -> what made it, where an interrupted run did
     started: float = field(default_factory=time.time)
     since: float = 0.0  # when this run began, by the clock of the folder's file server
 
@@ -134,17 +133,26 @@ class Run:
 
     def kept(self, name: str, make: Callable[[], Any]):
         """``make()``, a table that takes long, or what an interrupted run left of it: with the same parameters, code, weights
-        and prompts. The file goes when the run is finished."""
+        and prompts. The file goes when the run is finished; provenance says what made a table that was taken over."""
         import pandas as pd
+
+        path = self.path("kept", f"{name}.parquet")
+        note = path.with_suffix(".made.json")
 
         def anew(path: Path):
             made = make()
             with atomic(path) as tmp:
                 made.to_parquet(tmp)
+            with atomic(note) as tmp:
+                tmp.write_text(json.dumps({"machine": machine(), "git": git_revision()}), encoding="utf-8")
             return made
 
+        def taken_over(path: Path):
+            self.taken_over[name] = read_json(note)
+            return pd.read_parquet(path)
+
         key = {"parameters": vars(self.parameters), "facts": self.facts, "code": code_fingerprint()}
-        return cached(self.path("kept", f"{name}.parquet"), pd.read_parquet, anew, key)
+        return cached(path, taken_over, anew, key)
 
     def checkpoint(self, name: str) -> str:
         """File name of what this code's trainings keep to go on from ("{key}": which training). It goes like :meth:`kept`'s."""
@@ -231,7 +239,8 @@ class Run:
             "git": git_revision(),
             "code": code_fingerprint(),
             "versions": versions(),
-            "machine": {"platform": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()},
+            "machine": machine(),
+            "kept": self.taken_over,
         }
         with atomic(path) as tmp:
             tmp.write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ from nt_utils import models
 from nt_utils.errors import ModelError
 from nt_utils.models import DecoderView
 from tests.common import refused
-from tests.tiny import CONFIGS, SHAPE, neuron_entries, tiny_model
+from tests.tiny import CONFIGS, SHAPE, neuron_entries, tiny_lm, tiny_model
 
 # ------------------------------------------------------------------------------------------------------------ view
 
@@ -110,3 +110,10 @@ def test_quantised_weights_are_refused():
 
 def test_shape_is_what_the_tests_assume():
     assert SHAPE["num_attention_heads"] // SHAPE["num_key_value_heads"] == 2  # grouped queries are really tested
+
+
+def test_cudnn_attention_whose_gradients_can_be_nan_is_off():
+    """On an H200 every training of notebook 02 ended in a gradient that was not a number."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    tiny_lm()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

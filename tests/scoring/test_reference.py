@@ -43,3 +43,16 @@ def test_the_change_of_the_blocks_output_by_hand():
         wanted = x[:, [4, 7]].norm(dim=0) * module.weight[:, [4, 7]].norm(dim=0)
         torch.testing.assert_close(found, wanted.detach().double(), rtol=1e-5, atol=1e-6)
     assert hooks_left(view.model) == 0
+
+
+def test_prompts_go_to_the_models_device():
+    """Prompts are encoded on the CPU, whatever the model's device is."""
+
+    class Elsewhere:
+        def to(self, device):
+            assert device == view.model.device
+            return IDS
+
+    view = DecoderView(tiny_model())
+    found = importance_by_hand(view, Elsewhere(), 0, "ffn", [1])
+    assert torch.equal(found, importance_by_hand(view, IDS, 0, "ffn", [1]))

@@ -214,3 +214,12 @@ def test_a_rerun_passes_exactly_when_its_verdicts_are_equal(
 def test_a_study_that_was_not_published_is_refused(published):
     refused("published: testbed", lambda: reproduce.published("other", published))
     assert json.loads((published / "figures" / "testbed" / NAME / "made_with.json").read_text())["testbed"] == "abcd"
+
+
+def test_a_caption_names_the_gpus_of_a_run_and_of_tables_that_it_took_over():
+    note = {"parameters": {"model": "m", "seed": 0}, "machine": {"gpus": []}}
+    assert "computed" not in publish.caption(publish.made_with(note))
+    note["kept"] = {"dose": {"machine": {"gpus": ["NVIDIA H200"]}}}
+    assert publish.caption(publish.made_with(note)).endswith("computed on CPU and NVIDIA H200")
+    note["machine"]["gpus"] = ["NVIDIA H200"]
+    assert publish.caption(publish.made_with(note)).endswith("computed on NVIDIA H200")

@@ -139,9 +139,12 @@ def test_a_table_of_an_interrupted_run_is_kept_for_the_same_parameters_and_promp
         pd.testing.assert_frame_equal(found, made)
         return run
 
-    again()
+    assert not again().taken_over
     run = again()
     assert len(calls) == 1
+    run.provenance()
+    note = json.loads((tmp_path / "provenance" / "01_safety_neurons.json").read_text())
+    assert note["kept"]["dose"]["machine"] == note["machine"] and note["machine"]["gpus"] is not None
     again(preset="full")
     again(preset="full", prompts="y")
     assert len(calls) == 3
