@@ -119,6 +119,7 @@ def agreement_sites(table: pd.DataFrame) -> Figure:
     ):
         grid = places.pivot_table(index="definition", columns="site", values=column, sort=False, dropna=False)
         grid = grid.reindex(index=names, columns=columns) * (100 if column == "share" else 1)
+        more |= {"xticklabels": 1 if small else layers // 6}  # of many layers every so many are named
         sns.heatmap(grid, ax=ax, annot=small, annot_kws={"size": 6.5}, cbar=not small, linewidths=0.4, **more)
         ax.set_title(title)
         ax.set_xlabel("layer and projection" if ax is axes[1, 0] else "")

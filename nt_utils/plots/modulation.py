@@ -100,7 +100,9 @@ def modulation_dial(table: pd.DataFrame) -> Figure:
         grid = full.pivot_table(index="n_safety", columns="n_utility", values=name)
         grid.loc[0, 0] = base[name]
         grid = 100 * grid.sort_index().sort_index(axis=1)
-        sns.heatmap(grid, ax=ax, cmap="cividis", annot=True, fmt=".0f", annot_kws={"size": 8}, cbar=False)
+        sns.heatmap(
+            grid, ax=ax, cmap="cividis", vmin=0, vmax=100, annot=True, fmt=".0f", annot_kws={"size": 8}, cbar=False
+        )
         ax.invert_yaxis()
         ax.set_title(f"{name}, %\n(n = {int(base[f'{name} n'])})")
         ax.set_xlabel("utility neurons")
