@@ -57,7 +57,9 @@ def publish(studies: Mapping[str, Sequence[Path]], root: Path) -> None:
     target = root / "figures"
     if (target / "measured.csv").is_file():  # other models stay as they were published
         before = ledger.read(target / "measured.csv")
-        lines = pd.concat([before[~before["model"].isin(lines["model"])], lines], ignore_index=True)
+        order = list(dict.fromkeys([*before["model"], *lines["model"]]))  # as they stood, too
+        lines = pd.concat([before[~before["model"].isin(lines["model"])], lines])
+        lines = lines.sort_values("model", key=lambda names: names.map(order.index), kind="stable", ignore_index=True)
     table = ledger.frame(lines.to_dict("records"))
     for old in target.glob("[0-9][0-9]_*.*"):  # of versions that had one folder for all
         old.unlink()

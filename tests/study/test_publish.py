@@ -223,3 +223,12 @@ def test_a_caption_names_the_gpus_of_a_run_and_of_tables_that_it_took_over():
     assert publish.caption(publish.made_with(note)).endswith("computed on CPU and NVIDIA H200")
     note["machine"]["gpus"] = ["NVIDIA H200"]
     assert publish.caption(publish.made_with(note)).endswith("computed on NVIDIA H200")
+
+
+def test_a_model_that_is_published_again_keeps_its_place(published):
+    """The first model of the front page became its last one."""
+    file = published / "figures" / "measured.csv"
+    lines = pd.read_csv(file)
+    pd.concat([lines, lines.assign(model="other")]).to_csv(file, index=False)
+    publish.publish({"testbed": [published / "runs" / "testbed-full" / "seed-0"]}, published)
+    assert pd.read_csv(file)["model"].unique().tolist() == ["testbed", "other"]
