@@ -116,7 +116,7 @@ def _error(model, batch) -> float:
         strongest = found[0, kind].mean(0).topk(4).indices.tolist()
         for ids, scores in zip(batch.input_ids, found[0, kind], strict=True):
             brute = importance_by_hand(view, ids[None], 0, kind, strongest)
-            worst = max(worst, ((scores[strongest].cpu() - brute.cpu()).abs() / brute.cpu()).max().item())
+            worst = max(worst, ((scores[strongest].to(brute) - brute).abs() / brute).max().item())
     return worst
 
 

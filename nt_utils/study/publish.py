@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ALL_CLAIMS, FIRST_CLAIMS, FINDINGS = "claims", "first claims", "findings"  # what stands between markers of the README
-PUBLISHED = (".csv", ".png", ".svg")  # of a figure; `make figures` draws the other forms from the table
+PUBLISHED = (".csv", ".png")  # of a figure; `make figures` draws the other forms from the table
 WIDTH = 820  # pixels of a picture in an executed notebook
 MOST_BYTES = 2_000_000  # of an executed notebook
 
