@@ -138,7 +138,7 @@ def effects(table: pd.DataFrame) -> Figure:
     """
     kinds = ordered(table["intervention"])
     width = max(table[table["intervention"] == k]["metric"].nunique() for k in kinds)
-    heights = [0.24 * (table[table["intervention"] == k]["definition"].nunique() - 1) + 0.95 for k in kinds]
+    heights = [0.24 * (table[table["intervention"] == k]["definition"].nunique() - 1) + 1.08 for k in kinds]
     drawn, axes = panels(len(kinds), width, height=sum(heights) + 0.45, ratios=heights, sharey="row")
     sets = ordered(table["set"])
     colours = dict(zip([s for s in sets if s != "chosen"], (GREY, COLOURS[4], COLOURS[5], COLOURS[3]), strict=False))
@@ -164,7 +164,7 @@ def effects(table: pd.DataFrame) -> Figure:
                     interval(ax, y, one, colours.get(name, COLOURS[1]), True, ms=size, label=name)
             ax.set_xlim(-0.06, 1.06)
             ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "50%", "", "100%"])
-            ax.set_title(f"{kind}: {metrics[column]}\n({counts(rows)})", fontsize=8)
+            ax.set_title(f"{kind}:\n{metrics[column]}\n({counts(rows)})", fontsize=8)
             rate_rows(ax, names, rates=False)
             found, labels = ax.get_legend_handles_labels()
             handles |= dict(zip(labels, found, strict=True))
