@@ -85,6 +85,25 @@ def test_other_prompts_are_taken_where_a_files_sources_are_not_at_hand(project, 
     assert f"toy: {project}/no.txt is not at hand" in said and "harmful: testbed instead" in said
 
 
+def test_other_prompts_are_taken_for_a_source_of_one_notebook_too(project):
+    (project / "notebooks" / "00_toy.ipynb").write_text(notebook(TOY + 'harmful = "testbed"\nother_harmful = ""\n'))
+    own = {"00_toy": {"other_harmful": str(project / "no.txt"), "rho": 0.5}}
+    write_params(project, harmful="testbed", notebooks=own, otherwise={"other_harmful": ""})
+    assert batch.study_parameters("toy", "00_toy", project) == {"harmful": "testbed", "other_harmful": "", "rho": 0.5}
+
+
+def test_every_study_that_names_other_prompts_has_some_for_each_source(monkeypatch):
+    """A study of the package that falls back where its prompts are not at hand falls back for all of them."""
+    monkeypatch.setattr("nt_utils.study.batch.parameter_files.is_at_hand", lambda source: False)
+    for study in ("qwen2.5-coder-0.5b-instruct", "qwen2.5-coder-1.5b-instruct", "smollm2-135m-instruct"):
+        for name in batch.notebooks(ROOT):
+            given = batch.study_parameters(study, name, ROOT)
+            assert {given[r] for r in parameters.SOURCES if r in given} <= {"", "testbed", "python-prose"}, (
+                study,
+                name,
+            )
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

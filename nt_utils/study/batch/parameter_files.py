@@ -115,10 +115,14 @@ def read(study: str, root: Path) -> StudyFile:
     anywhere = sorted({name for names in table.values() for name in names})
     for name, value in [*content.items(), *otherwise.items()]:
         _check(file, name, value, anywhere, OWN_KEYS)
-    named = {content[role] for role in parameters.SOURCES if content.get(role) not in (None, "", parameters.EMBEDDED)}
+    sections = [content, *(_mapping(file, notebook, values) for notebook, values in own.items())]
+    named = {section.get(role) for section in sections for role in parameters.SOURCES} - {None, "", parameters.EMBEDDED}
     if otherwise and (missing := [source for source in sorted(named) if not is_at_hand(source)]):
-        _say_otherwise(study, ", ".join(missing), ", ".join(f"{k}: {v}" for k, v in otherwise.items()))
+        _say_otherwise(study, ", ".join(missing), ", ".join(f"{k}: {v or 'none'}" for k, v in otherwise.items()))
         content |= otherwise
+        own = {
+            notebook: {k: otherwise.get(k, v) for k, v in (values or {}).items()} for notebook, values in own.items()
+        }
     for notebook, values in own.items():
         if notebook not in table:
             raise InputError(f"{file}: notebooks: {notebook!r} is no notebook; known: {', '.join(table)}")
