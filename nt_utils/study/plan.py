@@ -44,6 +44,9 @@ ASSUMED_GPU, SCORING = (2.5e14, 1.2e12), 3.0
 SHAPE_B, SHAPE_7B = (4 * 64, 2 * (1024 * (2 * 1024 + 2 * 256) + 3 * 1024 * 2816)), 6.6e9
 #: Bytes beside weights and cache: libraries, logits, the allocator's slack; of notebooks 00 to 03 on the 0.5B model 2.9 GiB.
 REST = 3 * GIB
+#: Tokens that a backward pass through all layers keeps activations of, in notebooks 05 and 06: 12 attacked prompts with their
+#: answers, measured on the 0.5B and the 1.5B model.
+GRADIENT_TOKENS = 1800
 #: Answers that are written together, where that was not counted.
 ROWS_A_BATCH = 32
 #: Forward passes that a token takes: the backward pass has twice the forward's operations, half of them for the weights.
@@ -78,11 +81,13 @@ class Model:
     """What a config says of a model.
 
     count  parameters (about); cache: values of its key-value cache a token; where: its config was read
+    kept   values that a backward pass keeps a token: of the layers, and three copies of the logits
     """
 
     count: float
     cache: float
     where: str
+    kept: float = 0.0
 
     def weights(self, dtype: str) -> float:
         """Bytes of its weights."""
@@ -128,7 +133,8 @@ def sizes(name: str, config: Mapping[str, Any], where: str) -> Model:
     matrices = 2 if config.get("model_type") in ("gpt2", "gpt_neox") else 3
     layer = hidden * (2 * heads * head + 2 * keys * head) + matrices * hidden * inner
     tables = (1 if config.get("tie_word_embeddings") else 2) * vocabulary * hidden
-    return Model(layers * layer + tables, 2 * layers * keys * head, where)
+    kept = layers * (8 * hidden + (matrices + 2) * inner) + 3 * vocabulary
+    return Model(layers * layer + tables, 2 * layers * keys * head, where, kept)
 
 
 # ------------------------------------------------------------------------------------------------- work and time
@@ -287,11 +293,13 @@ def seconds_of(work: Work, model: Model, dtype: str, rate: Rates) -> float:
 
 def memory_of(work: Work, model: Model, p: SimpleNamespace, dtype: str) -> float:
     """Expected peak bytes: the models held, what training adds (masters, gradients and two moments in float32: 16 bytes a
-    trained parameter), the cache and logits of a batch of answers, and REST."""
+    trained parameter), the activations of a batch of gradients, the cache of a batch of answers, and REST."""
     rows, new = ROWS_A_BATCH, getattr(p, "max_new_tokens", 0) or 256
     models = 1 + bool(getattr(p, "base_model", ""))
     answering = rows * (_prompt_tokens(p) + new) * model.cache * BYTES.get(dtype, 2)
-    return models * model.weights(dtype) + (16 * model.count if work.tokens("tuned") else 0) + answering + REST
+    training = 16 * model.count if work.tokens("tuned") else 0
+    gradients = GRADIENT_TOKENS * model.kept * BYTES.get(dtype, 2) if work.tokens("gradient") else 0
+    return models * model.weights(dtype) + training + gradients + answering + REST
 
 
 def filled(notebook: str, run, preset: str, root: Path) -> SimpleNamespace:

@@ -126,6 +126,9 @@ def test_a_larger_model_and_more_of_any_work_need_more():
     frozen = plan.Work({k: v for k, v in WORK.items() if k != "tuned_tokens"}, "")
     extra = plan.memory_of(work, small, p, "float16") - plan.memory_of(frozen, small, p, "float16")
     assert extra == pytest.approx(16 * small.count)
+    learning = plan.Work(frozen.counts | {"gradient_tokens": 1}, "")
+    extra = plan.memory_of(learning, small, p, "float16") - plan.memory_of(frozen, small, p, "float16")
+    assert extra == pytest.approx(2 * plan.GRADIENT_TOKENS * (32 * (8 * 4096 + 5 * 11008) + 3 * 32000))
 
 
 @pytest.fixture
