@@ -54,14 +54,16 @@ def point(wildcards):
     return " ".join([f"--study {shlex.quote(run.study)} --name {shlex.quote(run.name)}", *changes])
 
 
-def cores(wildcards):
-    """The testbed is small: one thread a notebook and several notebooks at once. A large model takes every core."""
-    return 1 if FILES[RUNS[wildcards.folder].study].is_small else workflow.cores or 8
-
-
 def needs(wildcards):
-    """What a cluster is asked for: worked out from the model's size."""
-    return plan.resources(FILES[RUNS[wildcards.folder].study], wildcards.notebook)
+    """Threads, memory, GPUs and minutes of a notebook. make study shares this machine's memory, of which it tells us;
+    a cluster is asked for what the model's size needs."""
+    run = RUNS[wildcards.folder]
+    file, all_cores = FILES[run.study], workflow.cores or 8
+    found = plan.resources(file, wildcards.notebook) | {"threads": 1 if file.is_small else all_cores}
+    if "mem_mb" in config:
+        here = plan.beside(file, run, wildcards.notebook, PRESET, all_cores, ROOT)
+        found |= here | {"mem_mb": min(here["mem_mb"], int(config["mem_mb"]))}
+    return found
 
 
 rule testbed:
@@ -87,7 +89,7 @@ rule notebook:
         "runs/{folder}/seed-{seed}/{notebook}.ipynb",
     params:
         point=point,
-    threads: cores
+    threads: lambda w: needs(w)["threads"]
     resources:
         gpu=lambda w: needs(w)["gpu"],
         mem_mb=lambda w: needs(w)["mem_mb"],

@@ -513,6 +513,29 @@ def resources(file, notebook: str = "") -> dict[str, int]:
     return {"gpu": gpus, "mem_mb": int(16000 + 3000 * billions), "runtime": int(60 * (4 + billions))}
 
 
+#: Memory that is kept for a notebook, over what is expected of it.
+SPARE = 1.25
+
+
+def beside(file, run, notebook: str, preset: str, cores: int, root: Path) -> dict[str, int]:
+    """How a notebook shares this machine with the others: its threads, and mem_mb, the memory that is kept for it (MiB).
+
+    The testbed is small: one thread a notebook, and memory is no matter. On a GPU, or where nobody has counted the work, a
+    notebook takes every core. On a CPU notebooks run side by side as far as memory goes, with the cores shared among them:
+    most of their time is spent on one token after the other, which more threads hardly speed up.
+    """
+    if file.is_small:
+        return {"threads": 1, "mem_mb": 0}
+    name = file.shared["model"]
+    config, where = config_of(name, file.facts)
+    p = filled(notebook, run, preset, root)
+    work = work_of(notebook, root / "runs" / run.folder / "seed-0", file.name, preset, p)
+    if not config or work is None or _device():
+        return {"threads": cores, "mem_mb": 0}
+    memory = SPARE * memory_of(work, sizes(name, config, where), p, file.shared.get("dtype", "auto"))
+    return {"threads": max(1, cores // len(run.notebooks)), "mem_mb": int(memory / 2**20)}
+
+
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m nt_utils.study.plan --studies llama-3.1-8b-instruct``: what ``make plan`` calls."""

@@ -247,6 +247,27 @@ def test_a_cluster_is_asked_for_what_the_size_needs():
     assert plan.resources(batch.read("llama-2-7b", ROOT), "04_ssah_alignment")["gpu"] == 2
 
 
+@pytest.mark.parametrize(("cores", "threads"), [(2, 1), (16, 2)])
+def test_notebooks_share_a_cpu_and_its_memory_and_take_a_gpu_alone(monkeypatch, cores, threads):
+    """On two cores one notebook after the other with two threads took far longer than two at a time."""
+    file = batch.read("qwen2.5-coder-0.5b-instruct", ROOT)
+    (run,) = batch.variants(file.name, [0], "default", ROOT)
+    monkeypatch.setattr(plan, "_device", lambda: None)
+    shares = {n: plan.beside(file, run, n, "default", cores, ROOT) for n in run.notebooks}
+    assert {share["threads"] for share in shares.values()} == {threads}
+    memory = {n[:2]: share["mem_mb"] for n, share in shares.items()}
+    assert 0 < memory["01"] < memory["05"] < memory["04"], "gradients need more than answers, training all weights most"
+    small = batch.read("testbed", ROOT)
+    (testbed,) = batch.variants("testbed", [0], "default", ROOT)
+    assert plan.beside(small, testbed, "04_ssah_alignment", "default", cores, ROOT) == {"threads": 1, "mem_mb": 0}
+    alone = {"threads": cores, "mem_mb": 0}
+    monkeypatch.setattr(plan, "work_of", lambda *_: None)
+    assert plan.beside(file, run, "04_ssah_alignment", "default", cores, ROOT) == alone
+    monkeypatch.undo()
+    monkeypatch.setattr(plan, "_device", lambda: ("a GPU", 8e10))
+    assert plan.beside(file, run, "04_ssah_alignment", "default", cores, ROOT) == alone
+
+
 def test_the_command_loads_torch_only_to_measure_the_cpu_and_shows_no_token():
     code = "import sys; from nt_utils.study import plan; assert plan.main(['--studies', 'testbed']) == 0; assert 'torch' not in sys.modules"
     code += "; assert plan.main(['--studies', 'llama-2-7b']) == 0"

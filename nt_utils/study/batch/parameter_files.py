@@ -136,11 +136,12 @@ def read(study: str, root: Path) -> StudyFile:
 
 
 def _quick(name: str, value: Any) -> Any:
-    """A number no larger than the quick preset's, a list no longer than its, else the value itself."""
+    """A number no larger than the quick preset's, a list no longer than its (steps no more either), else the value."""
     rule = parameters.PARAMETERS.get(name)
     most = rule.presets[0] if rule and rule.presets else None
     if isinstance(most, list) and isinstance(value, list):
-        return value[: len(most)]
+        found = value[: len(most)]
+        return [min(v, max(most)) for v in found] if name.endswith("steps") else found
     return min(value, most) if isinstance(most, (int, float)) and isinstance(value, (int, float)) else value
 
 

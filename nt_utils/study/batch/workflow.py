@@ -18,6 +18,8 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 from nt_utils.errors import InputError
 from nt_utils.files import cache_folder, project_root, writable
 from nt_utils.study import parameters
@@ -42,7 +44,9 @@ def run_study(names: Sequence[str], seeds: Sequence[int], preset: str, cores: st
     command = [sys.executable, "-m", "snakemake", f"--snakefile={root / 'Snakefile'}", f"--directory={root}"]
     # The greedy scheduler takes the notebook with the largest file first: about the longest first.
     command += [f"--cores={cores}", "--nolock", "--ignore-incomplete", "--keep-going", "--scheduler=greedy"]
-    config = {"studies": ",".join(names), "seeds": ",".join(map(str, seeds)), "preset": preset}
+    memory = psutil.virtual_memory().available // 2**20
+    command += [f"--resources=mem_mb={memory}"]
+    config = {"studies": ",".join(names), "seeds": ",".join(map(str, seeds)), "preset": preset, "mem_mb": memory}
     command += ["--config", *(f"{name}={value}" for name, value in config.items())]
     start = time.time()
     with contextlib.ExitStack() as stack:
