@@ -129,7 +129,7 @@ def modulation_frontier(table: pd.DataFrame) -> Figure:
         sides = ([row[name], row[f"{name} low"], row[f"{name} high"]] for name in (refusals, asr))
         cross(ax, *sides, color=colour, lw=0.6, alpha=0.25)
         face = "white" if turned and row["dominated"] else colour
-        ax.scatter(row[refusals], row[asr], s=sizes[i], facecolor=face, edgecolor=colour, zorder=3)
+        ax.scatter(row[refusals], row[asr], s=sizes[i], facecolor=face, edgecolor=colour, zorder=3, clip_on=False)
     for i, strength in enumerate(strengths):
         ax.scatter([], [], s=40, color=COLOURS[i], label=f"strength {strength:g}")
     ax.scatter([], [], s=40, color="#000000", label="untouched model")
