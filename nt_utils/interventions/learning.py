@@ -209,11 +209,12 @@ def find_inner_rate(
     """
     if not 0 < share < 1:
         raise InputError(f"share: got {share!r}; allowed: above 0, below 1")
-    found = []
+    learner = Learner(lm, safety, utility, tasks, benign, recipe)
+    alpha, supports, found = learner.start(), [learner.draw(task, 0)[0] for task in tasks], []
     for rate in sorted(rates):
-        learner = Learner(lm, safety, utility, tasks, benign, replace(recipe, inner_rate=rate))
+        learner.recipe = replace(recipe, inner_rate=rate)
         with frozen(learner.lm.model):
-            effect = learner.inner_effect(learner.start(), [learner.draw(task, 0)[0] for task in tasks])
+            effect = learner.inner_effect(alpha, supports)
         found.append((rate, 1 - effect["adapted"] / effect["support"]))
         if found[-1][1] >= share:
             return found[-1]
@@ -243,6 +244,7 @@ class Learner:
         self.lm = training_copy(lm, recipe.train_dtype)
         self.dtype = master_dtype(next(self.lm.model.parameters()).dtype)
         self.trunk = FrozenTrunk.of(self.lm, min(layer for layer, _ in self.places))
+        self._slopes: list[tuple[Tensor, tuple, tuple[Tensor, float]]] = []
 
     def leaf(self, alpha: Tensor) -> Tensor:
         """These values as what is differentiated: on the model's device, in the precision of masters."""
@@ -299,10 +301,24 @@ class Learner:
         rows = [tuple(r[:n].tolist()) for r, n in zip(batch.input_ids, batch.lengths, strict=True)]
         return self.trunk.reused(rows, batch.prompt_lengths)
 
+    def slope(self, alpha: Tensor, batch: tuple[Responses, Tensor]) -> tuple[Tensor, float]:
+        """Gradient of the loss by alpha, and the loss. What was found at the same alpha is not computed again."""
+        for at, same, found in self._slopes:
+            if same is batch and torch.equal(at, alpha):
+                return found
+        loss = self.loss(alpha, batch)
+        found = torch.autograd.grad(loss, alpha)[0], float(loss.detach())
+        at = alpha.detach().clone()
+        self._slopes = [kept for kept in self._slopes if torch.equal(kept[0], at)] + [(at, batch, found)]
+        return found
+
     def adapted(self, alpha: Tensor, support, second: bool) -> Tensor:
         """Alpha after the inner steps; with ``second`` a function of ``alpha`` that can be differentiated."""
         for _ in range(self.recipe.inner_steps):
-            (slope,) = torch.autograd.grad(self.loss(alpha, support), alpha, create_graph=second)
+            if second:
+                (slope,) = torch.autograd.grad(self.loss(alpha, support), alpha, create_graph=True)
+            else:
+                slope, _ = self.slope(alpha, support)
             alpha = (alpha - self.recipe.inner_rate * slope).clamp(*self.recipe.bounds)
             alpha = alpha if second else alpha.detach().requires_grad_()
         return alpha
@@ -337,7 +353,7 @@ class Learner:
 
     def inner_effect(self, alpha: Tensor, supports: Sequence) -> dict[str, float]:
         """Mean support loss before and after the inner step."""
-        before = [float(self.loss(alpha, s).detach()) for s in supports]
+        before = [self.slope(alpha, s)[1] for s in supports]
         after = [float(self.loss(self.adapted(alpha, s, second=False), s).detach()) for s in supports]
         return {"support": sum(before) / len(before), "adapted": sum(after) / len(after)}
 

@@ -515,6 +515,38 @@ def test_finding_an_inner_rate(lm):
     refused("share: got 2", lambda: find_inner_rate(lm, *sets, TASKS, BENIGN, SHORT, share=2))
 
 
+def test_a_slope_is_computed_once_for_every_rate_and_step(lm, monkeypatch):
+    """The support loss was differentiated anew for each rate tried, and twice in each validated step."""
+    asked = []
+
+    def counted(learner, alpha, batch, loss=Learner.loss):
+        asked.append(alpha)
+        return loss(learner, alpha, batch)
+
+    monkeypatch.setattr(Learner, "loss", counted)
+    sets, rates = _sets(lm, 40), [0.5, 1.0, 2.0]
+    rate, _ = find_inner_rate(lm, *sets, TASKS, BENIGN, SHORT, share=0.99, rates=rates)
+    assert len(asked) == len(TASKS) * (1 + len(rates))
+    learner = Learner(lm, *sets, TASKS, BENIGN, replace(SHORT, inner_rate=rate))
+    support, query = learner.draw(next(iter(TASKS)), 0)
+    found = {
+        inner: float(learner.loss(at, support))
+        for inner, at in (
+            ("before", learner.start()),
+            ("after", learner.adapted(learner.start(), support, second=False)),
+        )
+    }
+    alone = find_inner_rate(lm, *sets, dict([next(iter(TASKS.items()))]), BENIGN, SHORT, share=0.99, rates=[rate])
+    assert alone == (rate, 1 - found["after"] / found["before"]) and found["after"] != found["before"]
+    asked.clear()
+    effect = learner.inner_effect(learner.start(), [support])
+    again, _ = learner.gradient(learner.start(), support, query)
+    assert len(asked) == 2, "after the step, and the query: the slope is known"
+    fresh = Learner(lm, *sets, TASKS, BENIGN, replace(SHORT, inner_rate=rate))
+    assert torch.equal(again, fresh.gradient(fresh.start(), *fresh.draw(next(iter(TASKS)), 0))[0])
+    assert effect == {"support": found["before"], "adapted": found["after"]}
+
+
 def test_bad_learning_input(lm):
     sets = _sets(lm, 3)
     few = {"roleplay": TASKS["roleplay"], "prefix": TASKS["prefix"][:2]}
