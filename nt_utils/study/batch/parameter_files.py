@@ -116,7 +116,10 @@ def read(study: str, root: Path) -> StudyFile:
     for name, value in [*content.items(), *otherwise.items()]:
         _check(file, name, value, anywhere, OWN_KEYS)
     sections = [content, *(_mapping(file, notebook, values) for notebook, values in own.items())]
-    named = {section.get(role) for section in sections for role in parameters.SOURCES} - {None, "", parameters.EMBEDDED}
+    named = {str(section.get(role) or "") for section in sections for role in parameters.SOURCES} - {
+        "",
+        parameters.EMBEDDED,
+    }
     if otherwise and (missing := [source for source in sorted(named) if not is_at_hand(source)]):
         _say_otherwise(study, ", ".join(missing), ", ".join(f"{k}: {v or 'none'}" for k, v in otherwise.items()))
         content |= otherwise
