@@ -87,10 +87,14 @@ def test_other_prompts_are_taken_where_a_files_sources_are_not_at_hand(project, 
 
 
 def test_other_prompts_are_taken_for_a_source_of_one_notebook_too(project):
-    (project / "notebooks" / "00_toy.ipynb").write_text(notebook(TOY + 'harmful = "testbed"\nother_harmful = ""\n'))
-    own = {"00_toy": {"other_harmful": str(project / "no.txt"), "rho": 0.5}}
-    write_params(project, harmful="testbed", notebooks=own, otherwise={"other_harmful": ""})
-    assert batch.study_parameters("toy", "00_toy", project) == {"harmful": "testbed", "other_harmful": "", "rho": 0.5}
+    (project / "notebooks" / "00_toy.ipynb").write_text(
+        notebook(TOY + 'harmful = "testbed"\nother_harmful = ""\nnew_task = ""\n')
+    )
+    own = {"00_toy": {"other_harmful": str(project / "no.txt"), "new_task": "", "rho": 0.5}}
+    write_params(project, harmful="testbed", notebooks=own, otherwise={"other_harmful": "", "new_task": "testbed"})
+    found = batch.study_parameters("toy", "00_toy", project)
+    left_out = {"other_harmful": "", "new_task": ""}
+    assert found == {"harmful": "testbed", "rho": 0.5} | left_out, "what a notebook leaves out stays out"
 
 
 def test_every_study_that_names_other_prompts_has_some_for_each_source(monkeypatch):

@@ -116,16 +116,13 @@ def read(study: str, root: Path) -> StudyFile:
     for name, value in [*content.items(), *otherwise.items()]:
         _check(file, name, value, anywhere, OWN_KEYS)
     sections = [content, *(_mapping(file, notebook, values) for notebook, values in own.items())]
-    named = {str(section.get(role) or "") for section in sections for role in parameters.SOURCES} - {
-        "",
-        parameters.EMBEDDED,
-    }
+    named = {str(section.get(role) or "") for section in sections for role in parameters.SOURCES}
+    named -= {"", parameters.EMBEDDED}
     if otherwise and (missing := [source for source in sorted(named) if not is_at_hand(source)]):
         _say_otherwise(study, ", ".join(missing), ", ".join(f"{k}: {v or 'none'}" for k, v in otherwise.items()))
         content |= otherwise
-        own = {
-            notebook: {k: otherwise.get(k, v) for k, v in (values or {}).items()} for notebook, values in own.items()
-        }
+        for values in sections[1:]:  # what a notebook leaves out stays out
+            values |= {k: v for k, v in otherwise.items() if values.get(k)}
     for notebook, values in own.items():
         if notebook not in table:
             raise InputError(f"{file}: notebooks: {notebook!r} is no notebook; known: {', '.join(table)}")
