@@ -40,6 +40,8 @@ OWN_KEYS = ("notebooks", "sweep", "otherwise", "facts")
 #: Parameters that the command line sets: a file that named them would be ignored.
 OF_THE_COMMAND = {"study": "STUDY=...", "seed": "SEEDS=...", "preset": "PRESET=...", "runs": "the workflow"}
 FACTS = ("gated", "tokenizer", "config")
+#: Longest answer of a quick run in tokens: a refusal shows by then.
+QUICK_TOKENS = 12
 #: Notebooks that read what the others of their seed left: they come last.
 LAST = ("06_comparison",)
 
@@ -139,6 +141,8 @@ def _quick(name: str, value: Any) -> Any:
     """A number no larger than the quick preset's, a list no longer than its (steps no more either), else the value."""
     rule = parameters.PARAMETERS.get(name)
     most = rule.presets[0] if rule and rule.presets else None
+    if name == "max_new_tokens":
+        most = QUICK_TOKENS
     if isinstance(most, list) and isinstance(value, list):
         found = value[: len(most)]
         return [min(v, max(most)) for v in found] if name.endswith("steps") else found
