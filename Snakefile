@@ -1,5 +1,6 @@
 # The study as a graph: one papermill process a notebook, model and seed. `make study` runs it on this machine;
 # snakemake --config studies=testbed seeds=0,1,2 preset=default runs it wherever Snakemake does.
+import functools
 import json
 import shlex
 import sys
@@ -54,16 +55,20 @@ def point(wildcards):
     return " ".join([f"--study {shlex.quote(run.study)} --name {shlex.quote(run.name)}", *changes])
 
 
-def needs(wildcards):
-    """Threads, memory, GPUs and minutes of a notebook. make study shares this machine's memory, of which it tells us;
+@functools.cache
+def share(folder, notebook):
+    """Threads, memory, GPUs and minutes of a notebook. make study shares this machine, and says how much memory is free;
     a cluster is asked for what the model's size needs."""
-    run = RUNS[wildcards.folder]
+    run = RUNS[folder]
     file, all_cores = FILES[run.study], workflow.cores or 8
-    found = plan.resources(file, wildcards.notebook) | {"threads": 1 if file.is_small else all_cores}
+    found = plan.resources(file, notebook) | {"threads": 1 if file.is_small else all_cores}
     if "mem_mb" in config:
-        here = plan.beside(file, run, wildcards.notebook, PRESET, all_cores, ROOT)
-        found |= here | {"mem_mb": min(here["mem_mb"], int(config["mem_mb"]))}
+        found |= plan.beside(file, run, notebook, PRESET, all_cores, int(config["mem_mb"]), ROOT)
     return found
+
+
+def needs(name):
+    return lambda wildcards: share(wildcards.folder, wildcards.notebook)[name]
 
 
 rule testbed:
@@ -89,11 +94,11 @@ rule notebook:
         "runs/{folder}/seed-{seed}/{notebook}.ipynb",
     params:
         point=point,
-    threads: lambda w: needs(w)["threads"]
+    threads: needs("threads")
     resources:
-        gpu=lambda w: needs(w)["gpu"],
-        mem_mb=lambda w: needs(w)["mem_mb"],
-        runtime=lambda w: needs(w)["runtime"],
+        gpu=needs("gpu"),
+        mem_mb=needs("mem_mb"),
+        runtime=needs("runtime"),
     shell:
         "OMP_NUM_THREADS={threads} {sys.executable:q} -m nt_utils.study.batch run {wildcards.notebook:q} {params.point}"
         " --seed {wildcards.seed} --preset {PRESET:q} --output {output:q}"

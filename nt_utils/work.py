@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+import psutil
 import tqdm as bars
 from tqdm.auto import tqdm
 
@@ -135,3 +136,17 @@ def track(items=None, desc: str = "", **options):
     options |= {"file": sys.__stderr__, "mininterval": SECONDS, "maxinterval": 2 * SECONDS, "delay": SECONDS}
     form = MARK + "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} so far, {remaining} to go\n"
     return bars.tqdm(items, desc=desc, bar_format=form, **options)
+
+
+def memory() -> tuple[int, int]:
+    """Bytes of memory that this process may have, and that are free of them (a container's limit counts)."""
+    machine = psutil.virtual_memory()
+    total, free = machine.total, machine.available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        cached = next(int(line.split()[1]) for line in (group / "memory.stat").open() if line.startswith("file "))
+        total, free = min(total, limit), min(free, limit - used + cached)
+    except (OSError, ValueError, StopIteration):  # no such limit here
+        pass
+    return total, free

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -244,7 +244,7 @@ class Learner:
         self.lm = training_copy(lm, recipe.train_dtype)
         self.dtype = master_dtype(next(self.lm.model.parameters()).dtype)
         self.trunk = FrozenTrunk.of(self.lm, min(layer for layer, _ in self.places))
-        self._slopes: list[tuple[Tensor, tuple, tuple[Tensor, float]]] = []
+        self._slopes: deque[tuple[Tensor, tuple, tuple[Tensor, float]]] = deque(maxlen=32)
 
     def leaf(self, alpha: Tensor) -> Tensor:
         """These values as what is differentiated: on the model's device, in the precision of masters."""
@@ -302,14 +302,13 @@ class Learner:
         return self.trunk.reused(rows, batch.prompt_lengths)
 
     def slope(self, alpha: Tensor, batch: tuple[Responses, Tensor]) -> tuple[Tensor, float]:
-        """Gradient of the loss by alpha, and the loss. What was found at the same alpha is not computed again."""
+        """Gradient of the loss by alpha, and the loss. What was found lately is not computed again."""
         for at, same, found in self._slopes:
             if same is batch and torch.equal(at, alpha):
                 return found
         loss = self.loss(alpha, batch)
         found = torch.autograd.grad(loss, alpha)[0], float(loss.detach())
-        at = alpha.detach().clone()
-        self._slopes = [kept for kept in self._slopes if torch.equal(kept[0], at)] + [(at, batch, found)]
+        self._slopes.append((alpha.detach().clone(), batch, found))
         return found
 
     def adapted(self, alpha: Tensor, support, second: bool) -> Tensor:

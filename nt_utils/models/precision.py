@@ -8,15 +8,14 @@ import hashlib
 import json
 import platform
 import time
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
 from nt_utils.errors import InputError, ModelError
 from nt_utils.files import atomic, cache_folder
+from nt_utils.work import memory
 
 #: Parameters of a model from which on "auto" times both precisions; smaller ones are float32 without a measurement.
 TIMED_FROM = 50_000_000
@@ -43,14 +42,14 @@ def choose_dtype(dtype: str | torch.dtype, config, *, on_cpu: bool) -> tuple[tor
         return getattr(config, "dtype", None) or "auto", "the checkpoint's"
     elif parameters < TIMED_FROM:
         chosen, reason = torch.float32, "small model"
-    elif 4 * parameters > 0.8 * _memory()[0]:
+    elif 4 * parameters > 0.8 * memory()[0]:
         chosen, reason = torch.bfloat16, "float32 does not fit the memory"
     else:
         seconds = _measured(config)
         chosen = getattr(torch, min(seconds, key=lambda kind: seconds[kind]))
         reason = ", ".join(f"{kind} {value:.3f} s" for kind, value in seconds.items()) + " for two layers"
     if on_cpu:
-        needed, (total, free) = chosen.itemsize * parameters, _memory()
+        needed, (total, free) = chosen.itemsize * parameters, memory()
         if needed > free:
             raise ModelError(
                 f"model: its weights take {needed / 2**30:.1f} GiB in {str(chosen)[6:]}; of {total / 2**30:.1f} GiB of memory "
@@ -64,20 +63,6 @@ def _parameters(config) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _memory() -> tuple[int, int]:
-    """Bytes of memory that this process may have, and that are free of them (a container's limit counts)."""
-    machine = psutil.virtual_memory()
-    total, free = machine.total, machine.available
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        cached = next(int(line.split()[1]) for line in (group / "memory.stat").open() if line.startswith("file "))
-        total, free = min(total, limit), min(free, limit - used + cached)
-    except (OSError, ValueError, StopIteration):  # no such limit here
-        pass
-    return total, free
 
 
 def _measured(config) -> dict[str, float]:

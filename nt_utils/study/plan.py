@@ -481,6 +481,7 @@ def _disk(plan: Plan, models: Sequence[str], each: float) -> None:
         plan.missing.append(f"disk: {size} for weights, {room} (HF_HOME moves it)")
 
 
+@functools.cache
 def _device() -> tuple[str, float] | None:
     """Name and bytes of this machine's first GPU, by its driver's own tool: PyTorch is not loaded for it."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
@@ -517,23 +518,38 @@ def resources(file, notebook: str = "") -> dict[str, int]:
 SPARE = 1.25
 
 
-def beside(file, run, notebook: str, preset: str, cores: int, root: Path) -> dict[str, int]:
+def beside(file, run, notebook: str, preset: str, cores: int, free_mb: int, root: Path) -> dict[str, int]:
     """How a notebook shares this machine with the others: its threads, and mem_mb, the memory that is kept for it (MiB).
 
-    The testbed is small: one thread a notebook, and memory is no matter. On a GPU, or where nobody has counted the work, a
-    notebook takes every core. On a CPU notebooks run side by side as far as memory goes, with the cores shared among them:
-    most of their time is spent on one token after the other, which more threads hardly speed up.
+    The testbed is small: one thread a notebook, and memory is no matter. On a GPU, or where the work is not known, a
+    notebook takes every core. On a CPU notebooks run side by side as far as memory goes, with the cores shared among as many
+    as fit: most of their time is spent on one token after the other, which more threads hardly speed up.
     """
     if file.is_small:
         return {"threads": 1, "mem_mb": 0}
-    name = file.shared["model"]
-    config, where = config_of(name, file.facts)
-    p = filled(notebook, run, preset, root)
-    work = work_of(notebook, root / "runs" / run.folder / "seed-0", file.name, preset, p)
-    if not config or work is None or _device():
-        return {"threads": cores, "mem_mb": 0}
-    memory = SPARE * memory_of(work, sizes(name, config, where), p, file.shared.get("dtype", "auto"))
-    return {"threads": max(1, cores // len(run.notebooks)), "mem_mb": int(memory / 2**20)}
+    alone = {"threads": cores, "mem_mb": 0}
+    try:
+        config, where = config_of(file.shared["model"], file.facts)
+        p = filled(notebook, run, preset, root)
+        work = work_of(notebook, root / "runs" / run.folder / "seed-0", file.name, preset, p)
+        if not config or work is None or _device():
+            return alone
+        counts = {**work.counts, "tuned_tokens": float(trains_all(notebook, p))}
+        dtype = file.shared.get("dtype", "auto")
+        model = sizes(file.name, config, where)
+        memory = memory_of(Work(counts, ""), model, p, "float32" if dtype == "auto" else dtype)
+    except (InputError, OSError, ValueError, TypeError):  # the step itself says what is wrong
+        return alone
+    wanted = max(1, int(SPARE * memory / 2**20))
+    others = 1 if notebook in batch.LAST and preset != "quick" else len(run.notebooks)
+    together = max(1, min(others, free_mb // wanted))
+    return {"threads": max(1, cores // together), "mem_mb": min(wanted, free_mb)}
+
+
+def trains_all(notebook: str, p: SimpleNamespace) -> bool:
+    """Whether a notebook fine-tunes all weights of the model with these parameters."""
+    arms = f"{getattr(p, 'baselines', '')} {getattr(p, 'defended', '')}"
+    return notebook.startswith("04") or bool(getattr(p, "new_task", "")) or "full" in arms
 
 
 @command

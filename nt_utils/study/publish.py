@@ -159,9 +159,9 @@ def made_with(note: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def caption(made: Mapping[str, Any]) -> str:
-    """ "testbed, seed 0, preset full, n = 200 prompts of each kind, commit 0123456789ab"."""
+    """ "testbed, seed 0, preset full, at most 200 prompts of each kind, commit 0123456789ab"."""
     told = [made["model"], f"seed {made['seed']}", f"preset {made['preset']}"]
-    told += [f"n = {made['n']} prompts of each kind"] if made.get("n") else []
+    told += [f"at most {made['n']} prompts of each kind"] if made.get("n") else []
     told += [f"commit {made['commit']}"] if made.get("commit") else []
     told += [f"computed on {made['device']}"] if made.get("device", "CPU") != "CPU" else []
     return ", ".join(map(str, told))

@@ -545,6 +545,11 @@ def test_a_slope_is_computed_once_for_every_rate_and_step(lm, monkeypatch):
     fresh = Learner(lm, *sets, TASKS, BENIGN, replace(SHORT, inner_rate=rate))
     assert torch.equal(again, fresh.gradient(fresh.start(), *fresh.draw(next(iter(TASKS)), 0))[0])
     assert effect == {"support": found["before"], "adapted": found["after"]}
+    alpha = learner.start()
+    before = learner.slope(alpha, support)[1]
+    with torch.no_grad():
+        alpha.mul_(1.1)  # as the optimiser changes it
+    assert learner.slope(alpha, support)[1] == float(learner.loss(alpha, support)) != before
 
 
 def test_bad_learning_input(lm):

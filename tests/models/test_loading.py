@@ -179,5 +179,5 @@ def test_auto_takes_the_precision_that_was_measured_to_be_faster(name, faster, m
 
 
 def test_too_little_memory_is_said_with_the_numbers_before_loading(folder, monkeypatch):
-    monkeypatch.setattr(precision, "_memory", lambda: (2**30, 1000))
+    monkeypatch.setattr(precision, "memory", lambda: (2**30, 1000))
     refused(folder, r"take 0\.0 GiB in float32; of 1\.0 GiB of memory 0\.0 are free", device_map="cpu")

@@ -96,10 +96,17 @@ def test_other_prompts_are_taken_for_a_source_of_one_notebook_too(project):
         notebook(TOY + 'harmful = "testbed"\nother_harmful = ""\nnew_task = ""\n')
     )
     own = {"00_toy": {"other_harmful": str(project / "no.txt"), "new_task": "", "rho": 0.5}}
-    write_params(project, harmful="testbed", notebooks=own, otherwise={"other_harmful": "", "new_task": "testbed"})
+    instead = {"harmful": "testbed", "other_harmful": "", "new_task": "testbed"}
+    write_params(project, harmful="testbed", notebooks=own, otherwise=instead)
     found = batch.study_parameters("toy", "00_toy", project)
     left_out = {"other_harmful": "", "new_task": ""}
     assert found == {"harmful": "testbed", "rho": 0.5} | left_out, "what a notebook leaves out stays out"
+    (project / "mine.txt").write_text("one\n")
+    write_params(project, harmful=str(project / "mine.txt"), new_task="", notebooks=own, otherwise=instead)
+    found = batch.study_parameters("toy", "00_toy", project)
+    assert found["harmful"] == str(project / "mine.txt"), "a set that is only left out leaves the others alone"
+    write_params(project, harmful=str(project / "no.txt"), new_task="", otherwise=instead)
+    assert batch.study_parameters("toy", "00_toy", project) == {"harmful": "testbed"} | left_out
 
 
 def test_every_study_that_names_other_prompts_has_some_for_each_source(monkeypatch):

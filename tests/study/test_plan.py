@@ -247,25 +247,51 @@ def test_a_cluster_is_asked_for_what_the_size_needs():
     assert plan.resources(batch.read("llama-2-7b", ROOT), "04_ssah_alignment")["gpu"] == 2
 
 
-@pytest.mark.parametrize(("cores", "threads"), [(2, 1), (16, 2)])
-def test_notebooks_share_a_cpu_and_its_memory_and_take_a_gpu_alone(monkeypatch, cores, threads):
+@pytest.mark.parametrize(("cores", "free_mb", "threads"), [(2, 10**6, 1), (16, 10**6, 2), (16, 24_000, 4)])
+def test_notebooks_share_a_cpu_and_its_memory_and_take_a_gpu_alone(monkeypatch, tmp_path, cores, free_mb, threads):
     """On two cores one notebook after the other with two threads took far longer than two at a time."""
     file = batch.read("qwen2.5-coder-0.5b-instruct", ROOT)
     (run,) = batch.variants(file.name, [0], "default", ROOT)
+    work = plan.Work({"gradient_tokens": 10.0}, "")
+    monkeypatch.setattr(
+        plan, "work_of", lambda notebook, *_: work if notebook[:2] in ("05", "06") else plan.Work({}, "")
+    )
     monkeypatch.setattr(plan, "_device", lambda: None)
-    shares = {n: plan.beside(file, run, n, "default", cores, ROOT) for n in run.notebooks}
-    assert {share["threads"] for share in shares.values()} == {threads}
-    memory = {n[:2]: share["mem_mb"] for n, share in shares.items()}
+
+    def beside(notebook, free_mb=free_mb):
+        return plan.beside(file, run, notebook, "default", cores, free_mb, ROOT)
+
+    memory = {n[:2]: beside(n, 10**6)["mem_mb"] for n in run.notebooks}
     assert 0 < memory["01"] < memory["05"] < memory["04"], "gradients need more than answers, training all weights most"
+    assert memory["01"] > plan.sizes("", file.facts["config"], "").weights("bfloat16") / 2**20
+    assert beside("01_safety_neurons")["threads"] == threads, "the cores are shared among as many as fit"
+    assert beside("04_ssah_alignment", 9000) == {"threads": cores, "mem_mb": 9000}, "the largest runs alone, not never"
+    assert beside("06_comparison")["threads"] == cores, "nothing runs beside the last one"
     small = batch.read("testbed", ROOT)
     (testbed,) = batch.variants("testbed", [0], "default", ROOT)
-    assert plan.beside(small, testbed, "04_ssah_alignment", "default", cores, ROOT) == {"threads": 1, "mem_mb": 0}
+    shared = plan.beside(small, testbed, "04_ssah_alignment", "default", cores, free_mb, ROOT)
+    assert shared == {"threads": 1, "mem_mb": 0}
     alone = {"threads": cores, "mem_mb": 0}
-    monkeypatch.setattr(plan, "work_of", lambda *_: None)
-    assert plan.beside(file, run, "04_ssah_alignment", "default", cores, ROOT) == alone
-    monkeypatch.undo()
-    monkeypatch.setattr(plan, "_device", lambda: ("a GPU", 8e10))
-    assert plan.beside(file, run, "04_ssah_alignment", "default", cores, ROOT) == alone
+    with monkeypatch.context() as other:
+        other.setattr(plan, "_device", lambda: ("a GPU", 8e10))
+        assert beside("01_safety_neurons") == alone
+    for unknown in ({"hidden_size": 8}, {}):
+        with monkeypatch.context() as other:
+            other.setattr(plan, "config_of", lambda *_, found=unknown: (found, ""))
+            assert beside("01_safety_neurons") == alone, "a model that the plan cannot read runs alone"
+
+
+def test_what_trains_all_weights_follows_from_the_parameters():
+    """Counts of another run, with other arms, do not tell."""
+    for notebook, p, wanted in (
+        ("04_ssah_alignment", {}, True),
+        ("02_sn_tune", {"baselines": "lora", "new_task": ""}, False),
+        ("02_sn_tune", {"baselines": "full, lora", "new_task": ""}, True),
+        ("06_comparison", {"new_task": "gsm8k"}, True),
+        ("06_comparison", {"new_task": "", "defended": ["SN-Tune", "full tuning"]}, True),
+        ("06_comparison", {"new_task": "", "defended": ["SN-Tune"]}, False),
+    ):
+        assert plan.trains_all(notebook, SimpleNamespace(**p)) == wanted, (notebook, p)
 
 
 def test_the_command_loads_torch_only_to_measure_the_cpu_and_shows_no_token():

@@ -118,13 +118,20 @@ def read(study: str, root: Path) -> StudyFile:
     for name, value in [*content.items(), *otherwise.items()]:
         _check(file, name, value, anywhere, OWN_KEYS)
     sections = [content, *(_mapping(file, notebook, values) for notebook, values in own.items())]
-    named = {str(section.get(role) or "") for section in sections for role in parameters.SOURCES}
-    named -= {"", parameters.EMBEDDED}
-    if otherwise and (missing := [source for source in sorted(named) if not is_at_hand(source)]):
-        _say_otherwise(study, ", ".join(missing), ", ".join(f"{k}: {v or 'none'}" for k, v in otherwise.items()))
-        content |= otherwise
-        for values in sections[1:]:  # what a notebook leaves out stays out
-            values |= {k: v for k, v in otherwise.items() if values.get(k)}
+    named = {(str(s[role]), role) for s in sections for role in parameters.SOURCES if s.get(role)}
+    missing = sorted(pair for pair in named if otherwise and pair[0] != parameters.EMBEDDED and not is_at_hand(pair[0]))
+    if missing:
+        roles = {role for _, role in missing}
+        # A set that is only left out leaves the others alone; prompts that are taken instead go together.
+        dropped = {role: "" for role in roles if otherwise.get(role) == ""}
+        taken = dropped if len(dropped) == len(roles) else otherwise
+        said = (
+            ", ".join(sorted({source for source, _ in missing})),
+            ", ".join(f"{k}: {v or 'none'}" for k, v in taken.items()),
+        )
+        _say_otherwise(study, *said)
+        for section in sections:  # what is left out stays out
+            section |= {k: v for k, v in taken.items() if section.get(k, section is content)}
     for notebook, values in own.items():
         if notebook not in table:
             raise InputError(f"{file}: notebooks: {notebook!r} is no notebook; known: {', '.join(table)}")

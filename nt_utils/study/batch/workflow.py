@@ -18,14 +18,12 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
-
 from nt_utils.errors import InputError
 from nt_utils.files import cache_folder, project_root, writable
 from nt_utils.study import parameters
 from nt_utils.study.batch import access, parameter_files, step, sweep
 from nt_utils.study.parameters import TESTBED, TESTBEDS
-from nt_utils.work import clock
+from nt_utils.work import clock, memory
 
 
 def run_study(names: Sequence[str], seeds: Sequence[int], preset: str, cores: str, root: Path) -> int:
@@ -44,9 +42,9 @@ def run_study(names: Sequence[str], seeds: Sequence[int], preset: str, cores: st
     command = [sys.executable, "-m", "snakemake", f"--snakefile={root / 'Snakefile'}", f"--directory={root}"]
     # The greedy scheduler takes the notebook with the largest file first: about the longest first.
     command += [f"--cores={cores}", "--nolock", "--ignore-incomplete", "--keep-going", "--scheduler=greedy"]
-    memory = psutil.virtual_memory().available // 2**20
-    command += [f"--resources=mem_mb={memory}"]
-    config = {"studies": ",".join(names), "seeds": ",".join(map(str, seeds)), "preset": preset, "mem_mb": memory}
+    free = memory()[1] // 2**20
+    command += [f"--resources=mem_mb={free}"]
+    config = {"studies": ",".join(names), "seeds": ",".join(map(str, seeds)), "preset": preset, "mem_mb": free}
     command += ["--config", *(f"{name}={value}" for name, value in config.items())]
     start = time.time()
     with contextlib.ExitStack() as stack:
