@@ -84,11 +84,16 @@ def local_file(source: str) -> Path | None:
 
 
 def is_at_hand(source: str) -> bool:
-    """Whether a source can be had: Python's prose, a file that is there, a cached set, or the hub answers."""
+    """Whether a source can be had: Python's prose, a file that is there, a cached set, or the hub answers.
+
+    Raises InputError for a name that is no path and that nobody has registered: it can be had nowhere.
+    """
     known = REGISTRY.get(source.partition(":")[0])
     if source == PROSE or local_file(source) is not None:
         return True
     if not known and not source.startswith("hub:"):
+        if not re.search(r"[./\\]", source):
+            entry(source.partition(":")[0])
         return False
     ids = [place.id for place in known.places if not place.is_file] if known else [source.split(":")[1]]
     files = [place for place in known.places if place.is_file] if known else []

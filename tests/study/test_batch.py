@@ -91,6 +91,14 @@ def test_other_prompts_are_taken_where_a_files_sources_are_not_at_hand(project, 
     assert f"toy: {project}/no.txt is not at hand" in said and "harmful: testbed instead" in said
 
 
+def test_a_misspelt_source_is_refused_and_not_replaced(project):
+    """It was not at hand, so that the whole study ran on other prompts."""
+    (project / "notebooks" / "00_toy.ipynb").write_text(notebook(TOY + 'harmful = "testbed"\n'))
+    write_params(project, harmful="xstest-unsave", otherwise={"harmful": "testbed"})
+    message = "toy.yaml: harmful: unknown prompt set 'xstest-unsave': use one of"
+    refused(message, batch.study_parameters, "toy", "00_toy", project)
+
+
 def test_other_prompts_are_taken_for_a_source_of_one_notebook_too(project):
     (project / "notebooks" / "00_toy.ipynb").write_text(
         notebook(TOY + 'harmful = "testbed"\nother_harmful = ""\nnew_task = ""\n')

@@ -119,7 +119,7 @@ def read(study: str, root: Path) -> StudyFile:
         _check(file, name, value, anywhere, OWN_KEYS)
     sections = [content, *(_mapping(file, notebook, values) for notebook, values in own.items())]
     named = {(str(s[role]), role) for s in sections for role in parameters.SOURCES if s.get(role)}
-    missing = sorted(pair for pair in named if otherwise and pair[0] != parameters.EMBEDDED and not is_at_hand(pair[0]))
+    missing = sorted(pair for pair in named if otherwise and not _is_at_hand(file, *pair))
     if missing:
         roles = {role for _, role in missing}
         # A set that is only left out leaves the others alone; prompts that are taken instead go together.
@@ -142,6 +142,13 @@ def read(study: str, root: Path) -> StudyFile:
         if name not in FACTS:
             raise InputError(f"{file}: facts: {name}: unknown; allowed: {', '.join(FACTS)}")
     return StudyFile(study, content, own, sweep, facts, "model" in anywhere)
+
+
+def _is_at_hand(file: Path, source: str, role: str) -> bool:
+    try:
+        return source == parameters.EMBEDDED or is_at_hand(source)
+    except InputError as error:
+        raise InputError(f"{file}: {role}: {error}") from error
 
 
 def _quick(name: str, value: Any) -> Any:
