@@ -267,7 +267,8 @@ class QueryKey:
                     squares[which, some, rows] = squared_norms(change, spare, which)
         total, error = self.attention.rows.total(squares, self._extent)
         scores = total.clamp_(min=0).sqrt_()
-        error = error / (2 * scores).clamp_min(torch.finfo(scores.dtype).tiny)  # of the root
+        # Of the root: a total that moves by its error moves it by at most this, also where the estimate is 0 or below.
+        error = torch.minimum(error / (2 * scores).clamp_min(torch.finfo(scores.dtype).tiny), error.sqrt())
         return scores.view(self.prompts, -1), error.view(self.prompts, -1)
 
     def _change(self, which: slice, some: slice, rows: slice, keys: slice, buffers: Buffers) -> tuple[Tensor, Tensor]:

@@ -321,6 +321,27 @@ def test_standard_errors_lie_beside_the_scores(tmp_path):
     assert standard_errors(importance(lm, texts, positions="last", progress=False)) is None
 
 
+def test_an_estimate_below_zero_has_a_score_of_zero_and_a_bounded_standard_error(monkeypatch):
+    """At 2048 tokens of SmolLM2 an unbiased estimate fell below zero, and its infinite error refused the whole scoring."""
+    model = tiny_model("qwen2")
+    model.config.max_position_embeddings = 512
+    batch = batch_of(prompts_of((320,)))
+    exact = score_batch(DecoderView(model), batch, kinds=("k",), exact_tokens=None)
+    total = Rows.total
+
+    def below(rows, values, extent):
+        found, error = total(rows, values, extent)
+        return found - 2 * found.amax(-1, keepdim=True) * (torch.arange(found.shape[-1]) == 0), error
+
+    monkeypatch.setattr(Rows, "total", below)
+    errors: dict = {}
+    found = score_batch(DecoderView(model), batch, kinds=("k",), errors=errors)
+    for site, values in found.items():
+        zero = values[0] == 0
+        assert zero.any() and not zero.all() and (exact[site][0] > 0).all()
+        assert 0 < errors[site][0][zero].min() <= errors[site][0][zero].max() < 100 * errors[site][0][~zero].max()
+
+
 def test_working_buffers_follow_the_device():
     buffers = Buffers()
     first = buffers.like(torch.ones(1), (2, 3))
