@@ -114,7 +114,7 @@ def attack_points(table: pd.DataFrame) -> Figure:
             size = f", {counts(rows)}" if len(rows) else ""
             rate_rows(ax, arms, f"{metric}\n({name}{size})")
     legend(drawn, len(compared))
-    note(drawn, "95% intervals over topics", table)
+    note(drawn, "95% intervals over topics, and over the trainings where an arm has several", table)
     return drawn
 
 

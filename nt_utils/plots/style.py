@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.font_manager import FontProperties
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import AutoLocator, MaxNLocator, PercentFormatter
 
 from nt_utils.errors import InputError
 
@@ -191,7 +191,9 @@ def is_rate(metric: str) -> bool:
 
 
 def percent(axis) -> None:
-    """Ticks of shares as percent."""
+    """Ticks of shares as whole percents: no steps of 2.5, which would be written as 2, 5, 8 and 10."""
+    if isinstance(axis.get_major_locator(), AutoLocator):
+        axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10]))
     axis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
 
 

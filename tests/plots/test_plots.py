@@ -14,7 +14,7 @@ import pytest
 from nt_utils import plots
 from nt_utils.errors import InputError
 from nt_utils.files import project_root
-from nt_utils.plots import text
+from nt_utils.plots import style, text
 
 PUBLISHED = {plots.figure_name(t): t for t in sorted((project_root() / "figures").rglob("*.csv"))}
 RATE = {"value": [0.1, 0.8, 0.5, 0.2], "low": [0.05, 0.7, 0.4, 0.1], "high": [0.2, 0.9, 0.6, 0.3], "n": [100] * 4}
@@ -227,6 +227,18 @@ def test_what_is_no_share_is_not_drawn_in_percent(metric):
     low, high = drawn.axes[0].get_ylim()
     assert low < -2.5 < high
     assert not any("%" in label.get_text() for label in drawn.axes[0].get_yticklabels())
+    plt.close(drawn)
+
+
+@pytest.mark.parametrize("top", [0.08, 0.12, 0.2, 0.35])
+def test_a_tick_of_a_share_says_where_it_stands(top):
+    """Ticks at 2.5, 5 and 7.5% were written as 2, 5 and 8%."""
+    drawn, ax = plt.subplots()
+    ax.set_ylim(0, top)
+    style.percent(ax.yaxis)
+    drawn.canvas.draw()
+    shown = [(place, label.get_text()) for place, label in zip(ax.get_yticks(), ax.get_yticklabels(), strict=True)]
+    assert len(shown) > 2 and all(float(text.rstrip("%")) == pytest.approx(100 * place) for place, text in shown)
     plt.close(drawn)
 
 
