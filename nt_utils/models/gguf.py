@@ -17,7 +17,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from filelock import FileLock
 
@@ -25,6 +24,7 @@ from nt_utils.data.sources import hub_reachable
 from nt_utils.errors import ModelError, first_line
 from nt_utils.files import cache_folder, writable
 from nt_utils.models.families import check_family
+from nt_utils.work import memory
 
 FLOAT32_PARAMETERS = 1_000_000_000
 RECORD = "source.json"
@@ -137,7 +137,7 @@ def check_room(home: Path, needed: int, what: str) -> None:
     writable(home)
     for name, free, advice in (
         ("disk", shutil.disk_usage(home).free, f"below {home}; NT_CACHE names another folder"),
-        ("memory", psutil.virtual_memory().available, "of memory; close other programs or take a smaller model"),
+        ("memory", memory()[1], "of memory; close other programs or take a smaller model"),
     ):
         if needed > free:
             raise ModelError(

@@ -189,7 +189,7 @@ def test_unusable_files_are_refused_in_one_line(tmp_path, cache, how, message):
 
 def test_short_memory_is_said_before_loading(tmp_path, monkeypatch):
     write(tmp_path / "tiny.gguf")
-    monkeypatch.setattr(gguf.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10}))
+    monkeypatch.setattr(gguf, "memory", lambda: (10, 10))
     refused(r"needs 0\.0 GB of memory; 0\.0 GB are free", lambda: located(tmp_path / "tiny.gguf"), kind=ModelError)
     refused(r"org/name:file\.gguf cannot be had from the hub", lambda: located("org/name:file.gguf"), kind=ModelError)
 
