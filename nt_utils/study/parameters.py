@@ -140,7 +140,10 @@ PARAMETERS: dict[str, Parameter] = {
     ),
     "date": _text("what the chat template takes for today, as YYYY-MM-DD"),
     "batch_size": _whole("prompts per forward pass", 1, 4096),
-    "max_new_tokens": _whole("longest answer in tokens; 0 = 40 on the embedded prompts, else 256", 0, 8192),
+    # Of a quick run at most 12 where a study names a length: a refusal shows by then.
+    "max_new_tokens": _whole(
+        "longest answer in tokens; 0 = 40 on the embedded prompts, else 256", 0, 8192, presets=(12, 0)
+    ),
     "harmful": _text("source of harmful prompts; 'testbed' = the embedded ones, matched with the benign ones"),
     "benign": _text("source of benign prompts; 'testbed' = the embedded ones"),
     "general": _text("source of general text for foundation neurons; 'testbed' = the embedded one"),

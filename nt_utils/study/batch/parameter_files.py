@@ -40,8 +40,6 @@ OWN_KEYS = ("notebooks", "sweep", "otherwise", "facts")
 #: Parameters that the command line sets: a file that named them would be ignored.
 OF_THE_COMMAND = {"study": "STUDY=...", "seed": "SEEDS=...", "preset": "PRESET=...", "runs": "the workflow"}
 FACTS = ("gated", "tokenizer", "config")
-#: Longest answer of a quick run in tokens: a refusal shows by then.
-QUICK_TOKENS = 12
 #: Notebooks that read what the others of their seed left: they come last.
 LAST = ("06_comparison",)
 
@@ -152,14 +150,12 @@ def _is_at_hand(file: Path, source: str, role: str) -> bool:
 
 
 def _quick(name: str, value: Any) -> Any:
-    """A number no larger than the quick preset's, a list no longer than its (steps no more either), else the value."""
+    """A number no larger than the quick preset's, a list no longer than its (whole numbers no larger either), else the value."""
     rule = parameters.PARAMETERS.get(name)
     most = rule.presets[0] if rule and rule.presets else None
-    if name == "max_new_tokens":
-        most = QUICK_TOKENS
-    if isinstance(most, list) and isinstance(value, list):
+    if rule and isinstance(most, list) and isinstance(value, list):
         found = value[: len(most)]
-        return [min(v, max(most)) for v in found] if name.endswith("steps") else found
+        return [min(v, max(most)) for v in found] if rule.items is int else found
     return min(value, most) if isinstance(most, (int, float)) and isinstance(value, (int, float)) else value
 
 
