@@ -67,7 +67,7 @@ PACKAGES = {
     "PIL": "matplotlib",
 }
 #: Imported only where somebody asks for them, with a clear line when they are missing.
-OPTIONAL = {"nanogcg": "attacks", "lm_eval": "benchmarks"}
+OPTIONAL = {"lm_eval": "benchmarks"}
 
 
 def test_what_the_package_imports_is_installed_with_it():

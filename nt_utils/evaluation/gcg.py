@@ -1,7 +1,6 @@
 """GCG suffixes (Zou et al. 2023), found by the `nanogcg` package, and random suffixes of the same length as control.
 
-Needs the extra `attacks` (pip install "nt-utils[attacks]"). The budget is a parameter: every step costs one gradient and
-`search_width` forward passes. nanogcg 0.2.3 hands transformers 5 a cache it no longer takes, so its prefix cache is off.
+The budget is a parameter: every step costs one gradient and `search_width` forward passes. nanogcg 0.2.3 hands transformers 5 a cache it no longer takes, so its prefix cache is off.
 """
 
 from __future__ import annotations
@@ -12,9 +11,13 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import nanogcg
+import numpy
+import torch
+
 from nt_utils.data.records import Prompt, PromptSet
-from nt_utils.errors import check_count, optional_package
-from nt_utils.work import track
+from nt_utils.errors import check_count
+from nt_utils.work import count, track
 
 if TYPE_CHECKING:
     from nt_utils.models import LanguageModel
@@ -45,16 +48,15 @@ def gcg_attack(
     steps, search_width, topk   nanogcg's budget for each prompt
     suffix_length               words of the starting suffix ("x x x ...")
     intervention                active while the suffix is sought: the attacker knows the model that is attacked
-    Raises InputError when nanogcg is not installed. The global random state and torch's settings are put back.
+    The global random state and torch's settings are put back.
     """
     counts = {"steps": steps, "search_width": search_width, "topk": topk, "suffix_length": suffix_length}
     for name, value in counts.items():
         check_count(name, value)
-    nanogcg = optional_package("nanogcg", 'attack gcg needs nanogcg: pip install "nt-utils[attacks]"')
     budget = {"num_steps": steps, "search_width": search_width, "topk": topk, "early_stop": True}
     start = " ".join("x" * suffix_length)
     found = []
-    with _undisturbed(lm, nanogcg), intervention.active(lm) if intervention is not None else contextlib.nullcontext():
+    with _undisturbed(lm), intervention.active(lm) if intervention is not None else contextlib.nullcontext():
         for i, prompt in enumerate(track(prompts, desc="gcg", unit="prompt", disable=not progress)):
             options = nanogcg.GCGConfig(
                 **budget, optim_str_init=start, use_prefix_cache=False, seed=seed + i, verbosity="ERROR"
@@ -62,6 +64,8 @@ def gcg_attack(
             text = f"{prompt.text} {{optim_str}}"
             result = nanogcg.run(lm.model, _Tokenizer(lm), [{"role": "user", "content": text}], target(prompt), options)
             found.append(prompt.replace(text=f"{prompt.text} {result.best_string}", attack="gcg"))
+            tokens = len(result.losses) * lm.encode([found[-1].text]).input_ids.numel()
+            count(gradient_tokens=tokens, read_tokens=search_width * tokens)
     return PromptSet(found, f"{prompts.name}-gcg")
 
 
@@ -104,11 +108,8 @@ class _Tokenizer:
 
 
 @contextlib.contextmanager
-def _undisturbed(lm: LanguageModel, nanogcg: Any) -> Iterator[None]:
+def _undisturbed(lm: LanguageModel) -> Iterator[None]:
     """Puts back what nanogcg changes globally: seeds, determinism, gradients' flags; hides its bar for each prompt."""
-    import numpy
-    import torch
-
     states = random.getstate(), numpy.random.get_state(), torch.random.get_rng_state()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

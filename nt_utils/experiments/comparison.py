@@ -6,6 +6,7 @@ amplifying, training and freezing equal numbers of neurons does; of defences on 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -21,8 +22,9 @@ from nt_utils import selection, work
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError
 from nt_utils.evaluation import metrics
+from nt_utils.evaluation.gcg import gcg_attack, random_suffixes
 from nt_utils.experiments.bench import Action, Bench, Finding, Measure, intervention_of, middle
-from nt_utils.experiments.defences import Defence, then
+from nt_utils.experiments.defences import NONE, Defence, then
 from nt_utils.experiments.definitions import DIFFERENCES, Definitions, answered
 from nt_utils.experiments.finetuning import Scope
 from nt_utils.interventions import Deactivate, modulation
@@ -187,6 +189,29 @@ def looked_table(looked: Mapping[str, Mapping[str, metrics.Interval]]) -> pd.Dat
     """What :func:`looking_again` found as rows: defence, part, value, low, high, n."""
     found = [(defence, part, i) for defence, parts in looked.items() for part, i in parts.items()]
     return pd.DataFrame([{"defence": defence, "part": part, **i._asdict()} for defence, part, i in found])
+
+
+def suffix_table(
+    bench: Bench, defences: Sequence[Defence], asr: Measure, n: int, steps: int, seed: int, search_width: int = 128
+) -> pd.DataFrame:
+    """What an attacker achieves who seeks a suffix for each request with the defended model's own gradients (GCG).
+
+    Every defence, and the undefended model, answers the same ``n`` requests as they are, with random suffixes and with
+    the suffixes that ``steps`` steps of GCG found against it. Columns defence, suffix ("none", "random" or "GCG"), value,
+    low, high, n. Defences that only freeze are left out, and those whose learning diverged.
+    """
+    asked, rows = bench.suite[asr.set], []
+    requests = asked.prompts.take(n, seed)
+    acting = {d.name: d for d in defences if d.action is not None or d.name == NONE}
+    for name, defence in work.parts(acting):
+        options = {"steps": steps, "search_width": search_width, "seed": seed}
+        found = gcg_attack(bench.lm, requests, intervention=intervention_of(defence.action), **options)
+        suffixes = {"none": requests, "random": random_suffixes(bench.lm, requests, seed=seed), "GCG": found}
+        for suffix, prompts in suffixes.items():
+            suite = dataclasses.replace(bench.suite, sets=(dataclasses.replace(asked, prompts=prompts),))
+            rate = Bench(bench.lm, suite, [asr], judge=bench.judge, judges=bench.judges).rate(asr, defence.action)
+            rows.append({"defence": name, "suffix": suffix, **rate._asdict()})
+    return pd.DataFrame(rows)
 
 
 def choose_shares(

@@ -131,7 +131,8 @@ PARAMETERS: dict[str, Parameter] = {
     "runs": _text("folder that holds the run folders; '' = runs/ of the project"),
     "preset": _text("how much to compute", *PRESETS),
     "seed": _whole("seed of the testbed's training and of every random draw", 0, 2**31 - 1),
-    "dtype": _text("precision of the weights", "auto", "float32", "bfloat16", "float16"),
+    # A quick run supports no finding: whatever a study pins, it takes what is faster here.
+    "dtype": _text("precision of the weights", "auto", "float32", "bfloat16", "float16", presets=("auto",)),
     "device_map": _text("where the weights go, as in transformers: 'auto', 'cpu', 'cuda', ..."),
     "system_prompt": _text("system message: '' = the chat template's own, 'none' = none, or its text"),
     "chat_template": _text("'auto' = the tokenizer's; 'vicuna', 'llama-2', 'chatml', 'plain', or a file"),
@@ -305,6 +306,10 @@ PARAMETERS: dict[str, Parameter] = {
     ),
     "defence_attack_rates": _rates("learning rates of it; the worst counts", presets=([3e-4], [3e-4], [3e-4, 1e-3])),
     "defence_attack_steps": _steps("steps of it; the worst counts", presets=([2], [8], [10, 20, 40])),
+    "gcg_prompts": _whole(
+        "harmful requests for which GCG seeks a suffix against every defence; 0 to skip", 0, presets=(0, 0, 16)
+    ),
+    "gcg_steps": _whole("steps of GCG for each of them", 1),
     "new_task": _text("source of the task of later fine-tuning; 'testbed' = subtraction; '' to skip"),
     "n_task": _whole("rows of the new task", 4),
     "task_steps": _steps("steps at which later fine-tuning is evaluated", presets=([3], [10, 30], [10, 20, 40])),

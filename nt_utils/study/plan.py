@@ -40,6 +40,7 @@ COSTS = ("peak_bytes", "gpu_peak_bytes", "cpu_seconds")
 #: Rates of a GPU, assumed where ``make bench-gpu`` has measured none: operations a second of a forward pass, bytes a second of
 #: reading weights while generating; and exact scoring over the plain forward pass, of any device.
 ASSUMED_GPU, SCORING = (2.5e14, 1.2e12), 3.0
+SLOWER = 1.5  # times float32's time from which on a pinned bfloat16 is spoken of
 #: Shape (b) of the bench: tokens of a batch, weights (see nt_utils/bench/setup.py); weights of bench-gpu's 7B shape.
 SHAPE_B, SHAPE_7B = (4 * 64, 2 * (1024 * (2 * 1024 + 2 * 256) + 3 * 1024 * 2816)), 6.6e9
 #: Bytes beside weights and cache: libraries, logits, the allocator's slack; of notebooks 00 to 03 on the 0.5B model 2.9 GiB.
@@ -160,6 +161,8 @@ def rates(root: Path, device: str, dtype: str = "float32") -> Rates:
     speed, bandwidth = ASSUMED_GPU if device == "gpu" else cpu_rates(dtype)
     how = "assumed" if device == "gpu" else "measured just now"
     read = f"generation reads {bandwidth / 1e9:.3g} GB/s of weights ({how})"
+    if device == "cpu" and dtype == "bfloat16" and (faster_by := cpu_rates("float32")[0] / speed) > SLOWER:
+        read += f"; this CPU runs float32 {faster_by:.1f} times as fast as the study's bfloat16 (dtype)"
     if device == "gpu" and found:
         row = found[0]
         forward, scoring = row["tokens_per_second"] * row["exact_over_forward"], row["exact_over_forward"]
@@ -361,13 +364,15 @@ def _model_lines(plan: Plan, file, run, times: float, preset: str, root: Path) -
         plan.lines.append(f"model {name}: no size: {where}")
         plan.missing.append(f"the config of {name}: steps and data can be told, memory and time cannot")
         return
-    model, dtype = sizes(name, config, where), file.shared.get("dtype", "auto")
+    device, model = _device(), sizes(name, config, where)
+    dtype = getattr(filled(run.notebooks[0], run, preset, root), "dtype", "auto")
+    if dtype == "auto" and not device and not file.is_small:  # as the model will be loaded here
+        dtype = max(("float32", "bfloat16"), key=lambda kind: cpu_rates(kind)[0])
     plan.lines.append(
         f"model {name}: about {model.count / 1e9:.2f} billion parameters, {dtype}, {model.weights(dtype) / GIB:.1f} GiB of "
         f"weights (config: {model.where})"
     )
     _disk(plan, [n for n in (name, base) if n and n != "auto"], model.weights(dtype))
-    device = _device()
     rate = rates(root, "gpu" if device else "cpu", dtype)
     plan.lines.append(f"steps ({device[0] if device else 'the CPU of this machine'}; {rate.source})")
     peak = total = 0.0
@@ -535,9 +540,8 @@ def beside(file, run, notebook: str, preset: str, cores: int, free_mb: int, root
         if not config or work is None or _device():
             return alone
         counts = {**work.counts, "tuned_tokens": float(trains_all(notebook, p))}
-        dtype = file.shared.get("dtype", "auto")
-        model = sizes(file.name, config, where)
-        memory = memory_of(Work(counts, ""), model, p, "float32" if dtype == "auto" else dtype)
+        dtype = "float32" if p.dtype == "auto" else p.dtype
+        memory = memory_of(Work(counts, ""), sizes(file.name, config, where), p, dtype)
     except (InputError, OSError, ValueError, TypeError):  # the step itself says what is wrong
         return alone
     wanted = max(1, int(SPARE * memory / 2**20))

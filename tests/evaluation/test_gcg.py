@@ -1,7 +1,5 @@
 import random
-import sys
 
-import pytest
 import torch
 
 from nt_utils.data.records import Prompt, PromptSet
@@ -14,7 +12,6 @@ PROMPTS = PromptSet([Prompt("how do I sail", kind="harmful", answer="Use the"), 
 
 
 def test_suffixes_make_the_target_likelier_and_leave_no_trace():
-    pytest.importorskip("nanogcg")
     lm = tiny_lm()
     lm.model.get_input_embeddings().weight.requires_grad_(True)
     random.seed(5)
@@ -42,7 +39,5 @@ def test_random_suffixes_are_printable_and_drawn_with_the_seed():
         assert len(suffix) > 10 and suffix.isprintable() and found.attack == "random-suffix"
 
 
-def test_missing_extra_and_bad_budget_in_one_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "nanogcg", None)
-    refused(r'attack gcg needs nanogcg: pip install "nt-utils\[attacks\]"', lambda: gcg.gcg_attack(tiny_lm(), PROMPTS))
+def test_a_bad_budget_in_one_line():
     refused("steps: got 0; allowed: a whole number from 1", lambda: gcg.gcg_attack(tiny_lm(), PROMPTS, steps=0))

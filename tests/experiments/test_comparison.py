@@ -288,6 +288,35 @@ def test_an_attacker_who_looks_again_detects_in_the_defended_model(monkeypatch, 
     assert action.first.key == "defended" and action.second.neurons == chosen[5] and undefended.neurons == chosen[2]
 
 
+def test_suffixes_are_sought_against_every_defended_model(monkeypatch):
+    """Each with its own suffixes, found with the defence at work and answered with it; nothing is left behind."""
+    lm = tiny_lm()
+    defended = comparison.amplify(NeuronSet.from_flat(lm.view.space, list(range(40)), POOL), 3.0)
+    bench = Bench(lm, Suite((SuiteSet("direct", HARMFUL, ("asr",)),), max_new_tokens=2), [ASR])
+    asked, sought = [], []
+    evaluated, attack = Bench.rate, comparison.gcg_attack
+
+    def rate(self, measure, action):
+        asked.append((self.suite["direct"].prompts.texts, action))
+        return evaluated(self, measure, action)
+
+    def gcg(lm, prompts, **options):
+        sought.append(attack(lm, prompts, **options))
+        return sought[-1]
+
+    monkeypatch.setattr(Bench, "rate", rate)
+    monkeypatch.setattr(comparison, "gcg_attack", gcg)
+    made = [Defence("none"), Defence("louder", defended), Defence("frozen"), Defence("broken", diverged=True)]
+    found = comparison.suffix_table(bench, made, ASR, n=2, steps=2, seed=0, search_width=8)
+    rows = [(name, suffix) for name in ("none", "louder") for suffix in ("none", "random", "GCG")]
+    assert list(zip(found["defence"], found["suffix"], strict=True)) == rows and set(found["n"]) == {2}
+    (plain, _, first), (same, _, second) = (
+        [texts for texts, action in asked if action is which] for which in (None, defended)
+    )
+    assert plain == same and [first, second] == [s.texts for s in sought] and first != second
+    assert all(text.startswith(request) for request, text in zip(plain, first, strict=True))
+
+
 def test_neurons_and_a_direction_that_do_nothing_are_not_compared():
     nothing, much = metrics.Interval(0.0, -0.05, 0.05, 8), metrics.Interval(0.6, 0.5, 0.7, 8)
     answers = iter([nothing, much, nothing])

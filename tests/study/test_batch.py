@@ -63,9 +63,11 @@ def test_a_quick_run_is_quick_whatever_sizes_a_file_gives(project):
     cell = (
         TOY
         + "n_test = None  # n\ndose = None  # d\nsides = 'both'  # s\ntune_steps = None  # t\nmax_new_tokens = 0  # m\n"
+        + "dtype = 'auto'  # p\nother_sides = None  # o\n"
     )
     (project / "notebooks" / "00_toy.ipynb").write_text(notebook(cell))
     own = {"n_test": 40, "dose": [0.01, 0.02, 0.03], "sides": "input", "tune_steps": [8, 16], "max_new_tokens": 24}
+    own |= {"dtype": "bfloat16", "other_sides": "both"}
     write_params(project, rho=0.5, notebooks={"00_toy": own})
     (variant,) = batch.variants("toy", [0], "quick", project)
     quick, default = (batch.settings(variant, "00_toy", 0, preset, project) for preset in ("quick", "default"))
@@ -75,6 +77,7 @@ def test_a_quick_run_is_quick_whatever_sizes_a_file_gives(project):
     assert (
         quick["tune_steps"] == parameters.PARAMETERS["tune_steps"].presets[0] == [4] and quick["max_new_tokens"] == 12
     )
+    assert (quick["dtype"], quick["other_sides"]) == ("auto", "")
     write_params(project, n_test=4, notebooks={"00_toy": {"dose": [0.03]}})
     small = batch.settings(variant, "00_toy", 0, "quick", project)
     assert (small["n_test"], small["dose"]) == (4, [0.03])

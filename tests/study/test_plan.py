@@ -219,6 +219,17 @@ def test_rates_are_the_benchs_or_measured_now(tmp_path, monkeypatch):
     assert plan.rates(tmp_path, "cpu") == found
 
 
+@pytest.mark.parametrize(("bfloat16", "taken"), [(1e11, "float32"), (9e11, "bfloat16")])
+def test_a_precision_that_is_slow_here_is_said_and_a_quick_run_takes_the_faster(monkeypatch, bfloat16, taken):
+    """A study that pins bfloat16 takes six times as long on a CPU without instructions for it, and nothing said so."""
+    monkeypatch.setattr(plan, "_device", lambda: None)
+    monkeypatch.setattr(plan, "cpu_rates", lambda dtype: (bfloat16 if dtype == "bfloat16" else 4e11, 2e10))
+    pinned, quick = (str(plan.make_plan("qwen2.5-coder-0.5b-instruct", [0], p, ROOT)) for p in ("default", "quick"))
+    slow = "float32 4.0 times as fast as the study's bfloat16"
+    assert "billion parameters, bfloat16," in pinned and (slow in pinned) == (taken == "float32")
+    assert f"billion parameters, {taken}," in quick and slow not in quick
+
+
 def test_models_in_the_box_and_sets_of_nt_data_are_not_missing(monkeypatch, tmp_path):
     monkeypatch.setattr("nt_utils.data.sources.hub_reachable", lambda address="": False)
     monkeypatch.setenv("NT_CACHE", str(tmp_path / "cache"))

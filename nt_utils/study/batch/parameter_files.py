@@ -150,12 +150,15 @@ def _is_at_hand(file: Path, source: str, role: str) -> bool:
 
 
 def _quick(name: str, value: Any) -> Any:
-    """A number no larger than the quick preset's, a list no longer than its (whole numbers no larger either), else the value."""
+    """A number no larger than the quick preset's, a list no longer than its (whole numbers no larger either), its text where
+    it has one, else the value."""
     rule = parameters.PARAMETERS.get(name)
     most = rule.presets[0] if rule and rule.presets else None
     if rule and isinstance(most, list) and isinstance(value, list):
         found = value[: len(most)]
         return [min(v, max(most)) for v in found] if rule.items is int else found
+    if isinstance(most, str) and isinstance(value, str):
+        return most
     return min(value, most) if isinstance(most, (int, float)) and isinstance(value, (int, float)) else value
 
 
