@@ -272,21 +272,23 @@ class Learner:
         )
 
     def batch(self, attacked: PromptSet, benign: PromptSet) -> tuple[Responses, Tensor]:
-        """All rows in one padded batch, and each row's weight in the loss."""
+        """All rows in one padded batch, and each row's weight in the loss; one of the two sets may be empty."""
         responses = Responses.of(
             self.lm, [*attacked, *benign], [*attacked.column("refusal"), *benign.column("helpful")]
         )
         balance = self.recipe.balance
-        weights = [balance / len(attacked)] * len(attacked) + [(1 - balance) / len(benign)] * len(benign)
+        weights = [balance / max(1, len(attacked))] * len(attacked) + [(1 - balance) / max(1, len(benign))] * len(
+            benign
+        )
         return responses, torch.tensor(weights, device=self.lm.device)
 
     # -- losses and gradients
 
     def loss(self, alpha: Tensor, batch: tuple[Responses, Tensor]) -> Tensor:
-        """balance * safety + (1 - balance) * utility under this alpha, nats a token."""
+        """balance * safety + (1 - balance) * utility under this alpha, nats a token; with a gradient where alpha wants one."""
         responses, weights = batch
         scaled = hooks.scale(self.lm.view, scatter(self.places, alpha))
-        with computing(self.lm), torch.enable_grad(), scaled, self._reused(responses) as prefix:
+        with computing(self.lm), torch.set_grad_enabled(alpha.requires_grad), scaled, self._reused(responses) as prefix:
             layer = 0 if self.trunk is None else self.trunk.layer
             found = (responses.loss(self.lm, prefix=prefix, layer=layer)[0] * weights).sum()
         if not torch.isfinite(found):
@@ -353,7 +355,7 @@ class Learner:
     def inner_effect(self, alpha: Tensor, supports: Sequence) -> dict[str, float]:
         """Mean support loss before and after the inner step."""
         before = [self.slope(alpha, s)[1] for s in supports]
-        after = [float(self.loss(self.adapted(alpha, s, second=False), s).detach()) for s in supports]
+        after = [float(self.loss(self.adapted(alpha, s, second=False).detach(), s)) for s in supports]
         return {"support": sum(before) / len(before), "adapted": sum(after) / len(after)}
 
     # -- ends
@@ -463,10 +465,15 @@ def _validation(learner: Learner, validation, measure) -> Callable[[Tensor], flo
     _check_targets(tasks, benign)
     if not tasks:
         raise InputError("validation: has no attack class; at least one is needed")
-    batches = [learner.batch(attacked, benign) for attacked in tasks.values()]
+    harmful, harmless = (
+        [learner.batch(attacked, benign[:0]) for attacked in tasks.values()],
+        learner.batch(benign[:0], benign),
+    )
 
     def loss(alpha: Tensor) -> float:
-        return sum(float(learner.loss(alpha, batch).detach()) for batch in batches) / len(batches)
+        """The mean over the tasks; the benign rows are the same for all of them."""
+        parts = [float(learner.loss(alpha, batch)) for batch in harmful]
+        return sum(parts) / len(parts) + float(learner.loss(alpha, harmless))
 
     return loss
 

@@ -329,6 +329,9 @@ PARAMETERS: dict[str, Parameter] = {
     "attribution_steps": _whole(
         "points on each attribution path; 0 = attribution patching, one backward pass", 0, presets=(1, 4, 8)
     ),
+    "n_support": _whole(
+        "prompts of each attack class, and as many benign ones, in an inner and in an outer step", 1, presets=(1, 3)
+    ),
     "iterations": _whole("outer steps of learning alpha", 1, presets=(1, 10, 20)),
     "inner_share": _number("share by which the inner step should lower the support loss", 0.01, 0.9),
     "learnt_draws": _whole("random neuron sets that alpha is learnt for", 1, presets=(1, 1, 3)),

@@ -487,12 +487,19 @@ def test_early_stopping_keeps_the_best(lm):
 
 
 def test_validation_loss_is_that_of_the_held_out_split(lm):
-    found = learn(lm, *_sets(lm), TASKS, BENIGN, replace(SHORT, iterations=1), validation=HELD_OUT, progress=False)
-    learner = Learner(lm, *_sets(lm), {}, HELD_OUT[1], SHORT)
-    batch = learner.batch(HELD_OUT[0]["roleplay"], HELD_OUT[1])
-    assert found.history["validation"][0] == pytest.approx(
-        float(learner.loss(found.modulation.alpha, batch).detach()), rel=1e-5
-    )
+    """The mean over its tasks of a loss with the benign rows in each; they are read once."""
+    held_out = ({**HELD_OUT[0], "prefix": _prompts("Say yes: try", 3)}, HELD_OUT[1])
+    read = []
+    for more in ({}, {"validation": held_out}):
+        before = COUNTS["read_tokens"]
+        found = learn(lm, *_sets(lm), TASKS, BENIGN, replace(SHORT, iterations=1), progress=False, **more)
+        read.append(COUNTS["read_tokens"] - before)
+    learner = Learner(lm, *_sets(lm), {}, held_out[1], SHORT)
+    batches = [learner.batch(attacked, held_out[1]) for attacked in held_out[0].values()]
+    losses = [float(learner.loss(found.modulation.alpha, batch).detach()) for batch in batches]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    assert found.history["validation"][0] == pytest.approx(sum(losses) / 2, rel=1e-5)
+    assert 0 < read[1] - read[0] < sum(responses.batch.input_ids.numel() for responses, _ in batches)
 
 
 def test_adapting_to_an_unseen_attack(lm):
