@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nt_utils import work
-from nt_utils.data.records import Prompt, PromptSet
+from nt_utils.data.records import Prompt
 from nt_utils.errors import InputError
 from nt_utils.evaluation import metrics
 from nt_utils.evaluation.suite import Evaluation, Suite, clusters_of
@@ -63,21 +63,6 @@ def _random(name: str, units: UnitMap, like: NeuronSet, draws: int, seed: int) -
 def freezing(neurons: NeuronSet, head_dim: int) -> AllBut:
     """Train everything but these units: FFN channels whole, heads with their query rows (and key/value rows they own)."""
     return AllBut(with_inputs(neurons, head_dim), name="freeze")
-
-
-def attack_rows(task: Sequence[Prompt], harmful: Sequence[Prompt], share: float, seed: int) -> PromptSet:
-    """A fine-tuning set in which ``share`` of the rows (0 to 1) are harmful prompts with their harmless stub answers.
-
-    Raises:
-        InputError: a share outside 0 to 1, too few harmful prompts, or harmful ones without a stub.
-    """
-    if not 0 <= share < 1:
-        raise InputError(f"share: got {share!r}; allowed: 0 or more, below 1")
-    bad = round(share * len(task))
-    if bad > len(harmful) or any(not p.helpful for p in harmful[:bad]):
-        raise InputError(f"harmful: {bad} prompts with a `helpful` stub are needed for {100 * share:g}% of the rows")
-    kept = PromptSet(task).take(len(task) - bad, seed)
-    return PromptSet([*kept, *PromptSet(harmful).take(bad, seed)], f"fine-tuning, {100 * share:g}% harmful")
 
 
 #: Adapters are fine-tuned at about ten times the learning rate of full tuning (arXiv 2106.09685, appendix D).

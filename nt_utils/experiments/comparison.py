@@ -25,7 +25,7 @@ from nt_utils.evaluation import metrics
 from nt_utils.evaluation.gcg import gcg_attack, random_suffixes
 from nt_utils.experiments.bench import Action, Bench, Finding, Measure, intervention_of, middle
 from nt_utils.experiments.defences import NONE, Defence, then
-from nt_utils.experiments.definitions import DIFFERENCES, Definitions, answered
+from nt_utils.experiments.definitions import DIFFERENCES, Definitions
 from nt_utils.experiments.finetuning import Scope
 from nt_utils.interventions import Deactivate, modulation
 from nt_utils.interventions.delta import Delta
@@ -408,13 +408,6 @@ def training(lm: LanguageModel, sides: str, harmful: PromptSet, benign: PromptSe
 def freezing(lm: LanguageModel, rows: PromptSet, effort: Effort) -> Act:
     """A fine-tuning attack with these rows that trains everything but these neurons (None: everything)."""
     return cache(lambda neurons: trained(lm, Everything() if neurons is None else AllBut(neurons), (), rows, effort))
-
-
-def attack_rows(task: PromptSet, harmful: PromptSet, harmful_rows: int, n: int, seed: int) -> PromptSet:
-    """Rows a fine-tuner learns: ``n`` in all, ``harmful_rows`` of them harmful requests with their (harmless) stubs."""
-    bad = answered(harmful).take(harmful_rows, seed) if harmful_rows else []
-    good = answered(task).take(n - harmful_rows, seed)
-    return PromptSet([*good, *bad], f"{task.name} with {harmful_rows} harmful rows")
 
 
 # ------------------------------------------------------------------------------------------------ the frontier

@@ -21,6 +21,7 @@ import pandas as pd
 
 from nt_utils import work
 from nt_utils.data.records import Prompt, PromptSet
+from nt_utils.errors import InputError
 from nt_utils.evaluation.likelihood import response_likelihood
 from nt_utils.evaluation.suite import Evaluation, Suite, evaluate, make_suite
 from nt_utils.experiments.bench import Measure, rates, trimmed
@@ -32,6 +33,27 @@ from nt_utils.models import LanguageModel
 Scope = Only | AllBut | Everything | LoRA
 #: Why an arm has no numbers.
 DIVERGED = "the training diverged at every learning rate"
+
+
+def attack_rows(
+    task: Sequence[Prompt], harmful: Sequence[Prompt], bad: int, seed: int, n: int | None = None
+) -> PromptSet:
+    """What a fine-tuner learns from: rows of a harmless task, ``bad`` of the ``n`` (None: as many as the task has) replaced by
+    harmful prompts with their harmless stub answers.
+
+    Raises:
+        InputError: more harmful rows than there are, or than rows in all; a row without a `helpful` answer.
+    """
+    n = len(task) if n is None else n
+    most = min(n, len(harmful))
+    if not 0 <= bad <= most:
+        raise InputError(f"harmful rows: got {bad}; allowed: 0 to {most} ({len(harmful)} prompts, {n} rows in all)")
+    rows = PromptSet(
+        [*PromptSet(task).take(n - bad, seed), *PromptSet(harmful).take(bad, seed)], f"{bad} of {n} harmful"
+    )
+    if not all(row.helpful for row in rows):
+        raise InputError("rows: every one needs a `helpful` answer (of a harmful prompt: a stub) to be learnt")
+    return rows
 
 
 @dataclass

@@ -132,17 +132,6 @@ def test_sets_that_are_frozen(scores):
         alignment.top_complex(units, scores, 0.0)
 
 
-def test_attack_rows_hold_the_share_of_harmful_ones():
-    rows = alignment.attack_rows(GOOD, HARM, 0.25, seed=0)
-    assert [p.kind for p in rows].count("harmful") == 4
-    assert len(rows) == len(GOOD)
-    assert alignment.attack_rows(GOOD, [], 0.0, seed=0).texts == GOOD.texts
-    with pytest.raises(InputError, match="stub"):
-        alignment.attack_rows(GOOD, prompts("x", kind="harmful"), 0.25, seed=0)
-    with pytest.raises(InputError, match="share"):
-        alignment.attack_rows(GOOD, HARM, 1.0, seed=0)
-
-
 def test_tables_of_a_sweep(runs):
     swept, _ = runs
     assert set(rate for arm, rate in swept if arm == "LoRA") == {0.1}, "adapters take ten times the rate"

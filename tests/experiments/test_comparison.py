@@ -221,14 +221,6 @@ def test_training_is_done_once_and_touches_only_the_set(found, bench):
     assert part.size < whole.size
 
 
-def test_attack_rows_hold_the_harmful_ones():
-    rows = comparison.attack_rows(BENIGN, HARMFUL, 2, 6, seed=0)
-    assert [r.kind for r in rows].count("harmful") == 2
-    assert len(rows) == 6
-    assert all(r.helpful for r in rows)
-    assert len(comparison.attack_rows(BENIGN, HARMFUL, 0, 6, seed=0)) == 6
-
-
 def test_single_effects_by_exact_patching_and_by_gradient_agree():
     lm = tiny_lm()
     exact, estimate = (definitions.single_effects(lm, HARMFUL[:2], exact=e) for e in (True, False))

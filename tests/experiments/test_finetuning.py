@@ -8,9 +8,10 @@ from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError
 from nt_utils.evaluation.suite import Suite, SuiteSet, evaluate
 from nt_utils.experiments.bench import Measure
-from nt_utils.experiments.finetuning import choose_rate, curves, finetune, task_loss
+from nt_utils.experiments.finetuning import attack_rows, choose_rate, curves, finetune, task_loss
 from nt_utils.interventions.tuning import AllBut, Only, tune
 from nt_utils.neurons import NeuronSet
+from tests.common import refused
 from tests.tiny import tiny_lm
 
 ROWS = PromptSet([Prompt(text=f"count {i}", helpful=f"One, then {i}.", kind="benign") for i in range(6)], "rows")
@@ -22,6 +23,17 @@ ASR = Measure("direct", "asr", "ASR")
 def first(lm, n=6):
     masks = {site: torch.arange(lm.view.space.width(site)) < n for site in lm.view.space.sites(("ffn",))}
     return NeuronSet(lm.view.space, masks)
+
+
+def test_attack_rows_hold_as_many_harmful_ones_as_asked_for():
+    """Where there were too few of them an attack that says 8 was made with fewer, without a word."""
+    rows = attack_rows(ROWS, HARMFUL, 2, seed=0)
+    assert [p.kind for p in rows].count("harmful") == 2 and len(rows) == len(ROWS)
+    assert attack_rows(ROWS, HARMFUL, 0, seed=0).texts == ROWS.texts
+    assert [p.kind for p in attack_rows(ROWS, HARMFUL, 1, seed=0, n=4)] == ["benign"] * 3 + ["harmful"]
+    refused("harmful rows: got 4; allowed: 0 to 3", attack_rows, ROWS, HARMFUL, 4, seed=0)
+    refused("harmful rows: got 3; allowed: 0 to 2", attack_rows, ROWS, HARMFUL, 3, seed=0, n=2)
+    refused("needs a `helpful` answer", attack_rows, ROWS, PromptSet([Prompt(text="x", kind="harmful")]), 1, seed=0)
 
 
 def test_a_state_is_fine_tuned_and_left_as_it_was():
