@@ -159,7 +159,7 @@ PARAMETERS: dict[str, Parameter] = {
     "judge": _text(
         "judge of answers to given prompts: 'phrases', a classifier or a model, or 'phrases+' and one of these"
     ),
-    "n_detect": _whole("prompts to find neurons with", 4, presets=(16, 200)),
+    "n_detect": _whole("prompts to find neurons with", 4, presets=(8, 200)),
     "n_test": _whole("prompts of each kind to evaluate on", 4, presets=(8, 80, 200)),
     "n_dev": _whole("prompts of each kind to choose on (development split)", 4, presets=(6, 32, 48)),
     "top_share": _number("share of a projection's neurons that count as important on one prompt", 1e-4, 1),
@@ -195,7 +195,7 @@ PARAMETERS: dict[str, Parameter] = {
     ),
     "subset_sizes": _many(int, "numbers of prompts, for the stability study", 2),
     "subset_draws": _whole("random prompt subsets of each size", 2, 1000, presets=(2, 6, 30)),
-    "n_calibrate": _whole("prompts of each kind to score units with", 16, presets=(32, 256, 512)),
+    "n_calibrate": _whole("prompts of each kind to score units with", 16, presets=(16, 256, 512)),
     "unit_shares": _many(float, "shares of the units that are SCU, UCU and RU; the rest is CU", 1e-4, 0.9),
     "unit_contrast": _text("how scores on safety and utility data are compared", "log ratio", "difference"),
     "unit_score": _text("a unit's score", "weighted variance", "variance", "mean square"),
