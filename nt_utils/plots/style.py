@@ -301,12 +301,13 @@ def layer_maps(
     title: Callable[[str, pd.DataFrame], str],
     fmt: str = ".1f",
     top: float | None = None,
+    below: str = "projection",
 ) -> Figure:
     """A heat map for each value of the column ``panel``: shares (0 to 1, drawn in percent) by layer and ``columns``.
 
     Args:
         label: of the colour bar; title: of a panel, from its name and its rows; top: percent at the end of the colours
-            (None: the largest share).
+            (None: the largest share); below: what stands under the columns.
     """
     import seaborn as sns
 
@@ -332,9 +333,8 @@ def layer_maps(
         ax.set_xlabel("")
         ax.set_ylabel("layer" if name == names[0] else "")
         ax.tick_params(axis="y", rotation=0)
-    if columns == "kind":  # after all heat maps, which lay the figure out as they are drawn
-        for ax in axes[0]:
-            ax.set_xlabel("projection")
+    for ax in axes[0]:  # after all heat maps, which lay the figure out as they are drawn
+        ax.set_xlabel(below)
     return drawn
 
 

@@ -35,7 +35,7 @@ def units_where(table: pd.DataFrame) -> Figure:
     def title(kind: str, rows: pd.DataFrame) -> str:
         return f"{kind.replace('ffn', 'FFN')}s ({int(rows['units'].max())} a layer)"
 
-    return layer_maps(table, "unit", "category", "% of the layer's units", title, fmt=".0f", top=100)
+    return layer_maps(table, "unit", "category", "% of the layer's units", title, fmt=".0f", top=100, below="")
 
 
 @figure
