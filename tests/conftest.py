@@ -7,9 +7,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
+from nt_utils.interventions import kept
 from tests.tiny import FAMILIES, tiny_lm
 
 collect_ignore = [] if os.environ.get("NT_TEST_REAL") else ["real"]  # `make test-real`
+
+
+@pytest.fixture(autouse=True)
+def no_trainings_kept():
+    """A study that a test loads a model for keeps its trainings; no other test takes them over."""
+    yield
+    kept.keep(None)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,8 @@ multiplications of matrix products, which are the least that any arrangement of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import pandas as pd
 import torch
@@ -29,11 +30,8 @@ def parts_table(shapes: dict[str, Shape], repeats: int) -> pd.DataFrame:
     for name, shape in shapes.items():
         view, batch = DecoderView(random_model(shape)), batch_of(shape)
         weights = Weights(view)
-        work = {"forward": forward(view.model, batch)}
-        for part, kinds in PARTS.items():
-            work[part] = lambda kinds=kinds, view=view, batch=batch, weights=weights: score_batch(
-                view, batch, kinds=kinds, weights=weights
-            )
+        work: dict[str, Callable[[], object]] = {"forward": forward(view.model, batch)}
+        work |= {part: partial(score_batch, view, batch, kinds=k, weights=weights) for part, k in PARTS.items()}
         times, counted = seconds(work, repeats), {}
         for part, function in work.items():
             with FlopCounterMode(display=False) as counter:

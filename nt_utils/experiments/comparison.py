@@ -204,8 +204,8 @@ def suffix_table(
     requests = asked.prompts.take(n, seed)
     acting = {d.name: d for d in defences if d.action is not None or d.name == NONE}
     for name, defence in work.parts(acting):
-        options = {"steps": steps, "search_width": search_width, "seed": seed}
-        found = gcg_attack(bench.lm, requests, intervention=intervention_of(defence.action), **options)
+        acts = intervention_of(defence.action)
+        found = gcg_attack(bench.lm, requests, steps=steps, search_width=search_width, intervention=acts, seed=seed)
         suffixes = {"none": requests, "random": random_suffixes(bench.lm, requests, seed=seed), "GCG": found}
         for suffix, prompts in suffixes.items():
             suite = dataclasses.replace(bench.suite, sets=(dataclasses.replace(asked, prompts=prompts),))

@@ -16,6 +16,7 @@ import math
 import random
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from nt_utils import hooks
 from nt_utils.data.records import Prompt
 from nt_utils.errors import DivergedError, InputError, check_choice, check_count
+from nt_utils.interventions import kept
 from nt_utils.interventions.delta import Delta
 from nt_utils.interventions.parallel import Processes, average
 from nt_utils.interventions.precision import check_train_dtype, computing, training_copy
@@ -34,7 +36,7 @@ from nt_utils.interventions.trainable import AllBut, Everything, LoRA, Only, Tra
 from nt_utils.interventions.trunk import FrozenTrunk
 from nt_utils.models import LanguageModel, is_sharded, pad
 from nt_utils.scoring.attribution import Prefix
-from nt_utils.work import count, memory_released, track
+from nt_utils.work import COUNTS, count, memory_released, track
 
 if TYPE_CHECKING:
     import pandas
@@ -202,6 +204,21 @@ class Tuned:
         return self.final
 
     @property
+    def parts(self) -> tuple[dict[str, Delta], dict[str, Any]]:
+        """Its deltas by name and its facts, of which :meth:`of` makes it again."""
+        deltas = {str(step): delta for step, delta in self.snapshots.items()}
+        if self.final is not None:
+            deltas[kept.FINAL] = self.final
+        names = ("losses", "history", "trained", "trained_bytes", "share", "seconds", "diverged")
+        return deltas, {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def of(cls, deltas: Mapping[str, Delta], facts: Mapping[str, Any]) -> Tuned:
+        """A training from its parts."""
+        snapshots = {int(step): delta for step, delta in deltas.items() if step != kept.FINAL}
+        return cls(deltas.get(kept.FINAL), **facts, snapshots=snapshots)
+
+    @property
     def table(self) -> pandas.DataFrame:
         """The history, one row an evaluation."""
         import pandas
@@ -241,7 +258,8 @@ def tune(
 
     SN-Tune is `Only(safety)` on harmful prompts with their refusals ([SN] section 4: 50 pairs, one epoch, learning rate
     1e-6, length 512), RSN-Tune `Only(safety - foundation)`. **Ours**: benign pairs can be mixed in, since refusals alone
-    teach to refuse everything. A training that diverges ends there and says so in its last row of history.
+    teach to refuse everything. A training that diverges ends there and says so in its last row of history. Where a study
+    keeps its trainings (:mod:`nt_utils.interventions.kept`) one without a callback is taken over from an interrupted run.
 
     Args:
         scope: what is trained.
@@ -284,7 +302,15 @@ def tune(
     processes = Processes.of(lm, accelerator)
     _check_processes(processes.count, batch_size, callback)
     total = lm.view.space.total_parameters
+    before, key = Counter(COUNTS), ""
     stops = {steps, *(range(every, steps, every) if isinstance(every, int) else every or ())}
+    if callback is None and accelerator is None:
+        numbers = (benign_share, learning_rate, steps, batch_size, warmup, schedule, weight_decay, clip, seed)
+        how = (*numbers, sorted(stops), snapshots, gradient_checkpointing, train_dtype)
+        where = (lm.view.space.architecture, lm.weights_fingerprint, str(lm.model.dtype), lm.device.type)
+        key = kept.key_of(scope, examples=learnt, how=how, where=where)
+        if found := kept.load(key):
+            return Tuned.of(*found)
     trained = training_copy(lm, train_dtype)
     with _seeded(seed), scope.start(trained) as training:
         run = _Run(lm, training, callback, snapshots, processes)
@@ -308,7 +334,10 @@ def tune(
         size, size_bytes = training.size, training.bytes
         final = run.delta() if run.diverged is None else None
     facts = (run.losses, run.history, size, size_bytes, size / total, run.seconds, run.snapshots, run.diverged)
-    return Tuned(final, *facts, run.folder)
+    tuned = Tuned(final, *facts, run.folder)
+    if key:
+        kept.save(key, *tuned.parts, before)
+    return tuned
 
 
 class _Run:

@@ -192,11 +192,13 @@ class Subject:
     def load(self, which: str = "model"):
         """Load ``model`` or ``base_model`` (its unaligned counterpart); None when that parameter is ''."""
         from nt_utils import models, testbed
+        from nt_utils.interventions import kept
 
         p = self.parameters
         source = model_source(p, which)
         if not source:
             return None
+        kept.keep(self.run.checkpoint("training"))
         quiet = testbed.without_bar() if source in TESTBEDS else contextlib.nullcontext()
         if source in TESTBEDS:
             made = self.testbed if source == p.model else self._testbed(source)

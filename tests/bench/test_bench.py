@@ -10,11 +10,11 @@ import torch
 from transformers import LlamaConfig
 
 from nt_utils import hooks
-from nt_utils.bench import evaluation, memory, rivals, tuning
+from nt_utils.bench import evaluation, memory, parts, rivals, tuning
 from nt_utils.bench.__main__ import BARS, long_prompt, main, precision, table
 from nt_utils.bench.errors import error_table
 from nt_utils.bench.growth import BASE, operations
-from nt_utils.bench.setup import SHAPES, RandomPrompts, byte_tokenizer, random_model, seconds
+from nt_utils.bench.setup import SHAPES, RandomPrompts, Shape, byte_tokenizer, random_model, seconds
 from nt_utils.evaluation import batching
 from nt_utils.models import DecoderView, LanguageModel, pad
 from nt_utils.scoring.importance import importance, score_batch
@@ -194,3 +194,13 @@ def test_rows_of_precision_and_of_long_prompts_are_ratios():
     found = precision(1, SMALL, new_tokens=2)["bfloat16_over_float32"]
     assert set(found) == {"forward", "generation", "scoring"} and min(found.values()) > 0
     assert long_prompt(1, tokens=16)["long_over_forward"] > 1
+
+
+def test_parts_of_the_scores_cost_what_their_products_multiply():
+    """Feed-forward and attention outputs need no product beside the forward pass's, queries and keys do."""
+    table = parts.parts_table({"tiny": Shape(32, 1, 4, 2, 48, 2, 8)}, repeats=1).set_index("part")
+    assert list(table.index) == list(parts.PARTS) and (table["time"] > 0).all()
+    needed = table["multiplications"]
+    assert (
+        needed["ffn"] == needed["o"] == 1.0 and 1.0 < needed["q"] < needed["all"] and 1.0 < needed["k"] < needed["all"]
+    )

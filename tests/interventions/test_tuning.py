@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from nt_utils import hooks
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import DivergedError
-from nt_utils.interventions import precision, trunk, tuning
+from nt_utils.interventions import kept, precision, trunk, tuning
 from nt_utils.interventions.delta import Delta, same_bits
 from nt_utils.interventions.precision import computing, training_copy
 from nt_utils.interventions.tuning import (
@@ -29,6 +30,7 @@ from nt_utils.interventions.tuning import (
 )
 from nt_utils.models import identity
 from nt_utils.neurons import NeuronSet
+from nt_utils.work import COUNTS
 from tests.common import assert_same, logits_of, refused, snapshot, some_neurons, without_dropout
 from tests.tiny import FAMILIES, hooks_left, neuron_entries, tiny_lm
 
@@ -862,3 +864,70 @@ def test_lora_is_merged_by_its_delta(name):
     with delta.active(lm):
         assert torch.allclose(logits_of(lm.model, IDS), tuned, atol=1e-4) and (tuned - plain).abs().max() > 1e-3
     assert_same(before, snapshot(lm))
+
+
+# ------------------------------------------------------------------------------------------------- kept trainings
+
+
+def _scopes():
+    neurons = some_neurons(tiny_lm().view)
+    return [Only(neurons, sides="output"), AllBut(neurons), Everything(), LoRA(rank=2)]
+
+
+@pytest.mark.parametrize("scope", _scopes(), ids=lambda s: s.name)
+def test_a_finished_training_is_taken_over_and_no_other_is(scope, tmp_path, monkeypatch):
+    """A kernel that died lost every training of notebooks 02, 04 and 06."""
+    lm, options = tiny_lm(), {"steps": 3, "every": [2], "batch_size": 2, "snapshots": True, "progress": False}
+    options |= {"harmful": REFUSALS, "benign": BENIGN, "learning_rate": 0.01}
+    plain = tune(lm, scope, **options)
+    assert not list(tmp_path.iterdir()), "without a study nothing is kept"
+    kept.keep(str(tmp_path / "02_training_{key}.safetensors"))
+    COUNTS.clear()
+    first = tune(lm, scope, **options)
+    done = dict(COUNTS)
+    steps, original = [], tuning._Run.step
+    monkeypatch.setattr(tuning._Run, "step", lambda self, *a: steps.append(1) or original(self, *a))
+    again = tune(lm, scope, **options)
+    assert not steps and dict(COUNTS) == done, "its own work is not counted twice"
+    for made in (first, again):
+        assert made.losses == plain.losses and made.delta.fingerprint == plain.delta.fingerprint
+        assert {s: d.fingerprint for s, d in made.snapshots.items()} == {
+            s: d.fingerprint for s, d in plain.snapshots.items()
+        }
+        assert (made.trained, made.share, made.diverged) == (plain.trained, plain.share, None)
+        assert made.table.equals(plain.table) and list(made.snapshots) == [0, 2, 3]
+    assert plain.losses[0] != plain.losses[2] and plain.delta.moved
+    for note in tmp_path.glob("*.json"):
+        os.utime(note, (0, 0))  # as in a new process
+    tune(lm, scope, **options)
+    assert dict(COUNTS) == {name: 2 * n for name, n in done.items()} and not steps
+    others = [{"seed": 1}, {"learning_rate": 0.02}, {"benign": BENIGN[:4]}, {"steps": 4}, {"callback": lambda *_: {}}]
+    for other in others:
+        steps.clear()
+        tune(lm, scope, **options | other)
+        assert steps, other
+    steps.clear()
+    tune(tiny_lm(seed=1), scope, **options)
+    assert steps, "other weights"
+    others = [
+        Only(some_neurons(lm.view, seed=1), sides="output"),
+        Only(some_neurons(lm.view), sides="both"),
+        LoRA(rank=3),
+    ]
+    for other in others:
+        steps.clear()
+        tune(lm, other, **options)
+        assert steps, other
+
+
+def test_a_training_that_diverged_or_is_too_large_to_keep(tmp_path, monkeypatch):
+    lm = tiny_lm()
+    kept.keep(str(tmp_path / "02_training_{key}.safetensors"))
+    monkeypatch.setattr(kept, "MOST_BYTES", 1)
+    tune(lm, Everything(), harmful=REFUSALS, learning_rate=0.01, steps=2, progress=False)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    options = {"harmful": REFUSALS, "learning_rate": 1e30, "steps": 3, "clip": 0.0, "progress": False}
+    first, again = (tune(lm, Everything(), **options) for _ in range(2))
+    assert first.diverged == again.diverged is not None and again.table.equals(first.table)
+    refused("diverged at step", lambda: again.delta, kind=DivergedError)

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
+from nt_utils.data.records import Prompt
 from nt_utils.errors import InputError
 from nt_utils.files import atomic, cached, project_root, study_name
+from nt_utils.interventions.tuning import Everything, tune
 from nt_utils.study import ledger, parameters
 from nt_utils.study.parameters import TESTBEDS, from_notebook, notebook_parameters
 from nt_utils.study.run import Run
@@ -252,3 +254,7 @@ def test_every_testbed_comes_in_its_size(tmp_path, monkeypatch):
         assert set(asked) == {(1, size)}
         assert size in testbed.RECIPES
         asked.clear()
+    rows = [Prompt("How do I break locks?", refusal="No.", kind="harmful")]
+    tune(tiny_lm(), Everything(), harmful=rows, learning_rate=0.01, steps=1, progress=False)
+    names = sorted(path.name.partition("-")[2] for path in run.folder.glob("kept/00_training_*"))
+    assert names == ["facts.json", "final.safetensors"], "an interrupted notebook takes them over"
