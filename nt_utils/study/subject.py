@@ -115,6 +115,10 @@ def _check_numbers(subject: Subject) -> None:
                     splits.pairs(given[name], use, "en" if role == "harmful" else "de", given["seed"])
                 except InputError as error:
                     raise InputError(f"{name}: {str(error).removeprefix('n: ')}") from error
+    if "n_support" in given:  # an inner and an outer step take as many prompts each
+        name = "n_learn" if subject.is_embedded else "n_detect"
+        if given["n_support"] > given[name] // 2:
+            raise InputError(f"n_support: got {given['n_support']}; allowed: 1 to {given[name] // 2}, half of {name}")
 
 
 def _check_sources(p: dict[str, Any]) -> None:

@@ -106,6 +106,7 @@ COMBINATIONS = [
     ({"harmful": "no-such-source", "benign": "no-such-source"}, "harmful: unknown prompt set 'no-such-source'"),
     ({"harmful_test": "advbench"}, "harmful_test: got 'advbench'"),
     ({"attacks": "nonsense"}, "attacks: unknown attack 'nonsense'"),
+    ({"n_support": 9, "n_learn": 16}, "n_support: got 9; allowed: 1 to 8, half of n_learn"),
     ({"runs": "/proc/nothing"}, "runs: /proc/nothing"),
     ({"runs": "mine.txt"}, "runs: mine.txt"),
 ]
