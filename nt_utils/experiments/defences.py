@@ -28,6 +28,7 @@ from nt_utils.experiments import modulation as neurontune
 from nt_utils.experiments.bench import Bench, Measure, rates
 from nt_utils.experiments.cost import peak_of
 from nt_utils.experiments.modulation import Material
+from nt_utils.interventions import kept
 from nt_utils.interventions.steering import SystemPrompt
 from nt_utils.interventions.tuning import AllBut, Everything, LoRA, Only, tune
 from nt_utils.models import LanguageModel, decoder
@@ -195,11 +196,13 @@ def _owned(lm: LanguageModel, neurons: NeuronSet, sides: str) -> int:
 
 
 def _made(name: str, work: Callable) -> Defence:
-    """Run it, with its time and memory."""
-    kept: list = []
-    start = time.perf_counter()
-    peak = peak_of(lambda: kept.append(work()))
-    seconds, result = time.perf_counter() - start, kept[0]
+    """Run it, with its time and memory; NaN where an interrupted run had done part of it."""
+    results: list = []
+    taken, start = len(kept.TAKEN), time.perf_counter()
+    peak = peak_of(lambda: results.append(work()))
+    seconds, result = time.perf_counter() - start, results[0]
+    if len(kept.TAKEN) > taken:
+        seconds = peak = float("nan")
     if isinstance(result, tuning.Arm):
         action = None if result.diverged else result.delta
         return Defence(name, action, result.tuned.trained, seconds=seconds, peak=peak, diverged=result.diverged)

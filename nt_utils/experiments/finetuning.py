@@ -38,13 +38,13 @@ DIVERGED = "the training diverged at every learning rate"
 def attack_rows(
     task: Sequence[Prompt], harmful: Sequence[Prompt], bad: int, seed: int, n: int | None = None
 ) -> PromptSet:
-    """What a fine-tuner learns from: rows of a harmless task, ``bad`` of the ``n`` (None: as many as the task has) replaced by
-    harmful prompts with their harmless stub answers.
+    """What a fine-tuner learns from: at most ``n`` rows of a harmless task (None: all), ``bad`` of them replaced by harmful
+    prompts with their harmless stub answers.
 
     Raises:
         InputError: more harmful rows than there are, or than rows in all; a row without a `helpful` answer.
     """
-    n = len(task) if n is None else n
+    n = len(task) if n is None else min(n, len(task))
     most = min(n, len(harmful))
     if not 0 <= bad <= most:
         raise InputError(f"harmful rows: got {bad}; allowed: 0 to {most} ({len(harmful)} prompts, {n} rows in all)")

@@ -28,6 +28,7 @@ from nt_utils.evaluation.suite import Evaluation, clusters_of
 from nt_utils.experiments.bench import Bench, Finding, Measure, rates, ratio, spread
 from nt_utils.experiments.cost import peak_of
 from nt_utils.experiments.finetuning import DIVERGED, FineTuned, Scope
+from nt_utils.interventions import kept
 from nt_utils.interventions.delta import Delta
 from nt_utils.interventions.tuning import Tuned, tune
 from nt_utils.models import LanguageModel
@@ -354,7 +355,8 @@ def spent_table(lm: LanguageModel, arms: Mapping[str, Arm], pairs: Pairs, steps:
         def work(arm=arm) -> Tuned:
             return train_arm(lm, arm.scope, pairs, arm.rate, [steps], snapshots=False, progress=False)
 
-        rows.append((name, work().seconds / steps, peak_of(work) / 2**20))
+        with kept.paused():
+            rows.append((name, work().seconds / steps, peak_of(work) / 2**20))
     return pd.DataFrame(rows, columns=["arm", "seconds_a_step", "peak_mib"])
 
 

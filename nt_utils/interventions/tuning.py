@@ -207,7 +207,7 @@ class Tuned:
     def parts(self) -> tuple[dict[str, Delta], dict[str, Any]]:
         """Its deltas by name and its facts, of which :meth:`of` makes it again."""
         deltas = {str(step): delta for step, delta in self.snapshots.items()}
-        if self.final is not None:
+        if self.final is not None and not deltas:  # else it is the last snapshot
             deltas[kept.FINAL] = self.final
         names = ("losses", "history", "trained", "trained_bytes", "share", "seconds", "diverged")
         return deltas, {name: getattr(self, name) for name in names}
@@ -216,7 +216,8 @@ class Tuned:
     def of(cls, deltas: Mapping[str, Delta], facts: Mapping[str, Any]) -> Tuned:
         """A training from its parts."""
         snapshots = {int(step): delta for step, delta in deltas.items() if step != kept.FINAL}
-        return cls(deltas.get(kept.FINAL), **facts, snapshots=snapshots)
+        last = snapshots[max(snapshots)] if snapshots and facts["diverged"] is None else None
+        return cls(deltas.get(kept.FINAL, last), **facts, snapshots=snapshots)
 
     @property
     def table(self) -> pandas.DataFrame:
@@ -259,7 +260,7 @@ def tune(
     SN-Tune is `Only(safety)` on harmful prompts with their refusals ([SN] section 4: 50 pairs, one epoch, learning rate
     1e-6, length 512), RSN-Tune `Only(safety - foundation)`. **Ours**: benign pairs can be mixed in, since refusals alone
     teach to refuse everything. A training that diverges ends there and says so in its last row of history. Where a study
-    keeps its trainings (:mod:`nt_utils.interventions.kept`) one without a callback is taken over from an interrupted run.
+    keeps its trainings (:mod:`nt_utils.interventions.kept`) the same call without a callback takes over what it left.
 
     Args:
         scope: what is trained.
@@ -307,8 +308,7 @@ def tune(
     if callback is None and accelerator is None:
         numbers = (benign_share, learning_rate, steps, batch_size, warmup, schedule, weight_decay, clip, seed)
         how = (*numbers, sorted(stops), snapshots, gradient_checkpointing, train_dtype)
-        where = (lm.view.space.architecture, lm.weights_fingerprint, str(lm.model.dtype), lm.device.type)
-        key = kept.key_of(scope, examples=learnt, how=how, where=where)
+        key = kept.key_of(lm, scope, examples=learnt, how=how)
         if found := kept.load(key):
             return Tuned.of(*found)
     trained = training_copy(lm, train_dtype)
@@ -335,8 +335,7 @@ def tune(
         final = run.delta() if run.diverged is None else None
     facts = (run.losses, run.history, size, size_bytes, size / total, run.seconds, run.snapshots, run.diverged)
     tuned = Tuned(final, *facts, run.folder)
-    if key:
-        kept.save(key, *tuned.parts, before)
+    kept.save(key, *tuned.parts, before)
     return tuned
 
 

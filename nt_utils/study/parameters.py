@@ -307,9 +307,9 @@ PARAMETERS: dict[str, Parameter] = {
     "defence_attack_rates": _rates("learning rates of it; the worst counts", presets=([3e-4], [3e-4], [3e-4, 1e-3])),
     "defence_attack_steps": _steps("steps of it; the worst counts", presets=([2], [8], [10, 20, 40])),
     "gcg_prompts": _whole(
-        "harmful requests for which GCG seeks a suffix against every defence; 0 to skip", 0, presets=(0, 0, 16)
+        "harmful requests for which GCG seeks a suffix against every defence; 0 to skip", 0, presets=(1, 0, 16)
     ),
-    "gcg_steps": _whole("steps of GCG for each of them", 1),
+    "gcg_steps": _whole("steps of GCG for each of them", 1, presets=(1, 100)),
     "new_task": _text("source of the task of later fine-tuning; 'testbed' = subtraction; '' to skip"),
     "n_task": _whole("rows of the new task", 4),
     "task_steps": _steps("steps at which later fine-tuning is evaluated", presets=([3], [10, 30], [10, 20, 40])),

@@ -29,13 +29,14 @@ from nt_utils.study.batch.access import boxed, cached_file, has_token, is_local
 from nt_utils.study.batch.step import expected_seconds
 from nt_utils.study.parameters import EMBEDDED, SOURCES
 from nt_utils.work import clock
+from nt_utils.work import memory as machine_memory
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 #: Published counts: study -> preset -> notebook -> {"work": counts, "parameters": those the counts follow}.
 PUBLISHED = Path(__file__).with_name("work.json")
 #: Parameters that counts follow, and what a run's provenance says of its cost beside them.
-FOLLOWED = ("harmful", "n_detect", "n_test", "max_new_tokens")
+FOLLOWED = ("harmful", "n_detect", "n_calibrate", "n_test", "max_new_tokens")
 COSTS = ("peak_bytes", "gpu_peak_bytes", "cpu_seconds")
 #: Rates of a GPU, assumed where ``make bench-gpu`` has measured none: operations a second of a forward pass, bytes a second of
 #: reading weights while generating; and exact scoring over the plain forward pass, of any device.
@@ -217,13 +218,14 @@ class Work:
         """For a study of other numbers of prompts, longer prompts and longer answers."""
         old = SimpleNamespace(**self.parameters)
 
-        def ratio(name: str) -> float:
-            return (getattr(p, name, None) or 1) / (getattr(old, name, None) or getattr(p, name, None) or 1)
+        def ratio(*names: str) -> float:
+            both = [(getattr(p, name, None), getattr(old, name, None)) for name in names]
+            return math.prod(now / then for now, then in both if now and then)
 
         answers = (getattr(p, "max_new_tokens", 0) or 40) / (getattr(old, "max_new_tokens", 0) or 40)
         tokens = _prompt_tokens(p) / _prompt_tokens(old)
         by = {
-            "scored": ratio("n_detect") * tokens,
+            "scored": ratio("n_detect", "n_calibrate") * tokens,
             "read": ratio("n_test") * tokens,
             "written": ratio("n_test") * answers,
             "decode": ratio("n_test") * answers,
@@ -366,13 +368,16 @@ def _model_lines(plan: Plan, file, run, times: float, preset: str, root: Path) -
         return
     device, model = _device(), sizes(name, config, where)
     dtype = getattr(filled(run.notebooks[0], run, preset, root), "dtype", "auto")
-    if dtype == "auto" and not device and not file.is_small:  # as the model will be loaded here
-        dtype = max(("float32", "bfloat16"), key=lambda kind: cpu_rates(kind)[0])
+    if (
+        dtype == "auto" and not device and not file.is_small
+    ):  # as models.precision.choose_dtype decides for a large model
+        fits = model.weights("float32") <= 0.8 * machine_memory()[0]
+        dtype = max(("float32", "bfloat16"), key=lambda kind: cpu_rates(kind)[0]) if fits else "bfloat16"
     plan.lines.append(
         f"model {name}: about {model.count / 1e9:.2f} billion parameters, {dtype}, {model.weights(dtype) / GIB:.1f} GiB of "
         f"weights (config: {model.where})"
     )
-    _disk(plan, [n for n in (name, base) if n and n != "auto"], model.weights(dtype))
+    _disk(plan, [n for n in (name, base) if n and n != "auto"], model.weights("auto"))
     rate = rates(root, "gpu" if device else "cpu", dtype)
     plan.lines.append(f"steps ({device[0] if device else 'the CPU of this machine'}; {rate.source})")
     peak = total = 0.0
@@ -540,7 +545,8 @@ def beside(file, run, notebook: str, preset: str, cores: int, free_mb: int, root
         if not config or work is None or _device():
             return alone
         counts = {**work.counts, "tuned_tokens": float(trains_all(notebook, p))}
-        dtype = "float32" if p.dtype == "auto" else p.dtype
+        dtype = getattr(p, "dtype", "auto")
+        dtype = "float32" if dtype == "auto" else dtype
         memory = memory_of(Work(counts, ""), sizes(file.name, config, where), p, dtype)
     except (InputError, OSError, ValueError, TypeError):  # the step itself says what is wrong
         return alone

@@ -205,6 +205,8 @@ class Run:
         """Write claims, timings and provenance. Every notebook ends with it."""
         import pandas as pd
 
+        from nt_utils.interventions import kept
+
         if claims.rows(self.notebook):
             frame = pd.DataFrame(ledger.run_rows(self), columns=list(ledger.COLUMNS))
             ledger.write_table(self.folder / "claims" / f"{self.notebook}.csv", frame)
@@ -212,6 +214,8 @@ class Run:
         frame = pd.DataFrame(took, columns=["notebook", "step", "seconds"])
         ledger.write_table(self.folder / "timings" / f"{self.notebook}.csv", frame, None)
         self._drop_leftovers()
+        if kept.TAKEN:
+            self.taken_over["trainings"] = kept.TAKEN[0]
         self.provenance(seconds=round(time.time() - self.started, 1))
         where, root = self.folder.resolve(), project_root().resolve()
         if where.is_relative_to(root):  # the saved notebook names no place of this machine
@@ -221,7 +225,11 @@ class Run:
     def _drop_leftovers(self) -> None:
         """Remove what an earlier run of this notebook left and this one did not write again."""
         for kind in ("tables", "figures", "neurons", "deltas", "kept"):
-            for file in (self.folder / kind).glob(f"{self.number}_*"):
+            named = (
+                f"{self.number}_*",
+                f".{self.number}_*",
+            )  # a killed process leaves a temporary file, whose name has a dot
+            for file in (file for name in named for file in (self.folder / kind).glob(name)):
                 if kind == "kept" or file.stat().st_mtime < self.since:
                     file.unlink()
 

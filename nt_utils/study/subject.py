@@ -20,7 +20,7 @@ from nt_utils.data.splits import Splits
 from nt_utils.errors import InputError
 from nt_utils.files import cached, study_name
 from nt_utils.study.parameters import EMBEDDED, QUICK_TOKENS, SOURCES, TESTBEDS
-from nt_utils.study.provenance import code_fingerprint
+from nt_utils.study.provenance import code_fingerprint, git_revision, machine
 
 if TYPE_CHECKING:
     from nt_utils.evaluation.judges import Judge
@@ -115,10 +115,27 @@ def _check_numbers(subject: Subject) -> None:
                     splits.pairs(given[name], use, "en" if role == "harmful" else "de", given["seed"])
                 except InputError as error:
                     raise InputError(f"{name}: {str(error).removeprefix('n: ')}") from error
+    if given.get("new_task"):
+        _check_harmful_rows(subject, given)
     if "n_support" in given:  # an inner and an outer step take as many prompts each
         name = "n_learn" if subject.is_embedded else "n_detect"
         if given["n_support"] > given[name] // 2:
             raise InputError(f"n_support: got {given['n_support']}; allowed: 1 to {given[name] // 2}, half of {name}")
+
+
+def _check_harmful_rows(subject: Subject, given: Mapping[str, Any]) -> None:
+    """No more harmful rows in a fine-tuning attack than there are, or than rows."""
+    wanted = {"harmful_rows": given.get("harmful_rows", 0), "defence_attacks": max(given.get("defence_attacks", [0]))}
+    wanted["harmful_share"] = round(given.get("harmful_share", 0) * given["n_task"])
+    if max(wanted.values()):
+        rows = subject.rows("harmful", "tune", given["n_task"])
+        if not all(row.helpful for row in rows):  # notebook 04 then leaves them out
+            wanted["harmful_share"] = 0
+        for name, bad in wanted.items():
+            if bad > len(rows):
+                raise InputError(
+                    f"{name}: got {given[name]}, {bad} harmful rows; there are {len(rows)} (at most n_task) to tune with"
+                )
 
 
 def _check_sources(p: dict[str, Any]) -> None:
@@ -202,7 +219,7 @@ class Subject:
         source = model_source(p, which)
         if not source:
             return None
-        kept.keep(self.run.checkpoint("training"))
+        kept.keep(self.run.checkpoint("training"), {"machine": machine(), "git": git_revision()})
         quiet = testbed.without_bar() if source in TESTBEDS else contextlib.nullcontext()
         if source in TESTBEDS:
             made = self.testbed if source == p.model else self._testbed(source)

@@ -31,6 +31,8 @@ def test_attack_rows_hold_as_many_harmful_ones_as_asked_for():
     assert [p.kind for p in rows].count("harmful") == 2 and len(rows) == len(ROWS)
     assert attack_rows(ROWS, HARMFUL, 0, seed=0).texts == ROWS.texts
     assert [p.kind for p in attack_rows(ROWS, HARMFUL, 1, seed=0, n=4)] == ["benign"] * 3 + ["harmful"]
+    few = attack_rows(ROWS, HARMFUL, 1, seed=0, n=64)
+    assert [p.kind for p in few].count("harmful") == 1 and len(few) == len(ROWS) and few.name == "1 of 6 harmful"
     refused("harmful rows: got 4; allowed: 0 to 3", attack_rows, ROWS, HARMFUL, 4, seed=0)
     refused("harmful rows: got 3; allowed: 0 to 2", attack_rows, ROWS, HARMFUL, 3, seed=0, n=2)
     refused("needs a `helpful` answer", attack_rows, ROWS, PromptSet([Prompt(text="x", kind="harmful")]), 1, seed=0)

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from nt_utils import hooks
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import DivergedError
+from nt_utils.experiments.comparison import amplify
 from nt_utils.interventions import kept, precision, trunk, tuning
 from nt_utils.interventions.delta import Delta, same_bits
 from nt_utils.interventions.precision import computing, training_copy
@@ -885,8 +886,8 @@ def test_a_finished_training_is_taken_over_and_no_other_is(scope, tmp_path, monk
     COUNTS.clear()
     first = tune(lm, scope, **options)
     done = dict(COUNTS)
-    steps, original = [], tuning._Run.step
-    monkeypatch.setattr(tuning._Run, "step", lambda self, *a: steps.append(1) or original(self, *a))
+    steps: list = []
+    monkeypatch.setattr(tuning, "response_loss", lambda *a: steps.append(1) or response_loss(*a))
     again = tune(lm, scope, **options)
     assert not steps and dict(COUNTS) == done, "its own work is not counted twice"
     for made in (first, again):
@@ -899,16 +900,26 @@ def test_a_finished_training_is_taken_over_and_no_other_is(scope, tmp_path, monk
     assert plain.losses[0] != plain.losses[2] and plain.delta.moved
     for note in tmp_path.glob("*.json"):
         os.utime(note, (0, 0))  # as in a new process
-    tune(lm, scope, **options)
-    assert dict(COUNTS) == {name: 2 * n for name, n in done.items()} and not steps
+    kept.keep(str(tmp_path / "02_training_{key}.safetensors"))
+    for _ in range(2):
+        tune(lm, scope, **options)
+        assert dict(COUNTS) == {name: 2 * n for name, n in done.items()} and not steps, "counted once"
+    assert kept.TAKEN == [{}, {}], "what made it, for provenance"
     others = [{"seed": 1}, {"learning_rate": 0.02}, {"benign": BENIGN[:4]}, {"steps": 4}, {"callback": lambda *_: {}}]
     for other in others:
         steps.clear()
         tune(lm, scope, **options | other)
         assert steps, other
+    changed = tiny_lm()
+    changed.model.model.norm.variance_epsilon = 0.5
+    for other in (tiny_lm(seed=1), changed):
+        steps.clear()
+        tune(other, scope, **options)
+        assert steps, "other weights, another epsilon"
     steps.clear()
-    tune(tiny_lm(seed=1), scope, **options)
-    assert steps, "other weights"
+    with kept.paused():
+        tune(lm, scope, **options)
+    assert steps, "what is timed has to happen"
     others = [
         Only(some_neurons(lm.view, seed=1), sides="output"),
         Only(some_neurons(lm.view), sides="both"),
@@ -918,6 +929,35 @@ def test_a_finished_training_is_taken_over_and_no_other_is(scope, tmp_path, monk
         steps.clear()
         tune(lm, other, **options)
         assert steps, other
+
+
+def test_a_training_under_hooks_is_not_another_ones(tmp_path):
+    """Notebook 06 fine-tunes the plain model and then models under a modulation or a direction, of the same weights."""
+    lm, options = tiny_lm(), {"benign": BENIGN, "learning_rate": 0.01, "steps": 2, "progress": False}
+    kept.keep(str(tmp_path / "06_training_{key}.safetensors"))
+    plain, losses = tune(lm, Everything(), **options), []
+    for factor in (2.0, 3.0):
+        neurons = some_neurons(lm.view, kinds=("ffn", "o"))
+        with amplify(neurons, factor).active(lm):
+            losses.append(tune(lm, Everything(), **options).losses)
+    assert losses[0] != losses[1] != plain.losses != losses[0]
+
+
+def test_a_damaged_or_full_disk_costs_the_copy_alone(tmp_path, monkeypatch, capsys):
+    lm, options = tiny_lm(), {"harmful": REFUSALS, "learning_rate": 0.01, "steps": 2, "progress": False}
+    kept.keep(str(tmp_path / "02_training_{key}.safetensors"))
+    first = tune(lm, Everything(), **options)
+    (file,) = tmp_path.glob("*-final.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+    assert tune(lm, Everything(), **options).delta.fingerprint == first.delta.fingerprint
+    assert "a kept training is repeated: " in capsys.readouterr().out
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Delta, "save", full)
+    assert tune(lm, Everything(), **options | {"seed": 1}).delta.size == first.delta.size
+    assert "a training is not kept: No space left" in capsys.readouterr().out
 
 
 def test_a_training_that_diverged_or_is_too_large_to_keep(tmp_path, monkeypatch):

@@ -107,6 +107,8 @@ COMBINATIONS = [
     ({"harmful_test": "advbench"}, "harmful_test: got 'advbench'"),
     ({"attacks": "nonsense"}, "attacks: unknown attack 'nonsense'"),
     ({"n_support": 9, "n_learn": 16}, "n_support: got 9; allowed: 1 to 8, half of n_learn"),
+    ({"harmful_rows": 65}, "harmful_rows: got 65, 65 harmful rows; there are 64"),
+    ({"defence_attacks": [0, 70]}, "defence_attacks: got [0, 70], 70 harmful rows; there are 64"),
     ({"runs": "/proc/nothing"}, "runs: /proc/nothing"),
     ({"runs": "mine.txt"}, "runs: mine.txt"),
 ]

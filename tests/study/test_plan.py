@@ -220,7 +220,7 @@ def test_rates_are_the_benchs_or_measured_now(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("bfloat16", "taken"), [(1e11, "float32"), (9e11, "bfloat16")])
-def test_a_precision_that_is_slow_here_is_said_and_a_quick_run_takes_the_faster(monkeypatch, bfloat16, taken):
+def test_a_precision_that_is_slow_here_is_said_and_a_quick_run_takes_the_faster(monkeypatch, offline, bfloat16, taken):
     """A study that pins bfloat16 takes six times as long on a CPU without instructions for it, and nothing said so."""
     monkeypatch.setattr(plan, "_device", lambda: None)
     monkeypatch.setattr(plan, "cpu_rates", lambda dtype: (bfloat16 if dtype == "bfloat16" else 4e11, 2e10))

@@ -13,9 +13,11 @@ import pytest
 from nt_utils.data.records import Prompt
 from nt_utils.errors import InputError
 from nt_utils.files import atomic, cached, project_root, study_name
+from nt_utils.interventions import kept
 from nt_utils.interventions.tuning import Everything, tune
 from nt_utils.study import ledger, parameters
 from nt_utils.study.parameters import TESTBEDS, from_notebook, notebook_parameters
+from nt_utils.study.provenance import devices
 from nt_utils.study.run import Run
 from nt_utils.study.subject import Subject
 from tests.common import refused
@@ -258,3 +260,10 @@ def test_every_testbed_comes_in_its_size(tmp_path, monkeypatch):
     tune(tiny_lm(), Everything(), harmful=rows, learning_rate=0.01, steps=1, progress=False)
     names = sorted(path.name.partition("-")[2] for path in run.folder.glob("kept/00_training_*"))
     assert names == ["facts.json", "final.safetensors"], "an interrupted notebook takes them over"
+    (note,) = run.folder.glob("kept/*.json")
+    assert json.loads(note.read_text())["made_with"]["machine"], "provenance says what made it"
+    (note.parent / ".00_training_cut.tmp").touch()
+    kept.TAKEN.append({"machine": {"gpus": ["H"]}})
+    run.finish()
+    assert not list(note.parent.iterdir())
+    assert devices(json.loads(run.provenance(1.0).read_text())).endswith(" and H")
