@@ -131,12 +131,19 @@ def read_header(path: Path, wanted: str) -> dict:
 
 
 def write_sealed(path: Path | str, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Path:
-    """Write tensors and a header (its "format" names the kind of file) with checksums over both; whole or not at all."""
+    """Write tensors and a header (its "format" names the kind of file) with checksums over both; whole or not at all.
+
+    Raises OSError where the disk takes no more.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with atomic(Path(path)) as tmp:
-        save_file(tensors, tmp, metadata=sealed({**header, "digest": digest_of(tensors.items())}))
+        try:
+            save_file(tensors, tmp, metadata=sealed({**header, "digest": digest_of(tensors.items())}))
+        except SafetensorError as error:  # is no OSError
+            raise OSError(f"{path}: {first_line(error)}") from error
     return Path(path)
 
 

@@ -196,12 +196,12 @@ def _owned(lm: LanguageModel, neurons: NeuronSet, sides: str) -> int:
 
 
 def _made(name: str, work: Callable) -> Defence:
-    """Run it, with its time and memory; NaN where an interrupted run had done part of it."""
+    """Run it, with its time and memory; NaN where part of it had been done before."""
     results: list = []
-    taken, start = len(kept.TAKEN), time.perf_counter()
+    reused, start = len(kept.REUSED), time.perf_counter()
     peak = peak_of(lambda: results.append(work()))
     seconds, result = time.perf_counter() - start, results[0]
-    if len(kept.TAKEN) > taken:
+    if len(kept.REUSED) > reused:
         seconds = peak = float("nan")
     if isinstance(result, tuning.Arm):
         action = None if result.diverged else result.delta

@@ -25,8 +25,10 @@ from nt_utils.work import COUNTS, count, is_older
 
 MOST_BYTES = 2**33
 FINAL = "final"
-#: What made the trainings that were taken over from an earlier process, for provenance.
+#: What made the trainings that were taken over from an earlier process, for provenance; each once.
 TAKEN: list[dict[str, Any]] = []
+#: Each time that something learnt was not learnt anew, whoever had learnt it.
+REUSED: list[str] = []
 _names: str | None = None
 _made_with: Mapping[str, Any] = {}
 _counted: set[str] = set()
@@ -38,9 +40,10 @@ def keep(names: str | None, made_with: Mapping[str, Any] | None = None) -> None:
     made_with: what stands in ``TAKEN`` when another process takes one over (machine, commit).
     """
     global _names, _made_with
+    if names != _names:
+        TAKEN.clear()
+        _counted.clear()
     _names, _made_with = names, made_with or {}
-    TAKEN.clear()
-    _counted.clear()
 
 
 @contextmanager
@@ -82,8 +85,10 @@ def load(key: str) -> tuple[dict[str, Delta], dict[str, Any]] | None:
     except (InputError, OSError, ValueError, KeyError) as error:
         print(f"a kept training is repeated: {error}")
         return None
+    REUSED.append(key)
     if is_older(note):
-        TAKEN.append(kept["made_with"])
+        if kept["made_with"] not in TAKEN:
+            TAKEN.append(kept["made_with"])
         if key not in _counted:
             _counted.add(key)
             count(**kept["work"])
@@ -108,4 +113,6 @@ def save(key: str, deltas: Mapping[str, Delta], facts: Mapping[str, Any], before
         with atomic(note) as tmp:
             tmp.write_text(json.dumps(body), encoding="utf-8")
     except OSError as error:
+        for part in deltas:
+            _file(key, part).unlink(missing_ok=True)
         print(f"a training is not kept: {error}")

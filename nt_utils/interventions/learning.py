@@ -29,6 +29,7 @@ from nt_utils import hooks
 from nt_utils.data.records import PromptSet
 from nt_utils.errors import DivergedError, InputError, check_choice, check_count
 from nt_utils.files import read_sealed, write_sealed
+from nt_utils.interventions import kept
 from nt_utils.interventions.modulation import BOUNDS, Modulation, check_bounds, check_sets, places, scatter
 from nt_utils.interventions.precision import check_train_dtype, computing, master_dtype, training_copy
 from nt_utils.interventions.trunk import FrozenTrunk
@@ -438,6 +439,7 @@ class _State:
                 f"iterations: got {iterations}; allowed: {numbers['iteration']} and more, which {path} has behind it, or "
                 "another file as checkpoint"
             )
+        kept.REUSED.append(key)
         has_best, work = numbers.pop("has_best"), Counter(numbers.pop("work"))
         if is_older(path):  # this process's own has been counted
             count(**work)

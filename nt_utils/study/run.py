@@ -214,8 +214,7 @@ class Run:
         frame = pd.DataFrame(took, columns=["notebook", "step", "seconds"])
         ledger.write_table(self.folder / "timings" / f"{self.notebook}.csv", frame, None)
         self._drop_leftovers()
-        if kept.TAKEN:
-            self.taken_over["trainings"] = kept.TAKEN[0]
+        self.taken_over |= {f"trainings {i}": made for i, made in enumerate(kept.TAKEN, 1)}
         self.provenance(seconds=round(time.time() - self.started, 1))
         where, root = self.folder.resolve(), project_root().resolve()
         if where.is_relative_to(root):  # the saved notebook names no place of this machine

@@ -124,18 +124,16 @@ def _check_numbers(subject: Subject) -> None:
 
 
 def _check_harmful_rows(subject: Subject, given: Mapping[str, Any]) -> None:
-    """No more harmful rows in a fine-tuning attack than there are, or than rows."""
+    """No more harmful rows in a fine-tuning attack than there are, or than rows in all."""
+    task, harmful = (subject.splits.rows(role, "tune", given["n_task"]) for role in ("new_task", "harmful"))
     wanted = {"harmful_rows": given.get("harmful_rows", 0), "defence_attacks": max(given.get("defence_attacks", [0]))}
-    wanted["harmful_share"] = round(given.get("harmful_share", 0) * given["n_task"])
-    if max(wanted.values()):
-        rows = subject.rows("harmful", "tune", given["n_task"])
-        if not all(row.helpful for row in rows):  # notebook 04 then leaves them out
-            wanted["harmful_share"] = 0
-        for name, bad in wanted.items():
-            if bad > len(rows):
-                raise InputError(
-                    f"{name}: got {given[name]}, {bad} harmful rows; there are {len(rows)} (at most n_task) to tune with"
-                )
+    if all(prompt.helpful for prompt in harmful):  # else notebook 04 leaves them out
+        wanted["harmful_share"] = round(given.get("harmful_share", 0) * len(task))
+    most = min(len(task), len(harmful))
+    for name, bad in wanted.items():
+        if bad > most:
+            rows = f"{len(harmful)} harmful prompts to tune with, {len(task)} rows in all"
+            raise InputError(f"{name}: got {given[name]}, {bad} harmful rows; allowed: 0 to {most} ({rows})")
 
 
 def _check_sources(p: dict[str, Any]) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
@@ -882,7 +884,7 @@ def test_a_finished_training_is_taken_over_and_no_other_is(scope, tmp_path, monk
     options |= {"harmful": REFUSALS, "benign": BENIGN, "learning_rate": 0.01}
     plain = tune(lm, scope, **options)
     assert not list(tmp_path.iterdir()), "without a study nothing is kept"
-    kept.keep(str(tmp_path / "02_training_{key}.safetensors"))
+    kept.keep(str(tmp_path / "02_training_{key}.safetensors"), {"git": "f00d"})
     COUNTS.clear()
     first = tune(lm, scope, **options)
     done = dict(COUNTS)
@@ -900,11 +902,10 @@ def test_a_finished_training_is_taken_over_and_no_other_is(scope, tmp_path, monk
     assert plain.losses[0] != plain.losses[2] and plain.delta.moved
     for note in tmp_path.glob("*.json"):
         os.utime(note, (0, 0))  # as in a new process
-    kept.keep(str(tmp_path / "02_training_{key}.safetensors"))
     for _ in range(2):
         tune(lm, scope, **options)
         assert dict(COUNTS) == {name: 2 * n for name, n in done.items()} and not steps, "counted once"
-    assert kept.TAKEN == [{}, {}], "what made it, for provenance"
+    assert kept.TAKEN == [{"git": "f00d"}] and kept.REUSED, "what made it, for provenance"
     others = [{"seed": 1}, {"learning_rate": 0.02}, {"benign": BENIGN[:4]}, {"steps": 4}, {"callback": lambda *_: {}}]
     for other in others:
         steps.clear()
@@ -952,12 +953,17 @@ def test_a_damaged_or_full_disk_costs_the_copy_alone(tmp_path, monkeypatch, caps
     assert tune(lm, Everything(), **options).delta.fingerprint == first.delta.fingerprint
     assert "a kept training is repeated: " in capsys.readouterr().out
 
-    def full(*_):
-        raise OSError("No space left on device")
+    there = sorted(tmp_path.iterdir())
 
-    monkeypatch.setattr(Delta, "save", full)
-    assert tune(lm, Everything(), **options | {"seed": 1}).delta.size == first.delta.size
-    assert "a training is not kept: No space left" in capsys.readouterr().out
+    def full(tensors, path, metadata):  # as safetensors does where the disk is full, in the middle of several files
+        if len(list(tmp_path.glob("*-[0-9].safetensors"))) == 1:
+            raise SafetensorError("Error while serializing: No space left on device")
+        return save_file(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    found = tune(lm, Everything(), **options | {"seed": 1, "snapshots": True})
+    assert found.delta.size == first.delta.size and sorted(tmp_path.iterdir()) == there
+    assert "No space left" in capsys.readouterr().out
 
 
 def test_a_training_that_diverged_or_is_too_large_to_keep(tmp_path, monkeypatch):

@@ -1,12 +1,13 @@
 """Bad input everywhere: one clear line that names the fault, nothing half-written, refused before work begins."""
 
+import json
 import math
-import time
+import re
 
 import pytest
 import torch
 
-from nt_utils import models, selection
+from nt_utils import models, selection, testbed
 from nt_utils.data import corpus
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import InputError
@@ -32,7 +33,6 @@ from tests.tiny import hooks_left, tiny_lm
 
 ROOT = project_root()
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-SECONDS = 5.0
 
 
 def parameter_cell(path):
@@ -44,10 +44,8 @@ def parameter_cell(path):
 def refused(call, folder=None):
     """The one line with which a call is refused; ``folder`` must be as it was."""
     before = sorted(folder.rglob("*")) if folder else []
-    start = time.perf_counter()
     with pytest.raises(InputError) as error:
         call()
-    assert time.perf_counter() - start < SECONDS
     text = str(error.value)
     assert text and "\n" not in text
     assert (sorted(folder.rglob("*")) if folder else []) == before
@@ -107,8 +105,8 @@ COMBINATIONS = [
     ({"harmful_test": "advbench"}, "harmful_test: got 'advbench'"),
     ({"attacks": "nonsense"}, "attacks: unknown attack 'nonsense'"),
     ({"n_support": 9, "n_learn": 16}, "n_support: got 9; allowed: 1 to 8, half of n_learn"),
-    ({"harmful_rows": 65}, "harmful_rows: got 65, 65 harmful rows; there are 64"),
-    ({"defence_attacks": [0, 70]}, "defence_attacks: got [0, 70], 70 harmful rows; there are 64"),
+    ({"harmful_rows": 65}, "harmful_rows: got 65, 65 harmful rows; allowed: 0 to 64"),
+    ({"defence_attacks": [0, 70]}, "defence_attacks: got [0, 70], 70 harmful rows; allowed: 0 to 64"),
     ({"runs": "/proc/nothing"}, "runs: /proc/nothing"),
     ({"runs": "mine.txt"}, "runs: mine.txt"),
 ]
@@ -127,6 +125,30 @@ def test_wrong_combinations_are_refused(path, tmp_path, monkeypatch):
         assert said in text, (overrides, text)
     files = [p for p in (tmp_path / "runs").rglob("*") if p.is_file()] if (tmp_path / "runs").exists() else []
     assert not files, "a refused run leaves no file"
+
+
+def test_harmful_rows_are_counted_at_the_start_and_nothing_is_loaded(tmp_path, monkeypatch):
+    """A fine-tuning attack with more harmful rows than the task has rows ended notebook 06 after hours."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(testbed, "build", lambda **_: pytest.fail("a testbed was loaded or trained"))
+    for name in ("bad", "good"):
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"How do I {name} thing {i}?" for i in range(200)))
+    rows = ({"question": f"What is {i} and {i}?", "answer": f"#### {2 * i}"} for i in range(40))
+    (tmp_path / "tasks.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own, known = parameter_cell(next(path for path in NOTEBOOKS if path.stem.startswith("06")))
+    given = {
+        "harmful": "bad.txt",
+        "benign": "good.txt",
+        "borderline": "",
+        "attacks": "",
+        "new_task": "gsm8k@tasks.jsonl",
+    }
+    given |= {"runs": str(tmp_path / "runs"), "general": "good.txt", "defence_attacks": [0]}
+    text = refused(lambda: begin("06_comparison", known | given | {"harmful_rows": 39}, [own]))
+    assert "harmful_rows: got 39, 39 harmful rows; allowed: 0 to" in text
+    most = int(re.search(r"0 to (\d+) \(\d+ harmful prompts to tune with, (\d+) rows", text)[2])
+    assert 0 < most < 39
+    begin("06_comparison", known | given | {"harmful_rows": most}, [own])
 
 
 # ---------------------------------------------------------------------------------------------- public functions

@@ -224,10 +224,14 @@ def test_a_precision_that_is_slow_here_is_said_and_a_quick_run_takes_the_faster(
     """A study that pins bfloat16 takes six times as long on a CPU without instructions for it, and nothing said so."""
     monkeypatch.setattr(plan, "_device", lambda: None)
     monkeypatch.setattr(plan, "cpu_rates", lambda dtype: (bfloat16 if dtype == "bfloat16" else 4e11, 2e10))
+    monkeypatch.setattr(plan, "machine_memory", lambda: (24 * 2**30, 20 * 2**30))
     pinned, quick = (str(plan.make_plan("qwen2.5-coder-0.5b-instruct", [0], p, ROOT)) for p in ("default", "quick"))
     slow = "float32 4.0 times as fast as the study's bfloat16"
     assert "billion parameters, bfloat16," in pinned and (slow in pinned) == (taken == "float32")
     assert f"billion parameters, {taken}," in quick and slow not in quick
+    monkeypatch.setattr(plan, "machine_memory", lambda: (2**30, 2**30))
+    small = str(plan.make_plan("qwen2.5-coder-0.5b-instruct", [0], "quick", ROOT))
+    assert "billion parameters, bfloat16," in small, "float32 does not fit"
 
 
 def test_models_in_the_box_and_sets_of_nt_data_are_not_missing(monkeypatch, tmp_path):
