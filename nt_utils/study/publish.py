@@ -281,7 +281,12 @@ def _front_cell(name: str, folder: Path, note: Mapping[str, Any]) -> nbformat.No
 
 def clean(node: nbformat.NotebookNode, root: Path, *others: Path) -> None:
     """Make an executed notebook fit to be read by anybody: no progress bars, no widgets, no paths or machine names, figures at
-    screen size, no times of execution. others: further folders that hold run folders."""
+    screen size, no times of execution. others: further folders that hold run folders, besides where papermill made it."""
+    made = Path(node.metadata.get("papermill", {}).get("output_path") or "")
+    if (
+        made.is_absolute() and len(made.parents) > 4
+    ):  # <root>/runs/<study>/seed-<seed>/<notebook>: it may have been copied since
+        others = (*others, made.parents[3])
     hidden = secrets_of_machine(root, *others)
     for cell in node.cells:
         cell.metadata.pop("execution", None)

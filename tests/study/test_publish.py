@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import platform
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -61,9 +62,8 @@ def finished(root, folder, value=-0.3):
     ]
     links = new_markdown_cell(f"[Index](index.ipynb), [here]({NAME}.ipynb), [away](https://a.b/c.ipynb)")
     cell = new_code_cell("1 + 1", outputs=outputs, metadata={"papermill": {"duration": 1}})
-    nbformat.write(
-        new_notebook(cells=[cell, links], metadata={"papermill": {"input_path": "/x"}}), folder / f"{NAME}.ipynb"
-    )
+    made = {"papermill": {"input_path": "/x", "output_path": f"{folder}/.{NAME}.1.tmp.ipynb"}}
+    nbformat.write(new_notebook(cells=[cell, links], metadata=made), folder / f"{NAME}.ipynb")
     run.finish()
     return folder
 
@@ -136,7 +136,11 @@ def test_executed_notebooks_name_no_machine_and_show_no_progress(published):
 def test_a_run_of_another_checkout_names_no_place(root, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     publish.publish({"testbed": [finished(elsewhere, elsewhere / "runs" / "testbed-full" / "seed-0")]}, root)
-    assert str(elsewhere) not in (root / "notebooks" / "executed" / "testbed" / f"{NAME}.ipynb").read_text()
+    copy = root / "notebooks" / "executed" / "testbed" / f"{NAME}.ipynb"
+    assert str(elsewhere) not in copy.read_text()
+    shutil.move(elsewhere / "runs" / "testbed-full", root / "runs" / "moved")  # its cells still name where they ran
+    publish.publish({"testbed": [root / "runs" / "moved" / "seed-0"]}, root)
+    assert str(elsewhere) not in copy.read_text() and "saved in ./runs" in copy.read_text()
 
 
 def test_a_checkout_below_the_home_folder_names_no_place(monkeypatch, tmp_path):
