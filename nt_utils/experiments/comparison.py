@@ -192,12 +192,12 @@ def looked_table(looked: Mapping[str, Mapping[str, metrics.Interval]]) -> pd.Dat
 
 
 def suffix_table(
-    bench: Bench, defences: Sequence[Defence], asr: Measure, n: int, steps: int, seed: int, search_width: int = 128
+    bench: Bench, defences: Sequence[Defence], asr: Measure, n: int, steps: int, width: int, seed: int
 ) -> pd.DataFrame:
     """What an attacker achieves who seeks a suffix for each request with the defended model's own gradients (GCG).
 
     Every defence, and the undefended model, answers the same ``n`` requests as they are, with random suffixes and with
-    the suffixes that ``steps`` steps of GCG found against it. Columns defence, suffix ("none", "random" or "GCG"), value,
+    the suffixes that ``steps`` steps of GCG, each with ``width`` candidates, found against it. Columns defence, suffix ("none", "random" or "GCG"), value,
     low, high, n. Defences that only freeze are left out, and those whose learning diverged.
     """
     asked, rows = bench.suite[asr.set], []
@@ -205,7 +205,7 @@ def suffix_table(
     acting = {d.name: d for d in defences if d.action is not None or d.name == NONE}
     for name, defence in work.parts(acting):
         acts = intervention_of(defence.action)
-        found = gcg_attack(bench.lm, requests, steps=steps, search_width=search_width, intervention=acts, seed=seed)
+        found = gcg_attack(bench.lm, requests, steps=steps, search_width=width, intervention=acts, seed=seed)
         suffixes = {"none": requests, "random": random_suffixes(bench.lm, requests, seed=seed), "GCG": found}
         for suffix, prompts in suffixes.items():
             suite = dataclasses.replace(bench.suite, sets=(dataclasses.replace(asked, prompts=prompts),))

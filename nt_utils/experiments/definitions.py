@@ -102,18 +102,19 @@ def define(
     """Score every definition.
 
     Args:
-        harmful, benign: calibration prompts, at least ``blocks`` of each; those without reference responses get stock ones.
+        harmful, benign: calibration prompts, at least 2 of each; those without reference responses get stock ones.
+        blocks: in so many parts, fewer with fewer prompts, the prompts are cut, to be halved at random.
         base: the unaligned model; without it there is no activation change.
         attacks: the study's attacks, for attribution; None for :func:`study_attacks` of the prompts.
         per_class: attacks of each class for attribution, on ``attribution_prompts`` of the harmful prompts.
 
     Raises:
-        InputError: too few prompts for the blocks.
+        InputError: too few prompts to be halved.
     """
     harmful, benign = answered(harmful), answered(benign)
     n = min(len(harmful), len(benign), attribution_prompts)
-    if n < blocks:
-        raise InputError(f"n_detect: {n} prompts cannot be cut into {blocks} blocks; give more prompts")
+    if n < 2:
+        raise InputError(f"n_detect: {n} prompts cannot be cut into halves; give at least 2 of each kind")
     responses: list[str] = []
     if base is not None:
         responses = [r.text or " " for r in generate(lm, harmful, max_new_tokens=max_new_tokens)]
@@ -126,7 +127,7 @@ def define(
         per_class,
         n,
         options={"batch_size": batch_size},
-        blocks=blocks,
+        blocks=min(blocks, n),
     )
     found = Definitions(lm, material)
     found.rankings()  # the passes through the model are made here, once

@@ -141,9 +141,9 @@ PARAMETERS: dict[str, Parameter] = {
     ),
     "date": _text("what the chat template takes for today, as YYYY-MM-DD"),
     "batch_size": _whole("prompts per forward pass", 1, 4096),
-    # Of a quick run at most 12 where a study names a length: a refusal shows by then.
+    # Of a quick run at most 8 where a study names a length: a refusal shows by then.
     "max_new_tokens": _whole(
-        "longest answer in tokens; 0 = 40 on the embedded prompts, else 256", 0, 8192, presets=(12, 0)
+        "longest answer in tokens; 0 = 40 on the embedded prompts, else 256", 0, 8192, presets=(8, 0)
     ),
     "harmful": _text("source of harmful prompts; 'testbed' = the embedded ones, matched with the benign ones"),
     "benign": _text("source of benign prompts; 'testbed' = the embedded ones"),
@@ -159,9 +159,9 @@ PARAMETERS: dict[str, Parameter] = {
     "judge": _text(
         "judge of answers to given prompts: 'phrases', a classifier or a model, or 'phrases+' and one of these"
     ),
-    "n_detect": _whole("prompts to find neurons with", 4, presets=(8, 200)),
+    "n_detect": _whole("prompts to find neurons with", 4, presets=(4, 200)),
     "n_test": _whole("prompts of each kind to evaluate on", 4, presets=(8, 80, 200)),
-    "n_dev": _whole("prompts of each kind to choose on (development split)", 4, presets=(6, 32, 48)),
+    "n_dev": _whole("prompts of each kind to choose on (development split)", 4, presets=(4, 32, 48)),
     "top_share": _number("share of a projection's neurons that count as important on one prompt", 1e-4, 1),
     "rho": _number("share of the prompts a neuron must be important for; 1 is the paper's rule", 0.01, 1),
     "share": _number("share of the pool (FFN neurons and o_proj inputs) that is deactivated", 1e-6, 0.5),
@@ -257,7 +257,7 @@ PARAMETERS: dict[str, Parameter] = {
         choices=DEFINITIONS,
         presets=(["contrast"], ["contrast", "SCU", "attribution"], list(DEFINITIONS)),
     ),
-    "n_compare": _whole("prompts of each kind where many interventions are compared", 4, presets=(6, 32, 150)),
+    "n_compare": _whole("prompts of each kind where many interventions are compared", 4, presets=(4, 32, 150)),
     "halves": _whole("pairs of disjoint halves of the calibration prompts", 2, presets=(2, 6, 30)),
     "set_sizes": _many(float, "sizes of the sets whose agreement is measured, shares of the pool", 1e-4, 0.5),
     "utility_shares": _many(
@@ -287,7 +287,7 @@ PARAMETERS: dict[str, Parameter] = {
     ),
     "defence_share": _number("share of the pool that SN-Tune and RSN-Tune train as a defence", 1e-4, 0.5),
     "floor": _number("share of its utility that a model under a fine-tuning attack has to keep", 0, 1),
-    "n_defence": _whole("harmful prompts of each attack class that defences learn from", 8, presets=(8, 24, 60)),
+    "n_defence": _whole("harmful prompts of each attack class that defences learn from", 4, presets=(4, 24, 60)),
     "defence_rates": _rates(
         "learning rates of neurons and LoRA as a defence, chosen from on the development split",
         presets=([3e-3], [3e-3], [3e-4, 1e-3, 3e-3, 1e-2]),
@@ -310,6 +310,7 @@ PARAMETERS: dict[str, Parameter] = {
         "harmful requests for which GCG seeks a suffix against every defence; 0 to skip", 0, presets=(1, 0, 16)
     ),
     "gcg_steps": _whole("steps of GCG for each of them", 1, presets=(1, 100)),
+    "gcg_width": _whole("candidates that a step of GCG tries", 1, presets=(8, 128)),
     "new_task": _text("source of the task of later fine-tuning; 'testbed' = subtraction; '' to skip"),
     "n_task": _whole("rows of the new task", 4),
     "task_steps": _steps("steps at which later fine-tuning is evaluated", presets=([3], [10, 30], [10, 20, 40])),
@@ -317,8 +318,8 @@ PARAMETERS: dict[str, Parameter] = {
         "learning rates of later fine-tuning, of which the one that learns the task best is taken",
         presets=([0.001], [0.001], [0.0003, 0.001]),
     ),
-    "n_learn": _whole("harmful prompts of each attack class to learn alpha from", 8, presets=(8, 60)),
-    "n_attacked": _whole("prompts inside attacks to evaluate on", 8, presets=(12, 240, 480)),
+    "n_learn": _whole("harmful prompts of each attack class to learn alpha from", 4, presets=(4, 60)),
+    "n_attacked": _whole("prompts inside attacks to evaluate on", 8, presets=(8, 240, 480)),
     "steering_strengths": _many(
         float, "multiples of the refusal direction", presets=([0.5], [0.25, 0.5], [0.25, 0.5, 1.0])
     ),

@@ -109,9 +109,13 @@ def test_own_prompts_are_attacked_in_full_length():
     assert {a.name for a in definitions.study_attacks(HARMFUL)} == {n for n in FULL_LENGTH if WRAPPERS[n].seen}
 
 
-def test_too_few_prompts_for_the_blocks():
-    with pytest.raises(InputError, match="cannot be cut into 9 blocks"):
-        definitions.define(tiny_lm(), HARMFUL, BENIGN, blocks=9)
+def test_few_prompts_are_cut_into_fewer_blocks():
+    few = definitions.define(tiny_lm(), HARMFUL.take(3), BENIGN, attacks=ATTACKS, batch_size=4, max_new_tokens=3)
+    assert few.material.blocks == 3
+    (first, second), _ = few.halves(2, seed=0)
+    assert set(first) == set(few.names) and first["contrast"].top(9) != second["contrast"].top(9)
+    with pytest.raises(InputError, match="1 prompts cannot be cut into halves; give at least 2 of each kind"):
+        definitions.define(tiny_lm(), HARMFUL.take(1), BENIGN, attacks=ATTACKS)
 
 
 def test_agreement_of_toys():
@@ -299,7 +303,7 @@ def test_suffixes_are_sought_against_every_defended_model(monkeypatch):
     monkeypatch.setattr(Bench, "rate", rate)
     monkeypatch.setattr(comparison, "gcg_attack", gcg)
     made = [Defence("none"), Defence("louder", defended), Defence("frozen"), Defence("broken", diverged=True)]
-    found = comparison.suffix_table(bench, made, ASR, n=2, steps=2, seed=0, search_width=8)
+    found = comparison.suffix_table(bench, made, ASR, n=2, steps=2, width=8, seed=0)
     rows = [(name, suffix) for name in ("none", "louder") for suffix in ("none", "random", "GCG")]
     assert list(zip(found["defence"], found["suffix"], strict=True)) == rows and set(found["n"]) == {2}
     (plain, _, first), (same, _, second) = (
