@@ -88,7 +88,8 @@ class Setting:
 
     Args:
         rates: learning rates of neurons and LoRA; full_rates: of full fine-tuning; steps: of both (evaluated ones).
-        iterations: of NeuronTune; strengths: of the refusal direction; direction: what it is chosen from;
+        iterations, support: of NeuronTune (see :class:`~nt_utils.interventions.learning.Recipe`);
+        strengths: of the refusal direction; direction: what it is chosen from;
         wanted: names of defences, all if empty; judge: of the development prompts that choose.
     """
 
@@ -99,6 +100,7 @@ class Setting:
     strengths: Sequence[float]
     sides: str = "output"
     direction: Mapping[str, int] = field(default_factory=dict)
+    support: int = neurontune.RECIPE.support
     batch_size: int = 12
     seed: int = 0
     wanted: Sequence[str] = ()
@@ -136,7 +138,8 @@ def build(
     ranked = cache(lambda: neurontune.rankings(lm, found, steps=0))
 
     def preset(name: str) -> Defence:
-        recipe = dataclasses.replace(neurontune.RECIPE, iterations=setting.iterations, seed=setting.seed)
+        sizes = {"support": setting.support, "query": setting.support, "iterations": setting.iterations}
+        recipe = dataclasses.replace(neurontune.RECIPE, **sizes, seed=setting.seed)
         learn = partial(neurontune.learn_preset, lm, found, ranked(), name, recipe)
         return _made(f"NeuronTune, {name}", lambda: learn().modulation)
 

@@ -118,7 +118,7 @@ def _check_numbers(subject: Subject) -> None:
     if given.get("new_task"):
         _check_harmful_rows(subject, given)
     if "n_support" in given:  # an inner and an outer step take as many prompts each
-        name = "n_learn" if subject.is_embedded else "n_detect"
+        name = "n_detect" if not subject.is_embedded else "n_learn" if "n_learn" in given else "n_defence"
         if given["n_support"] > given[name] // 2:
             raise InputError(f"n_support: got {given['n_support']}; allowed: 1 to {given[name] // 2}, half of {name}")
 

@@ -105,6 +105,7 @@ COMBINATIONS = [
     ({"harmful_test": "advbench"}, "harmful_test: got 'advbench'"),
     ({"attacks": "nonsense"}, "attacks: unknown attack 'nonsense'"),
     ({"n_support": 9, "n_learn": 16}, "n_support: got 9; allowed: 1 to 8, half of n_learn"),
+    ({"n_support": 9, "n_defence": 16}, "n_support: got 9; allowed: 1 to 8, half of n_defence"),
     ({"harmful_rows": 65}, "harmful_rows: got 65, 65 harmful rows; allowed: 0 to 64"),
     ({"defence_attacks": [0, 70]}, "defence_attacks: got [0, 70], 70 harmful rows; allowed: 0 to 64"),
     ({"runs": "/proc/nothing"}, "runs: /proc/nothing"),
