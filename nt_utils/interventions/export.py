@@ -1,4 +1,5 @@
-"""A tuned model to ship: alpha folded into the weights, or as an (IA)^3 adapter in PEFT's file format [NT, ours].
+"""A tuned model to ship: alpha folded into the weights, or as an (IA)^3 adapter in PEFT's file format [NT, ours]; what
+LoRA learnt as PEFT's adapter.
 
 A channel's alpha multiplies the weights that read the channel (a column of the down or the output projection), so
 ``W (alpha * x) = (W diag(alpha)) x`` exactly: the folded model is an ordinary checkpoint that any engine serves without
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nt_utils.errors import InputError, ModelError
+from nt_utils.interventions.delta import Delta, LowRank
 from nt_utils.interventions.modulation import Modulation
 from nt_utils.models import LanguageModel, is_adapter_layer
 from nt_utils.neurons import POOL, NeuronSet, Site, same_architecture
@@ -130,6 +132,40 @@ def write_adapter(lm: LanguageModel, modulation: Modulation, folder) -> Path:
         unfinished.mkdir()
         save_file(tensors, unfinished / WEIGHTS_FILE, metadata=header)
         (unfinished / CONFIG_FILE).write_text(json.dumps(_config(lm, modules), indent=2) + "\n", encoding="utf-8")
+    return Path(folder)
+
+
+def write_lora(lm: LanguageModel, delta: Delta, folder, dtype: torch.dtype = torch.float16) -> Path:
+    """Write what LoRA learnt as an adapter in PEFT's format, its factors rounded to ``dtype``.
+
+    ``models.load`` reads the folder as the base model with the adapter merged; the base is called ``lm.name``.
+
+    Raises:
+        InputError: a delta that is not made of low-rank factors of one scale alone; an existing folder.
+    """
+    parts = {path.removesuffix(".weight"): part for path, part in delta.parts.items() if isinstance(part, LowRank)}
+    scales = {part.scale for part in parts.values()}
+    ranks = {part.left.shape[1] for part in parts.values()}
+    if len(parts) < len(delta.parts) or len(scales) != 1 or len(ranks) != 1:
+        raise InputError("delta: only what LoRA learnt, at one rank and scale, can be written as its adapter")
+    rank, scale = ranks.pop(), scales.pop()
+    tensors = {}
+    for path, part in parts.items():
+        for name, factor in (("lora_A", part.right), ("lora_B", part.left)):
+            tensors[f"{PREFIX}{path}.{name}.weight"] = factor.to(dtype).contiguous()
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": lm.name,
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "target_modules": sorted({path.rpartition(".")[2] for path in parts}),
+        "inference_mode": True,
+    }
+    with new_folder(folder) as unfinished:
+        unfinished.mkdir()
+        save_file(tensors, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
+        (unfinished / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return Path(folder)
 
 

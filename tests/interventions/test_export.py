@@ -13,10 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from nt_utils.data.records import Prompt
 from nt_utils.errors import ModelError
-from nt_utils.interventions.export import WEIGHTS_FILE, fold, folded, read_adapter, write_adapter
+from nt_utils.interventions.export import WEIGHTS_FILE, fold, folded, read_adapter, write_adapter, write_lora
 from nt_utils.interventions.modulation import Modulation
 from nt_utils.interventions.pruning import Prune, export
+from nt_utils.interventions.tuning import Everything, LoRA, tune
 from nt_utils.models import LanguageModel, load
 from nt_utils.neurons import POOL, NeuronSet
 from tests.common import assert_same, logits_of, refused, snapshot
@@ -218,3 +220,26 @@ def test_bad_adapters_and_folders(lm, tmp_path):
     path.write_bytes(b"nothing")
     refused("is damaged", lambda: read_adapter(lm, folder))
     assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_what_lora_learnt_is_an_adapter(tmp_path):
+    """The folder loads as the base with the adapter merged: the logits of the tuned model, up to half precision's rounding."""
+    made = tiny_lm()
+    made.model.save_pretrained(tmp_path / "base")
+    made.tokenizer.save_pretrained(tmp_path / "base")
+    lm = load(str(tmp_path / "base"))
+    rows = [Prompt("What is it?", refusal="No, never.", helpful="Yes, of course.")] * 4
+    options = {"steps": 4, "learning_rate": 0.01, "batch_size": 2, "progress": False}
+    delta = tune(lm, LoRA(rank=2, alpha=6.0), harmful=rows, **options).delta
+    base = logits_of(lm.model, IDS)
+    with delta.active(lm):
+        tuned = logits_of(lm.model, IDS)
+    again = logits_of(load(str(write_lora(lm, delta, tmp_path / "adapter"))).model, IDS)
+    assert (tuned - base).abs().max() > 0.05
+    assert (again - tuned).abs().max() < 0.01 * (tuned - base).abs().max()
+    elsewhere = logits_of(peft.PeftModel.from_pretrained(load(lm.name).model, tmp_path / "adapter"), IDS)
+    assert torch.allclose(elsewhere, again, atol=1e-5)
+    refused(
+        "delta: only what LoRA learnt",
+        lambda: write_lora(lm, tune(lm, Everything(), harmful=rows, **options).delta, tmp_path / "x"),
+    )
