@@ -138,8 +138,8 @@ def build(
     ranked = cache(lambda: neurontune.rankings(lm, found, steps=0))
 
     def preset(name: str) -> Defence:
-        sizes = {"support": setting.support, "query": setting.support, "iterations": setting.iterations}
-        recipe = dataclasses.replace(neurontune.RECIPE, **sizes, seed=setting.seed)
+        n, size = setting.iterations, setting.support
+        recipe = dataclasses.replace(neurontune.RECIPE, iterations=n, support=size, query=size, seed=setting.seed)
         learn = partial(neurontune.learn_preset, lm, found, ranked(), name, recipe)
         return _made(f"NeuronTune, {name}", lambda: learn().modulation)
 
