@@ -89,8 +89,9 @@ def material(n: int, seed: int = 0) -> Material:
     """From the embedded corpus's train split (validation: its development split).
 
     Args:
-        n: harmful requests a task; four times as many benign ones.
+        n: harmful requests a task; four times as many benign ones. Half as many of a task decide when to stop, 8 at most.
     """
+    held = min(8, max(2, n // 2))
 
     def wordings(split: str, seen: bool) -> dict[str, list[Attack]]:
         found: dict[str, list[Attack]] = {}
@@ -113,7 +114,7 @@ def material(n: int, seed: int = 0) -> Material:
         wrappers=tuple(attacks(seen=True, split="train")),
         benign=_benign("tune", 4 * n, seed),
         tasks=tasks("tune", n),
-        dev=(tasks("develop", 8), _benign("develop", 16, seed)),
+        dev=(tasks("develop", held), _benign("develop", 2 * held, seed)),
         unseen={
             name: splits.rows(corpus.corpus("harmful", "dev", attack=chosen), "develop", 8, seed)
             for name, chosen in wordings("dev", False).items()
