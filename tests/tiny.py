@@ -99,9 +99,11 @@ CONFIGS = {
 FAMILIES = [name for name in CONFIGS if "-" not in name]
 
 
-def tiny_model(name: str = "llama", seed: int = 0, attn_implementation: str = "eager") -> nn.Module:
+def tiny_model(name: str = "llama", seed: int = 0, attn_implementation: str = "eager", layers: int = 0) -> nn.Module:
     """A random model whose weights and biases are of normal size, so that no neuron's effect is vacuous."""
-    model = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation=attn_implementation)
+    config = CONFIGS[name]()
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():

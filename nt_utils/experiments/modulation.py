@@ -377,7 +377,7 @@ def added_directions(
 
     ``choice``: layers and positions that it is chosen from (see `steering.refusal_direction`).
 
-    Where no candidate meets the paper's bounds, the place with the smallest ``measure`` at the first strength.
+    Where no candidate meets the paper's bounds, that of as many layers with the smallest ``measure`` at the first strength.
     """
     harmless = found.plain_benign.filter(kind="benign", attack="") or found.plain_benign
     validation = found.dev[0]["direct"].texts[:32], found.dev[1].texts[:32]
@@ -387,7 +387,9 @@ def added_directions(
     if chosen is None:
         asked = found.plain_benign.filter(kind="benign", attack="", task=lambda task: task in ("", "how-to"))
         everywhere = steering.mean_difference(lm, found.plain.texts, (asked or found.plain_benign).texts)
-        chosen, _ = steering.choose(steering.candidates(lm, everywhere, "add", strengths[:1]), measure)
+        chosen, _ = steering.choose(
+            steering.candidates(lm, everywhere, "add", strengths[:1], choice.get("layers", 0)), measure
+        )
     return [dataclasses.replace(chosen, strength=float(s)) for s in strengths]
 
 

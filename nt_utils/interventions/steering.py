@@ -123,13 +123,15 @@ def mean_difference(lm: LanguageModel, harmful: Sequence[str], benign: Sequence[
     return token_means(lm, harmful, batch_size=batch_size)[0] - token_means(lm, benign, batch_size=batch_size)[0]
 
 
-def candidates(lm: LanguageModel, directions: Tensor, mode: str, strengths: Iterable[float] = (1.0,)) -> list[Steering]:
+def candidates(
+    lm: LanguageModel, directions: Tensor, mode: str, strengths: Iterable[float] = (1.0,), layers: int = 0
+) -> list[Steering]:
     """One steering for every place and strength to choose from.
 
     Place 0 (the last prompt token is the template's there, the same for all prompts) and places from ``MAX_DEPTH`` of the
-    depth on are left out, as in the paper's appendix C.
+    depth on are left out, as in the paper's appendix C. layers: as many of them, evenly spread; 0 for all.
     """
-    places = range(1, max(2, _deepest(lm)))
+    places = [place for place in _places(lm, layers) if place] or [1]
     verb = {"add": "refusal direction added", "ablate": "refusal direction ablated"}
     return [
         Steering(directions[place], place, mode, strength, lm.view.space.architecture, verb[mode])
@@ -142,6 +144,13 @@ def candidates(lm: LanguageModel, directions: Tensor, mode: str, strengths: Iter
 def _deepest(lm: LanguageModel) -> int:
     """The first layer that is not below ``MAX_DEPTH`` of the depth."""
     return math.ceil(MAX_DEPTH * lm.view.num_layers)
+
+
+def _places(lm: LanguageModel, layers: int = 0) -> list[int]:
+    """So many layers, evenly spread below ``MAX_DEPTH`` of the depth; 0 for all."""
+    deepest = _deepest(lm)
+    count = min(layers or deepest, deepest)
+    return [int((i + 0.5) * deepest / count) for i in range(count)]
 
 
 def choose(options: Sequence[Steering], measure: Callable[[Steering], float]) -> tuple[Steering, list[float]]:
@@ -211,9 +220,7 @@ def refusal_direction(
         InputError: an empty list of prompts.
     """
     tried = range(-min(positions or lm.suffix_length, lm.suffix_length), 0)
-    deepest = _deepest(lm)
-    count = min(layers or deepest, deepest)
-    places = [int((i + 0.5) * deepest / count) for i in range(count)]
+    places = _places(lm, layers)
     tokens = sorted({lm.tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in refusals})
 
     def last_logits(prompts: Sequence[str], steering: Steering | None = None) -> Float[Tensor, "prompts vocabulary"]:

@@ -223,6 +223,14 @@ def test_trainings_differ_in_their_draws_alone():
     assert dataclasses.replace(second, seed=QUICK.seed) == QUICK and second.seed != QUICK.seed
 
 
+def test_no_direction_within_the_bounds_asks_as_many_layers(found, monkeypatch):
+    """Where the paper's bounds leave none, no more layers are tried than the study names: each costs an evaluation."""
+    monkeypatch.setattr(study.steering, "MAX_KL", -1.0)
+    deep, asked = tiny_lm(layers=10), []
+    study.added_directions(deep, found, (0.5,), lambda s: asked.append(s.place) or 0.0, layers=2, positions=1)
+    assert asked == [2, 6]
+
+
 def test_baselines_are_chosen_by_the_cost(lm, found, ranked, suite):
     scaled = study.layer_scaling(ranked.safety, (0.5, 2.0), lambda m: abs(float(m.alpha[0]) - 2))
     assert set(scaled.alpha.tolist()) == {2.0} and len({layer for layer, _, _ in scaled.safety}) == 1

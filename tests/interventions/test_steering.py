@@ -217,6 +217,9 @@ def test_the_choice_is_the_smallest_measure():
     best, values = choose(options, lambda option: math.nan if option.strength == 0.5 else 3.0)
     assert best is options[1] and math.isnan(values[0])
     assert candidates(lm, torch.zeros(3, 32), "ablate") == []
+    deep = tiny_lm(layers=10)
+    assert [o.place for o in candidates(deep, torch.ones(11, 32), "add")] == [1, 2, 3, 4, 5, 6, 7]
+    assert [o.place for o in candidates(deep, torch.ones(11, 32), "add", layers=3)] == [1, 4, 6]
     refused("measure: gave no number", lambda: choose(options, lambda option: math.nan))
 
 
