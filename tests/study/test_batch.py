@@ -74,9 +74,8 @@ def test_a_quick_run_is_quick_whatever_sizes_a_file_gives(project):
     assert own.items() <= default.items()
     most = parameters.PARAMETERS["n_test"].presets[0]
     assert (quick["n_test"], quick["dose"], quick["sides"], quick["rho"]) == (most, [0.01, 0.02], "input", 0.5)
-    assert (
-        quick["tune_steps"] == parameters.PARAMETERS["tune_steps"].presets[0] == [4] and quick["max_new_tokens"] == 12
-    )
+    presets = {name: parameters.PARAMETERS[name].presets[0] for name in ("tune_steps", "max_new_tokens")}
+    assert presets.items() <= quick.items() and presets["max_new_tokens"] < 24 and presets["tune_steps"] < [8]
     assert (quick["dtype"], quick["other_sides"]) == ("auto", "")
     write_params(project, n_test=4, notebooks={"00_toy": {"dose": [0.03]}})
     small = batch.settings(variant, "00_toy", 0, "quick", project)
