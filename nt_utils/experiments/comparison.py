@@ -197,8 +197,8 @@ def suffix_table(
     """What an attacker achieves who seeks a suffix for each request with the defended model's own gradients (GCG).
 
     Every defence, and the undefended model, answers the same ``n`` requests as they are, with random suffixes and with
-    the suffixes that ``steps`` steps of GCG, each with ``width`` candidates, found against it. Columns defence, suffix ("none", "random" or "GCG"), value,
-    low, high, n. Defences that only freeze are left out, and those whose learning diverged.
+    the suffixes that ``steps`` steps of GCG, each with ``width`` candidates, found against it. Columns defence, suffix
+    ("none", "random" or "GCG"), value, low, high, n. Defences that only freeze are left out, and those whose learning diverged.
     """
     asked, rows = bench.suite[asr.set], []
     requests = asked.prompts.take(n, seed)

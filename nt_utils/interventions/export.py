@@ -149,9 +149,14 @@ def write_lora(lm: LanguageModel, delta: Delta, folder, dtype: torch.dtype = tor
     if len(parts) < len(delta.parts) or len(scales) != 1 or len(ranks) != 1:
         raise InputError("delta: only what LoRA learnt, at one rank and scale, can be written as its adapter")
     rank, scale = ranks.pop(), scales.pop()
+    modules = {path: lm.model.get_submodule(path) for path in parts}
+    plain = {path for path, module in modules.items() if isinstance(module, torch.nn.Linear)}
+    if plain and len(plain) < len(parts):
+        raise InputError("delta: layers that store their weights both ways round cannot share an adapter")
     tensors = {}
-    for path, part in parts.items():
-        for name, factor in (("lora_A", part.right), ("lora_B", part.left)):
+    for path, part in parts.items():  # PEFT's factors map inputs to outputs; a Conv1D stores the product's transpose
+        down, up = (part.right, part.left) if plain else (part.left.t(), part.right.t())
+        for name, factor in (("lora_A", down), ("lora_B", up)):
             tensors[f"{PREFIX}{path}.{name}.weight"] = factor.to(dtype).contiguous()
     config = {
         "peft_type": "LORA",
@@ -159,7 +164,8 @@ def write_lora(lm: LanguageModel, delta: Delta, folder, dtype: torch.dtype = tor
         "base_model_name_or_path": lm.name,
         "r": rank,
         "lora_alpha": scale * rank,
-        "target_modules": sorted({path.rpartition(".")[2] for path in parts}),
+        "target_modules": sorted(parts),
+        "fan_in_fan_out": not plain,
         "inference_mode": True,
     }
     with new_folder(folder) as unfinished:

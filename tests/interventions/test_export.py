@@ -222,9 +222,10 @@ def test_bad_adapters_and_folders(lm, tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
 
 
-def test_what_lora_learnt_is_an_adapter(tmp_path):
+@pytest.mark.parametrize("name", ["llama", "gpt2"])  # weights stored as [out, in] and as [in, out]
+def test_what_lora_learnt_is_an_adapter(name, tmp_path):
     """The folder loads as the base with the adapter merged: the logits of the tuned model, up to half precision's rounding."""
-    made = tiny_lm()
+    made = tiny_lm(name)
     made.model.save_pretrained(tmp_path / "base")
     made.tokenizer.save_pretrained(tmp_path / "base")
     lm = load(str(tmp_path / "base"))
