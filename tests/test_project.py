@@ -29,7 +29,7 @@ PINS = dict(
 #: The rooms in the order in which data flows: a file may import from rooms above its own in this list, never from one below.
 ROOMS = (
     "errors files work neurons units data plots models hooks evaluation scoring selection interventions definitions "
-    "testbed experiments study bench".split()
+    "testbed aligned experiments study bench".split()
 )
 
 

@@ -138,7 +138,8 @@ def write_adapter(lm: LanguageModel, modulation: Modulation, folder) -> Path:
 def write_lora(lm: LanguageModel, delta: Delta, folder, dtype: torch.dtype = torch.float16) -> Path:
     """Write what LoRA learnt as an adapter in PEFT's format, its factors rounded to ``dtype``.
 
-    ``models.load`` reads the folder as the base model with the adapter merged; the base is called ``lm.name``.
+    ``models.load`` reads the folder as the base model with the adapter merged; the base is called ``lm.name``. The
+    fingerprint of the base's weights goes into the file's header: in the same precision, other weights are refused.
 
     Raises:
         InputError: a delta that is not made of low-rank factors of one scale alone; an existing folder.
@@ -170,7 +171,8 @@ def write_lora(lm: LanguageModel, delta: Delta, folder, dtype: torch.dtype = tor
     }
     with new_folder(folder) as unfinished:
         unfinished.mkdir()
-        save_file(tensors, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
+        header = {"format": "pt", "weights": lm.weights_fingerprint, "dtype": str(lm.model.dtype)}
+        save_file(tensors, unfinished / WEIGHTS_FILE, metadata=header)
         (unfinished / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return Path(folder)
 

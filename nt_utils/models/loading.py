@@ -15,6 +15,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from nt_utils.errors import InputError, ModelError, first_line, gate_message
 from nt_utils.models.families import check_family
+from nt_utils.models.identity import weights_fingerprint
 from nt_utils.models.language import LanguageModel
 from nt_utils.models.locate import located
 from nt_utils.models.precision import choose_dtype
@@ -272,6 +273,7 @@ def _with_adapter(model, folder: str, revision: str | None):
     from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 
     try:
+        _check_base(model, folder)
         config = PeftConfig.from_pretrained(folder, revision=revision)
         config.inference_mode = True
         peft_model = get_peft_model(model, config)
@@ -289,3 +291,14 @@ def _with_adapter(model, folder: str, revision: str | None):
         raise ModelError(
             f"model: the adapter {folder} could not be merged into its base model: {first_line(error)}"
         ) from error
+
+
+def _check_base(model, folder: str) -> None:
+    """Raise ModelError where an adapter's header names other base weights in this precision (`export.write_lora`)."""
+    path = Path(folder) / "adapter_model.safetensors"
+    if not path.is_file():
+        return
+    with safe_open(path, "pt") as file:
+        header = file.metadata() or {}
+    if header.get("dtype") == str(model.dtype) and header["weights"] != (found := weights_fingerprint(model)):
+        raise ModelError(f"it was made for the weights {header['weights']}; these are {found}")

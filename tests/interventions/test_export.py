@@ -244,3 +244,20 @@ def test_what_lora_learnt_is_an_adapter(name, tmp_path):
         "delta: only what LoRA learnt",
         lambda: write_lora(lm, tune(lm, Everything(), harmful=rows, **options).delta, tmp_path / "x"),
     )
+
+
+def test_what_lora_learnt_is_refused_on_other_weights(tmp_path):
+    """A base that was trained on since would silently make another model."""
+    made = tiny_lm()
+    for part in (made.model, made.tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    lm = load(str(tmp_path / "base"))
+    rows = [Prompt("What is it?", refusal="No, never.")] * 4
+    delta = tune(lm, LoRA(rank=2), harmful=rows, steps=2, learning_rate=0.01, progress=False).delta
+    adapter = str(write_lora(lm, delta, tmp_path / "adapter"))
+    before = load(adapter).weights_fingerprint
+    assert before != lm.weights_fingerprint
+    with torch.no_grad():
+        lm.model.model.norm.weight.add_(0.1)
+    lm.model.save_pretrained(tmp_path / "base")
+    refused("could not be merged into its base model: it was made for the weights", load, adapter)

@@ -10,15 +10,21 @@ import yaml
 
 import nt_utils
 from nt_utils.errors import InputError, gate_message
-from nt_utils.files import cache_folder
+from nt_utils.files import cache_folder, read_json
 from nt_utils.study.batch.parameter_files import StudyFile
 
 #: Models that any machine can have, read here without loading PyTorch (see nt_utils/models/box.py).
 BOX = Path(nt_utils.__file__).parent / "models" / "box.yaml"
+ADAPTERS = BOX.with_name("adapters")  # see nt_utils/models/locate.py
 
 
 def boxed(model: str) -> dict[str, Any]:
-    """What is known of a model in the box, with "here": its file lies in NT_MODELS; {} for any other model."""
+    """What is known of a model in the box, with "here": its file lies in NT_MODELS; {} for any other model.
+
+    Of an adapter that comes with the package, what is known of its base model.
+    """
+    if (adapter := ADAPTERS / model / "adapter_config.json").is_file():
+        model = read_json(adapter)["base_model_name_or_path"]
     row = yaml.safe_load(BOX.read_text(encoding="utf-8")).get(model)
     if row is None:
         return {}
