@@ -276,6 +276,7 @@ def _with_adapter(model, folder: str, revision: str | None):
         _check_base(model, folder)
         config = PeftConfig.from_pretrained(folder, revision=revision)
         config.inference_mode = True
+        config.base_model_name_or_path = model.name_or_path  # where the base was found; PEFT warns of another name
         peft_model = get_peft_model(model, config)
         found: Any = set_peft_model_state_dict(peft_model, load_peft_weights(folder, device="cpu", revision=revision))
         lost = [
