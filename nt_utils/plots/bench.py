@@ -28,6 +28,7 @@ def growth(table: pd.DataFrame) -> Figure:
         ax.set_xlabel(label)
         ax.set_xticks(part[sweep], [str(x) for x in part[sweep]])
         ax.minorticks_off()
+    axes[0, 0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # powers would be formulas, and stand there raw
     axes[0, 0].set_ylabel("milliseconds a batch")
     legend(drawn, len(series))
     return drawn

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from nt_utils import plots
 from nt_utils.errors import InputError
@@ -50,9 +51,16 @@ def test_every_figure_is_published():
 def test_a_figure_comes_from_its_table(tmp_path, name):
     table = tmp_path / f"01_{name}.csv"
     TABLES[name].to_csv(table, index=False)
-    plots.draw(table)
+    drawn = plots.draw(table)
+    axes = [axis for ax in drawn.axes for axis in (ax.xaxis, ax.yaxis)]
+    ticks = [label.get_text() for axis in axes for label in axis.get_ticklabels(which="both")]
+    assert any(ticks) and not [tick for tick in ticks if "$" in tick], (
+        "no tick is a formula, which would stand there raw"
+    )
     first = {suffix: table.with_suffix(suffix).read_bytes() for suffix in plots.SUFFIXES}
     assert len(first[".png"]) > 5000
+    with Image.open(io.BytesIO(first[".png"])) as picture:
+        assert picture.mode == "P" and round(picture.info["dpi"][0]) == plots.DPI and picture.width > 500
     assert b"/FontFile2" in first[".pdf"], "the fonts are embedded"
     assert b"<text" not in first[".svg"], "letters are outlines"
     assert str(TABLES[name].columns[0]).encode() in first[".md"]
