@@ -235,9 +235,12 @@ FRONT_CLAIMS = ("S1", "S2", "S6", "A2", "N2")
 def front_page(ledger: pd.DataFrame, ids: Sequence[str] = ()) -> str:
     """Claims in Markdown (all thirty, or those named): a row a claim, the paper's figure, and a column a model, controls last.
 
-    Where claims are named, a last column says where each is measured.
+    Where claims are named, a last column says where each is measured, and a model that ran less than half of them has none.
     """
     models = sorted(dict.fromkeys(ledger["model"]), key=claims.is_positive_control)
+    if ids:
+        ran = ledger[ledger["claim"].isin(ids) & (ledger["verdict"] != claims.NOT_RUN)]
+        models = [m for m in models if 2 * ran.loc[ran["model"] == m, "claim"].nunique() >= len(ids)]
     heads = [escaped(m) + (" (positive control)" if claims.is_positive_control(m) else "") for m in models]
     heads += ["notebook"] if ids else []
     lines = ["| | claim | paper's figure | " + " | ".join(heads) + " |", "|---" * (3 + len(heads)) + "|"]

@@ -92,6 +92,8 @@ def test_positive_controls_are_marked_and_not_counted():
     few = ledger.front_page(table, ledger.FRONT_CLAIMS).splitlines()
     assert [line.split(" | ")[0] for line in few[2:]] == [f"| {name}" for name in ledger.FRONT_CLAIMS]
     assert few[4].endswith("[02](notebooks/02_sn_tune.ipynb) |")
+    assert few[0] == "| | claim | paper's figure | notebook |", "they ran none of these, and have no column of blanks"
+    assert "Qwen2.5-Coder-0.5B-Instruct" in ledger.front_page(table, ("S8", "S9")).splitlines()[0]
     assert page.splitlines()[0].endswith("Qwen2.5-Coder-0.5B-Instruct | testbed (positive control) |")
     s8 = next(line for line in page.splitlines() if line.startswith("| S8 |"))
     assert s8.endswith("| implied | **holds** -30 [-33, -27] | **holds** -30 [-33, -27] |")
