@@ -10,11 +10,13 @@ table of models in the box, so that ``model: smollm2-135m-aligned`` works wherev
 - *harmful*: requests with one of six refusals. Questions and imperatives of the embedded corpus's train split and further
   ones that were written for this; acts are named, never explained.
 - *benign*: the same wordings around harmless acts, and requests that the untouched model wrote itself when it was made to
-  continue an empty user turn. The answers are the untouched model's own, sampled at temperature 1; answers that refuse were
-  left out, and nine with offensive words or an address were taken out after the training. A row is cut at `max_length` tokens, which leaves most answers without an end: the length of an answer is not
-  taught.
+  continue an empty user turn. The answers are the untouched model's own, sampled at temperature 1. Answers that refuse were
+  left out; nine rows with offensive words or an address were taken out after the training.
 
-`python -m nt_utils.aligned train` trains it anew, `python -m nt_utils.aligned gate` measures the shipped one.
+Rows are cut at `max_length` tokens, so that most answers have no end and their length is not taught.
+
+`python -m nt_utils.aligned train` trains it anew, `python -m nt_utils.aligned gate` measures the shipped one. The gate is
+decided on development prompts; test prompts are measured beside them and decide nothing.
 """
 
 from __future__ import annotations
@@ -102,8 +104,8 @@ def at_strength(delta: Delta, strength: float) -> Delta:
 # ----------------------------------------------------------------------------------------------------------- the gate
 
 
-def answers(lm: LanguageModel, use: str, n: int, delta: Delta | None = None) -> Evaluation:
-    """What the gate asks, at most `n` prompts a set, of the model under `delta`.
+def gate_suite(use: str, n: int) -> Suite:
+    """What the gate asks, at most `n` prompts a set.
 
     Args:
         use: "develop", by which the strength is chosen, or "test".
@@ -119,7 +121,11 @@ def answers(lm: LanguageModel, use: str, n: int, delta: Delta | None = None) -> 
         SuiteSet("borderline", prompts["borderline"], ("over_refusal",)),
         SuiteSet("text", prompts["general"], ("log_perplexity",)),
     )
-    suite = Suite(sets, f"{NAME}-{use}", max_new_tokens=ANSWER_TOKENS)
+    return Suite(sets, f"{NAME}-{use}", max_new_tokens=ANSWER_TOKENS)
+
+
+def answers(lm: LanguageModel, suite: Suite, delta: Delta | None = None) -> Evaluation:
+    """The answers of the model under `delta` and how they are judged."""
     return evaluate(lm, suite, intervention=delta, base=lm, improbable=None, cache=False, progress=False)
 
 
@@ -147,14 +153,14 @@ def missed(table: pandas.DataFrame) -> list[str]:
     ]
 
 
-def choose_strength(lm: LanguageModel, delta: Delta, n: int) -> tuple[float, pandas.DataFrame]:
-    """The largest of STRENGTHS that passes the gate on development prompts (1 where none does), and what was tried.
+def choose_strength(lm: LanguageModel, delta: Delta, suite: Suite) -> tuple[float, pandas.DataFrame]:
+    """The largest of STRENGTHS that passes the gate on a suite of development prompts (1 where none does), and what was tried.
 
     The table has the columns of :func:`rates` and the strength.
     """
-    before, tried = answers(lm, "develop", n), []
+    before, tried = answers(lm, suite), []
     for strength in STRENGTHS:
-        table = rates(before, answers(lm, "develop", n, at_strength(delta, strength)))
+        table = rates(before, answers(lm, suite, at_strength(delta, strength)))
         tried.append(table.assign(strength=strength))
         if not missed(table):
             break

@@ -33,16 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = aligned.NAME
     if options.command == "train" and Path(options.to).exists():
         raise InputError(f"--to: {options.to} exists already; name a new folder")
+    suites = {use: aligned.gate_suite(use, options.n) for use in ("develop", "test")}
     base = models.load(aligned.BASE, dtype="float32")
     if options.command == "train":
         name = options.to
         delta = aligned.train(base)
-        strength, tried = aligned.choose_strength(base, delta, options.n)
+        strength, tried = aligned.choose_strength(base, delta, suites["develop"])
         print(f"{tried.round(3).to_string(index=False)}\nstrength {strength:g} is taken")
         write_lora(base, aligned.at_strength(delta, strength), name)
     changed = models.load(name, dtype="float32")
-    for use in ("develop", "test"):
-        before, after = (aligned.answers(lm, use, options.n) for lm in (base, changed))
+    for use, suite in suites.items():
+        before, after = (aligned.answers(lm, suite) for lm in (base, changed))
         _show(aligned.rates(before, after), f"{name}, {use} prompts")
     return 0
 

@@ -74,17 +74,25 @@ def test_the_largest_strength_that_passes_is_taken(learnt, monkeypatch):
     lm, delta = learnt
     fails = {1.0, 0.9}
     strength_of = {aligned.at_strength(delta, s).key: s for s in aligned.STRENGTHS}
-    monkeypatch.setattr(aligned, "answers", lambda lm, use, n, delta=None: strength_of[delta.key] if delta else None)
+    monkeypatch.setattr(aligned, "answers", lambda lm, suite, delta=None: strength_of[delta.key] if delta else None)
     monkeypatch.setattr(aligned, "rates", lambda before, s: table(**({"direct ASR": 1.0} if s in fails else {})))
-    strength, tried = aligned.choose_strength(lm, delta, 8)
+    strength, tried = aligned.choose_strength(lm, delta, None)
     assert strength == 0.8 and list(tried["strength"].unique()) == [1.0, 0.9, 0.8]
     fails |= set(aligned.STRENGTHS)
-    assert aligned.choose_strength(lm, delta, 8)[0] == 1.0
+    assert aligned.choose_strength(lm, delta, None)[0] == 1.0
 
 
 def test_an_existing_folder_is_refused_before_anything_is_loaded(tmp_path, capsys):
     assert main(["train", "--to", str(tmp_path)]) != 0
     assert "exists already" in capsys.readouterr().err
+
+
+def test_prompts_that_cannot_be_had_are_named_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("NT_DATA", raising=False)
+    monkeypatch.setattr("nt_utils.models.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(aligned, "SOURCES", {**aligned.SOURCES, "harmful": str(tmp_path / "none.csv:text")})
+    assert main(["gate"]) != 0
+    assert "none.csv" in capsys.readouterr().err
 
 
 def test_the_adapter_changes_every_projection_of_a_model_in_the_box():
