@@ -32,6 +32,7 @@ PUBLISHED = {
     "qwen2.5-coder-0.5b-instruct": 0.63,  # as loaded: the file stores the output matrix apart
     "qwen2.5-coder-1.5b-instruct": 1.78,
     "smollm2-135m-instruct": 0.1345,
+    "smollm2-135m-aligned": 0.1345,
 }
 
 
