@@ -16,9 +16,10 @@ from nt_utils.files import project_root, read_json
 from nt_utils.interventions.export import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from nt_utils.interventions.trainable import LoRA
 from nt_utils.interventions.tuning import tune
-from nt_utils.models import box, located
+from nt_utils.models import box, load, located
 from nt_utils.models.locate import ADAPTERS
 from nt_utils.study.batch import access
+from tests.common import saved
 from tests.tiny import tiny_lm
 
 FOLDER = ADAPTERS / aligned.NAME
@@ -80,6 +81,24 @@ def test_the_largest_strength_that_passes_is_taken(learnt, monkeypatch):
     assert strength == 0.8 and list(tried["strength"].unique()) == [1.0, 0.9, 0.8]
     fails |= set(aligned.STRENGTHS)
     assert aligned.choose_strength(lm, delta, None)[0] == 1.0
+
+
+def test_one_command_trains_an_adapter_that_loads(tmp_path, capsys, monkeypatch):
+    lm = tiny_lm()
+    lm.model.config.max_position_embeddings = 2048  # its byte-like tokenizer makes long prompts
+    base = saved(lm, tmp_path / "base")
+    few = tuple(some[:4] for some in aligned.rows())
+    monkeypatch.setattr(aligned, "BASE", str(base))
+    monkeypatch.setattr(aligned, "RECIPE", {**aligned.RECIPE, "steps": 2, "batch_size": 4, "warmup": 0})
+    monkeypatch.setattr(aligned, "rows", lambda: few)
+    monkeypatch.setattr(aligned, "ANSWER_TOKENS", 2)
+    monkeypatch.setattr(aligned, "SOURCES", dict.fromkeys(aligned.SOURCES, "testbed"))
+    assert main(["train", "--to", str(tmp_path / "made"), "--n", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "is taken" in printed and "test prompts" in printed and "gate " in printed
+    made = load(str(tmp_path / "made"), dtype="float32")
+    assert made.weights_fingerprint != load(str(base), dtype="float32").weights_fingerprint
+    assert read_json(tmp_path / "made" / CONFIG_FILE)["r"] == aligned.LORA.rank
 
 
 def test_an_existing_folder_is_refused_before_anything_is_loaded(tmp_path, capsys):
