@@ -6,17 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas
-
 from nt_utils import aligned, models
 from nt_utils.errors import InputError, command
 from nt_utils.interventions.export import write_lora
-
-
-def _show(table: pandas.DataFrame, what: str) -> None:
-    print(f"{what}\n{table.round(3).to_string(index=False)}")
-    wrong = aligned.missed(table)
-    print(f"gate missed: {'; '.join(wrong)}" if wrong else "gate passed")
 
 
 @command
@@ -42,10 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{tried.round(3).to_string(index=False)}\nstrength {strength:g} is taken")
         write_lora(base, aligned.at_strength(delta, strength), name)
     changed = models.load(name, dtype="float32")
+    wrong = []
     for use, suite in suites.items():
         before, after = (aligned.answers(lm, suite) for lm in (base, changed))
-        _show(aligned.rates(before, after), f"{name}, {use} prompts")
-    return 0
+        table = aligned.rates(before, after)
+        print(f"{name}, {use} prompts\n{table.round(3).to_string(index=False)}")
+        wrong += aligned.missed(table) if use == "develop" else []
+    print(f"gate missed on development prompts: {'; '.join(wrong)}" if wrong else "gate passed on development prompts")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -301,5 +301,6 @@ def _check_base(model, folder: str) -> None:
         return
     with safe_open(path, "pt") as file:
         header = file.metadata() or {}
-    if header.get("dtype") == str(model.dtype) and header["weights"] != (found := weights_fingerprint(model)):
-        raise ModelError(f"it was made for the weights {header['weights']}; these are {found}")
+    wanted = header.get("weights") if header.get("dtype") == str(model.dtype) else None
+    if wanted and wanted != (found := weights_fingerprint(model)):
+        raise ModelError(f"it was made for the weights {wanted}; these are {found}")

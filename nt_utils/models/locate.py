@@ -26,7 +26,7 @@ def located(source: str | Path, revision: str | None = None) -> str:
     text = str(source)
     if text in box.table():
         return str(box.folder(text))
-    if (ADAPTERS / text / ADAPTER_CONFIG_NAME).is_file():
+    if Path(text).name == text and (ADAPTERS / text / ADAPTER_CONFIG_NAME).is_file():
         return str(ADAPTERS / text)
     if not text.endswith(".gguf"):
         return str(Path(text).expanduser()) if text.startswith("~") else text

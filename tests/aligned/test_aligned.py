@@ -93,9 +93,10 @@ def test_one_command_trains_an_adapter_that_loads(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(aligned, "rows", lambda: few)
     monkeypatch.setattr(aligned, "ANSWER_TOKENS", 2)
     monkeypatch.setattr(aligned, "SOURCES", dict.fromkeys(aligned.SOURCES, "testbed"))
-    assert main(["train", "--to", str(tmp_path / "made"), "--n", "2"]) == 0
+    status = main(["train", "--to", str(tmp_path / "made"), "--n", "2"])
     printed = capsys.readouterr().out
-    assert "is taken" in printed and "test prompts" in printed and "gate " in printed
+    assert "is taken" in printed and "made, test prompts" in printed
+    assert status == (0 if "gate passed" in printed else 1) and ("gate passed" in printed) != ("gate missed" in printed)
     made = load(str(tmp_path / "made"), dtype="float32")
     assert made.weights_fingerprint != load(str(base), dtype="float32").weights_fingerprint
     assert read_json(tmp_path / "made" / CONFIG_FILE)["r"] == aligned.LORA.rank
@@ -122,6 +123,7 @@ def test_the_adapter_changes_every_projection_of_a_model_in_the_box():
     assert located(aligned.NAME) == str(FOLDER)
     assert config["base_model_name_or_path"] == aligned.BASE == study["model"] and aligned.BASE in box.table()
     assert access.boxed(aligned.NAME) == access.boxed(aligned.BASE) != {}
+    assert access.boxed(str(FOLDER)) == {} and located(FOLDER) == str(FOLDER), "a path is the user's own"
     sizes = study["facts"]["config"]
     hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
     grouped = hidden * sizes["num_key_value_heads"] // sizes["num_attention_heads"]

@@ -23,7 +23,7 @@ def boxed(model: str) -> dict[str, Any]:
 
     Of an adapter that comes with the package, what is known of its base model.
     """
-    if (adapter := ADAPTERS / model / "adapter_config.json").is_file():
+    if Path(model).name == model and (adapter := ADAPTERS / model / "adapter_config.json").is_file():
         model = read_json(adapter)["base_model_name_or_path"]
     row = yaml.safe_load(BOX.read_text(encoding="utf-8")).get(model)
     if row is None:
