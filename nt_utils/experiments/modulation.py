@@ -84,6 +84,17 @@ class Material:
     unseen: dict[str, PromptSet]
     checkpoint: str = ""
 
+    def of_class(self, name: str) -> Material:
+        """The same with no seen attack class but this one."""
+
+        def only(tasks: dict[str, PromptSet]) -> dict[str, PromptSet]:
+            return {task: prompts for task, prompts in tasks.items() if task in (name, "direct")}
+
+        wrappers = tuple(one for one in self.wrappers if one.attack_class == name)
+        return dataclasses.replace(
+            self, wrappers=wrappers, tasks=only(self.tasks), dev=(only(self.dev[0]), self.dev[1])
+        )
+
 
 def material(n: int, seed: int = 0) -> Material:
     """From the embedded corpus's train split (validation: its development split).
@@ -187,13 +198,18 @@ def given_material(
 
 
 def study_material(lm: LanguageModel, subject, n: int) -> Material:
-    """A study's material (``subject``: a ``study.Subject``): the embedded prompts', n a task, else that of its given prompts."""
+    """A study's material (``subject``: a ``study.Subject``): the embedded prompts', n a task, else that of its given prompts.
+
+    A quick run learns from one attack class and from direct requests.
+    """
     p = subject.parameters
     if subject.is_embedded:
         found = material(n, p.seed)
     else:
         uses = {"detect": p.n_detect, "tune": p.n_detect, "develop": p.n_dev}
         found = given_material(lm, *(subject.learning_rows(use, n) for use, n in uses.items()))
+    if subject.run.is_quick:
+        found = found.of_class(found.wrappers[0].attack_class)
     return dataclasses.replace(found, checkpoint=subject.run.checkpoint("alpha"))
 
 
@@ -363,7 +379,7 @@ def layer_scaling(by: Ranking, factors: Sequence[float], measure: Callable[[Inte
         Modulation(whole, nothing(whole), torch.full((len(whole),), float(f)), name=f"one layer x {f:g}")
         for f in factors
     ]
-    return min(options, key=measure)
+    return min(options, key=measure) if len(options) > 1 else options[0]
 
 
 def added_directions(
@@ -387,9 +403,8 @@ def added_directions(
     if chosen is None:
         asked = found.plain_benign.filter(kind="benign", attack="", task=lambda task: task in ("", "how-to"))
         everywhere = steering.mean_difference(lm, found.plain.texts, (asked or found.plain_benign).texts)
-        chosen, _ = steering.choose(
-            steering.candidates(lm, everywhere, "add", strengths[:1], choice.get("layers", 0)), measure
-        )
+        options = steering.candidates(lm, everywhere, "add", strengths[:1], choice.get("layers", 0))
+        chosen = steering.choose(options, measure)[0] if len(options) > 1 else options[0]
     return [dataclasses.replace(chosen, strength=float(s)) for s in strengths]
 
 

@@ -141,9 +141,9 @@ PARAMETERS: dict[str, Parameter] = {
     ),
     "date": _text("what the chat template takes for today, as YYYY-MM-DD"),
     "batch_size": _whole("prompts per forward pass", 1, 4096),
-    # Of a quick run at most 8 where a study names a length: a refusal shows by then.
+    # Of a quick run at most 5 where a study names a length: "I'm sorry, but" shows by then.
     "max_new_tokens": _whole(
-        "longest answer in tokens; 0 = 40 on the embedded prompts, else 256", 0, 8192, presets=(8, 0)
+        "longest answer in tokens; 0 = 40 on the embedded prompts, else 256", 0, 8192, presets=(5, 0)
     ),
     "harmful": _text("source of harmful prompts; 'testbed' = the embedded ones, matched with the benign ones"),
     "benign": _text("source of benign prompts; 'testbed' = the embedded ones"),
@@ -160,8 +160,8 @@ PARAMETERS: dict[str, Parameter] = {
         "judge of answers to given prompts: 'phrases', a classifier or a model, or 'phrases+' and one of these"
     ),
     "n_detect": _whole("prompts to find neurons with", 4, presets=(4, 200)),
-    "n_test": _whole("prompts of each kind to evaluate on", 4, presets=(8, 80, 200)),
-    "n_dev": _whole("prompts of each kind to choose on (development split)", 4, presets=(4, 32, 48)),
+    "n_test": _whole("prompts of each kind to evaluate on", 4, presets=(4, 80, 200)),
+    "n_dev": _whole("prompts of each kind to choose on (development split)", 2, presets=(2, 32, 48)),
     "top_share": _number("share of a projection's neurons that count as important on one prompt", 1e-4, 1),
     "rho": _number("share of the prompts a neuron must be important for; 1 is the paper's rule", 0.01, 1),
     "share": _number("share of the pool (FFN neurons and o_proj inputs) that is deactivated", 1e-6, 0.5),
@@ -182,13 +182,13 @@ PARAMETERS: dict[str, Parameter] = {
         "shares of the pool, for the dose curve",
         1e-6,
         1,
-        presets=([0.003, 0.1], [0.001, 0.003, 0.01, 0.03, 0.1], [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1]),
+        presets=([0.01], [0.001, 0.003, 0.01, 0.03, 0.1], [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1]),
     ),
     "dose_draws": _whole("random sets at each dose", 0, 1000, presets=(1, 2, 8)),
     "direction_layers": _whole(
         "layers, evenly spread below .8 of the depth, that the refusal direction is chosen from; 0 = all, as its paper",
         0,
-        presets=(4, 10, 0),
+        presets=(1, 10, 0),
     ),
     "direction_positions": _whole(
         "last template positions that it is chosen from; 0 = all, as its paper", 0, presets=(1, 2, 0)
@@ -207,7 +207,7 @@ PARAMETERS: dict[str, Parameter] = {
         "shares along which each group is grown",
         1e-4,
         0.9,
-        presets=([0.01, 0.2], [0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3]),
+        presets=([0.1], [0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3]),
         empty=True,
     ),
     "growth_limits": _many(
@@ -235,9 +235,9 @@ PARAMETERS: dict[str, Parameter] = {
         "sides to compare with, comma-separated: input, output, both; '' = none", presets=("", "both", "input, both")
     ),
     "tune_steps": _steps(
-        "steps at which tuning is evaluated; the last one ends it", presets=([4], [6, 12, 24], [4, 8, 16, 32])
+        "steps at which tuning is evaluated; the last one ends it", presets=([1], [6, 12, 24], [4, 8, 16, 32])
     ),
-    "tune_batch": _whole("pairs a training step", 1, 4096),
+    "tune_batch": _whole("pairs a training step", 1, 4096, presets=(2, 12)),
     "rates": _rates(
         "learning rates of neurons and LoRA, chosen from on the development split", presets=([0.01], [0.005, 0.02])
     ),

@@ -357,7 +357,7 @@ class Subject:
         p = self.parameters
         n = p.n_test if split == "test" else p.n_dev
         if self.is_embedded:
-            whole, sizes = suites.corpus_suite(split, seed=p.seed), {"wrapped": 4 * n}
+            whole, sizes = suites.corpus_suite(split, seed=p.seed), {"wrapped": (2 if self.run.is_quick else 4) * n}
             sets = [dataclasses.replace(s, prompts=s.prompts.take(sizes.get(s.name, n), p.seed)) for s in whole.sets]
             limit = QUICK_TOKENS if self.run.is_quick else whole.max_new_tokens
             return suites.Suite(tuple(sets), whole.name, p.max_new_tokens or limit)

@@ -91,6 +91,16 @@ def test_the_material_keeps_splits_and_unseen_classes_apart():
     assert 0.5 < share < 0.7 and {len(t) for t in material.tasks.values()} == {20}
 
 
+def test_a_quick_run_learns_from_one_attack_class_and_direct_requests(lm):
+    run = SimpleNamespace(checkpoint=lambda name: "", is_quick=True)
+    subject = SimpleNamespace(parameters=SimpleNamespace(seed=0), is_embedded=True, run=run)
+    quick, whole = study.study_material(lm, subject, 4), study.material(4, 0)
+    assert len(quick.wrappers) < len(whole.wrappers) and quick.unseen.keys() == whole.unseen.keys()
+    (kind,) = {one.attack_class for one in quick.wrappers}
+    assert set(quick.tasks) == set(quick.dev[0]) == {kind, "direct"}
+    assert all(quick.tasks[name].fingerprint == whole.tasks[name].fingerprint for name in quick.tasks)
+
+
 def test_given_prompts_get_stock_refusals_and_the_models_own_answers(lm, monkeypatch, tmp_path):
     monkeypatch.setenv("NT_CACHE", str(tmp_path))
     bad = PromptSet([Prompt(f"rob {i}", kind="harmful") for i in range(10)])
@@ -106,7 +116,7 @@ def test_given_prompts_get_stock_refusals_and_the_models_own_answers(lm, monkeyp
 
 
 def test_what_a_notebook_learns_goes_on_where_it_was_interrupted(lm, found, ranked, tmp_path):
-    run = SimpleNamespace(checkpoint=lambda name: str(tmp_path / f"{name}_{{key}}.safetensors"))
+    run = SimpleNamespace(checkpoint=lambda name: str(tmp_path / f"{name}_{{key}}.safetensors"), is_quick=False)
     subject = SimpleNamespace(parameters=SimpleNamespace(seed=0), is_embedded=True, run=run)
     kept = dataclasses.replace(found, checkpoint=study.study_material(lm, subject, 3).checkpoint)
     sets, recipe = study.preset_sets(ranked, "safety-first"), dataclasses.replace(QUICK, iterations=1)

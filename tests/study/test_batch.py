@@ -73,9 +73,15 @@ def test_a_quick_run_is_quick_whatever_sizes_a_file_gives(project):
     quick, default = (batch.settings(variant, "00_toy", 0, preset, project) for preset in ("quick", "default"))
     assert own.items() <= default.items()
     most = parameters.PARAMETERS["n_test"].presets[0]
-    assert (quick["n_test"], quick["dose"], quick["sides"], quick["rho"]) == (most, [0.01, 0.02], "input", 0.5)
+    first = own["dose"][: len(parameters.PARAMETERS["dose"].presets[0])]
+    assert (quick["n_test"], quick["dose"], quick["sides"], quick["rho"]) == (most, first, "input", 0.5)
     presets = {name: parameters.PARAMETERS[name].presets[0] for name in ("tune_steps", "max_new_tokens")}
-    assert presets.items() <= quick.items() and presets["max_new_tokens"] < 24 and presets["tune_steps"] < [8]
+    assert (
+        presets.items() <= quick.items()
+        and presets["max_new_tokens"] < 24
+        and presets["tune_steps"] < [8]
+        and first < own["dose"]
+    )
     assert (quick["dtype"], quick["other_sides"]) == ("auto", "")
     write_params(project, n_test=4, notebooks={"00_toy": {"dose": [0.03]}})
     small = batch.settings(variant, "00_toy", 0, "quick", project)
