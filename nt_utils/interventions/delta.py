@@ -61,6 +61,10 @@ class Part:
         return self.values.to(base.device)
 
 
+ROWS = 128
+"""Rows of a low-rank change that are computed at a time."""
+
+
 @dataclass(frozen=True, eq=False)
 class LowRank:
     """A whole parameter [a, b], as it is stored, to which ``scale * left @ right`` is added.
@@ -90,7 +94,9 @@ class LowRank:
         """The entries to be stored, given the base's; computed in float64 where the device has it."""
         wide = torch.float32 if base.device.type == "mps" else torch.float64
         left, right = (t.to(base.device, wide) for t in (self.left, self.right))
-        return (base.to(wide) + self.scale * (left @ right)).to(self.dtype)
+        # A few rows at a time: the wide copies of a whole matrix cost fifteen times as much to allocate as to fill.
+        pieces = zip(base.split(ROWS), left.split(ROWS), strict=True)
+        return torch.cat([torch.addmm(b.to(wide), a, right, alpha=self.scale).to(self.dtype) for b, a in pieces])
 
 
 def take(parameter: Tensor, axis: int, index: Tensor | None) -> Tensor:
@@ -117,7 +123,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors hold the same bytes (0.0 and -0.0 differ, NaN equals itself)."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    a, b = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(a.element_size(), torch.int64)
+    a, b = (t.detach().contiguous().reshape(-1).view(whole) for t in (a, b))
     return torch.equal(a, b.to(a.device))
 
 

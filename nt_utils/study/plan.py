@@ -46,9 +46,9 @@ SLOWER = 1.5  # times float32's time from which on a pinned bfloat16 is spoken o
 SHAPE_B, SHAPE_7B = (4 * 64, 2 * (1024 * (2 * 1024 + 2 * 256) + 3 * 1024 * 2816)), 6.6e9
 #: Bytes beside weights and cache: libraries, logits, the allocator's slack; of notebooks 00 to 03 on the 0.5B model 2.9 GiB.
 REST = 3 * GIB
-#: Tokens that a backward pass through all layers keeps activations of, in notebooks 05 and 06: 12 attacked prompts with their
-#: answers, measured on the 0.5B and the 1.5B model.
-GRADIENT_TOKENS = 1800
+#: Tokens that a backward pass through all layers keeps activations of, in notebooks 05 and 06: so many attacked prompts with
+#: their answers, measured on the 0.5B and the 1.5B model.
+GRADIENT_TOKENS, GRADIENT_PROMPTS = 1800, 12
 #: Answers that are written together, where that was not counted.
 ROWS_A_BATCH = 32
 #: Forward passes that a token takes: the backward pass has twice the forward's operations, half of them for the weights.
@@ -303,8 +303,9 @@ def memory_of(work: Work, model: Model, p: SimpleNamespace, dtype: str) -> float
     models = 1 + bool(getattr(p, "base_model", ""))
     answering = rows * (_prompt_tokens(p) + new) * model.cache * BYTES.get(dtype, 2)
     training = 16 * model.count if work.tokens("tuned") else 0
-    gradients = GRADIENT_TOKENS * model.kept * BYTES.get(dtype, 2) if work.tokens("gradient") else 0
-    return models * model.weights(dtype) + training + gradients + answering + REST
+    prompts = min(getattr(p, "n_attribution", getattr(p, "n_detect", GRADIENT_PROMPTS)), GRADIENT_PROMPTS)
+    kept = GRADIENT_TOKENS * prompts / GRADIENT_PROMPTS if work.tokens("gradient") else 0
+    return models * model.weights(dtype) + training + kept * model.kept * BYTES.get(dtype, 2) + answering + REST
 
 
 def filled(notebook: str, run, preset: str, root: Path) -> SimpleNamespace:

@@ -17,7 +17,7 @@ from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import DivergedError
 from nt_utils.experiments.comparison import amplify
 from nt_utils.interventions import kept, precision, trunk, tuning
-from nt_utils.interventions.delta import Delta, same_bits
+from nt_utils.interventions.delta import ROWS, Delta, LowRank, same_bits
 from nt_utils.interventions.precision import computing, training_copy
 from nt_utils.interventions.tuning import (
     AllBut,
@@ -977,3 +977,15 @@ def test_a_training_that_diverged_or_is_too_large_to_keep(tmp_path, monkeypatch)
     first, again = (tune(lm, Everything(), **options) for _ in range(2))
     assert first.diverged == again.diverged is not None and again.table.equals(first.table)
     refused("diverged at step", lambda: again.delta, kind=DivergedError)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_low_rank_change_is_the_whole_product_rounded_once(dtype):
+    generator = torch.Generator().manual_seed(0)
+    rows = 2 * ROWS + 5
+    left, right, base = (torch.randn(*size, generator=generator) for size in ((rows, 3), (3, 40), (rows, 40)))
+    found = LowRank(left, right, 0.25, dtype).entries(base.to(dtype))
+    wanted = (base.to(dtype).double() + 0.25 * (left.double() @ right.double())).to(dtype)
+    # The sums of three products may differ in their last bit of 53, so that a value between two others may round either way.
+    assert found.dtype == dtype and found.shape == base.shape and not same_bits(found, base.to(dtype))
+    assert torch.allclose(found.double(), wanted.double(), rtol=torch.finfo(dtype).eps, atol=0)
