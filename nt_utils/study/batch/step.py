@@ -113,7 +113,9 @@ def _progress(log: Path, notebook: str) -> Iterator[None]:
 
     def follow() -> None:
         with log.open(encoding="utf-8", errors="replace") as file:
-            while not ended.wait(1.0):
+            over = False
+            while not over:
+                over = ended.wait(1.0)  # asked first: what was written until the end is still read
                 for line in file:
                     if MARK in line:
                         print(f"       {notebook}: {line.rpartition(MARK)[2].strip()}", flush=True)
