@@ -379,7 +379,7 @@ def layer_scaling(by: Ranking, factors: Sequence[float], measure: Callable[[Inte
         Modulation(whole, nothing(whole), torch.full((len(whole),), float(f)), name=f"one layer x {f:g}")
         for f in factors
     ]
-    return min(options, key=measure) if len(options) > 1 else options[0]
+    return options[0] if len(options) == 1 else min(options, key=measure)
 
 
 def added_directions(
@@ -404,7 +404,7 @@ def added_directions(
         asked = found.plain_benign.filter(kind="benign", attack="", task=lambda task: task in ("", "how-to"))
         everywhere = steering.mean_difference(lm, found.plain.texts, (asked or found.plain_benign).texts)
         options = steering.candidates(lm, everywhere, "add", strengths[:1], choice.get("layers", 0))
-        chosen = steering.choose(options, measure)[0] if len(options) > 1 else options[0]
+        chosen = options[0] if len(options) == 1 else steering.choose(options, measure)[0]
     return [dataclasses.replace(chosen, strength=float(s)) for s in strengths]
 
 

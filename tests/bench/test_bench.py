@@ -190,10 +190,14 @@ def test_the_error_table_compares_with_the_definition():
     assert all(0 < row[kind] < 1e-4 for kind in ("q", "k", "v", "o", "ffn"))
 
 
-def test_rows_of_precision_and_of_long_prompts_are_ratios():
+def test_rows_of_precision_and_of_long_prompts_are_ratios(monkeypatch):
     found = precision(1, SMALL, new_tokens=2)["bfloat16_over_float32"]
     assert set(found) == {"forward", "generation", "scoring"} and min(found.values()) > 0
-    assert long_prompt(1, tokens=16)["long_over_forward"] > 0  # of times: how large is for `make bench` to say
+    times, ran = {"forward": [0.5], "scores": [1.5]}, []
+    monkeypatch.setattr(
+        "nt_utils.bench.__main__.seconds", lambda given, n: ran.extend(f() for f in given.values()) or times
+    )
+    assert long_prompt(1, tokens=16)["long_over_forward"] == 3.0 and len(ran) == 2  # both ran, on a clock of our own
 
 
 def test_parts_of_the_scores_cost_what_their_products_multiply():

@@ -130,6 +130,9 @@ def test_a_larger_model_and_more_of_any_work_need_more():
     learning = plan.Work(frozen.counts | {"gradient_tokens": 1}, "")
     extra = plan.memory_of(learning, small, p, "float16") - plan.memory_of(frozen, small, p, "float16")
     assert extra == pytest.approx(2 * plan.GRADIENT_TOKENS * (32 * (8 * 4096 + 5 * 11008) + 3 * 32000))
+    few = SimpleNamespace(**vars(p), n_attribution=plan.GRADIENT_PROMPTS // 3)  # as in a quick run
+    less = plan.memory_of(learning, small, few, "float16") - plan.memory_of(frozen, small, few, "float16")
+    assert less == pytest.approx(extra / 3)
 
 
 @pytest.fixture
