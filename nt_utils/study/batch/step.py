@@ -108,17 +108,19 @@ def _drop_bars(path: Path) -> None:
 
 @contextlib.contextmanager
 def _progress(log: Path, notebook: str) -> Iterator[None]:
-    """Show the progress lines of a step's log as they come."""
+    """Show the progress lines of a step's log as they come, once each: tqdm writes many of them twice."""
     ended = threading.Event()
 
     def follow() -> None:
         with log.open(encoding="utf-8", errors="replace") as file:
-            over = False
+            over, shown = False, ""
             while not over:
                 over = ended.wait(1.0)  # asked first: what was written until the end is still read
                 for line in file:
-                    if MARK in line:
-                        print(f"       {notebook}: {line.rpartition(MARK)[2].strip()}", flush=True)
+                    found = line.rpartition(MARK)[2].strip()
+                    if MARK in line and found != shown:
+                        shown = found
+                        print(f"       {notebook}: {shown}", flush=True)
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
