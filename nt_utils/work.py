@@ -130,7 +130,7 @@ def parts(named: Mapping[Any, T]) -> Iterator[tuple[Any, T]]:
 def track(items=None, desc: str = "", **options):
     """tqdm(items, desc, total=..., unit=..., disable=...), as said above; takes its place away at the end."""
     options = {"leave": False} | options
-    desc = ", ".join([*_parts, desc])
+    desc = ", ".join(name for name in [*_parts, desc] if name)
     if IN_BATCH not in os.environ:
         return tqdm(items, desc=desc, **({"delay": DELAY} | options))
     options |= {"file": sys.__stderr__, "mininterval": SECONDS, "maxinterval": 2 * SECONDS, "delay": SECONDS}

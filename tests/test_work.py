@@ -23,7 +23,7 @@ def test_a_batch_gets_lines_with_part_and_time_left_and_the_notebook_nothing(mon
     monkeypatch.setenv(work.IN_BATCH, "1")
     monkeypatch.setattr(work, "SECONDS", 0.0)
     monkeypatch.setattr(sys, "__stderr__", log)
-    with work.part("SN-Tune"), work.part("rate 0.001"):
+    with work.part("SN-Tune"), work.part(""), work.part("rate 0.001"):  # a part without a name is none
         assert list(work.track(range(5), "training", unit="step")) == [0, 1, 2, 3, 4]
     lines = [line.strip("\r ") for line in log.getvalue().splitlines() if work.MARK in line]
     assert lines and all(line.startswith("progress: SN-Tune, rate 0.001, training: ") for line in lines)
