@@ -103,6 +103,7 @@ def cached(path: Path, load: Callable[[Path], Any], make: Callable[[Path], Any],
         except InputError as error:
             print(f"{error}; computing it again", file=sys.stderr)
     path.parent.mkdir(parents=True, exist_ok=True)
+    note.unlink(missing_ok=True)  # a run that is killed below must not leave the old key beside a new artifact
     made = make(path)
     with atomic(note) as tmp:
         tmp.write_text(text, encoding="utf-8")

@@ -77,7 +77,7 @@ def local_file(source: str) -> Path | None:
     if known:
         found = _read_folder(known)
         return found[0] if found else None
-    for path in (source.partition("@")[2] or source, source.rpartition(":")[0]):
+    for path in (source, source.rpartition(":")[0], source.partition("@")[2]):  # an @ may stand in a path, too
         if path and Path(path).expanduser().is_file():
             return Path(path).expanduser()
     return None

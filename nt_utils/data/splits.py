@@ -11,14 +11,18 @@ A prompt serves one use in all notebooks of a study: to *detect* neurons and sco
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nt_utils.data import corpus, sources, tasks
 from nt_utils.data.records import Prompt, PromptSet
+from nt_utils.data.registry import REGISTRY
 from nt_utils.errors import InputError, check_choice
 
 #: use -> share of the texts of a source that serve it.
@@ -172,13 +176,23 @@ class Splits:
         return found
 
 
-def _stamp(source: str) -> tuple[int, int] | None:
-    """Changes when the file of a source does."""
-    path = Path(source.rpartition(":")[0] or source).expanduser()
-    return (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
+def _stamp(source: str) -> tuple[Any, ...]:
+    """Changes when a file does that the source may be read from: one that it names, or one of the folder NT_DATA.
+
+    It is taken at every look at the prompts, so no file is read for it, as `sources.local_file` does to tell which of
+    NT_DATA holds a set.
+    """
+    named = (source, source.rpartition(":")[0], source.partition("@")[2])
+    paths = [Path(text).expanduser().absolute() for text in named if text]
+    folder = os.environ.get("NT_DATA")
+    if folder and source.partition(":")[0] in REGISTRY:
+        with contextlib.suppress(OSError):  # reading the source says what is wrong with the folder
+            paths = sorted(Path(folder).expanduser().absolute().iterdir())
+    stats = [(str(path), path.stat()) for path in paths if path.is_file()]
+    return folder, *((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats)
 
 
 @functools.lru_cache(maxsize=16)
-def _loaded(source: str, kind: str, stamp: tuple[int, int] | None) -> PromptSet:
+def _loaded(source: str, kind: str, stamp: tuple[Any, ...]) -> PromptSet:
     """A source as a whole; kept, since a run checks it when it begins and reads it again in its cells."""
     return sources.load_prompts(source, kind=kind)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -19,17 +19,34 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 
-class Interval(NamedTuple):
-    """An estimate with its interval and the number of observations behind it. NaN where n is 0."""
-
+class _Estimate(NamedTuple):
     value: float
     low: float
     high: float
     n: int
 
+
+class Interval(_Estimate):
+    """An estimate with its interval and the number of observations behind it: four numbers. NaN where n is 0.
+
+    freedom: degrees of freedom of the t distribution that the limits come from (inf: the normal one), which tell how sure
+    the estimate is at other levels than 95%. An attribute, for tables show the four numbers.
+    """
+
+    freedom: float
+
+    def __new__(cls, value: float, low: float, high: float, n: int, freedom: float = math.inf) -> Interval:
+        """An interval whose degrees of freedom are known."""
+        made = super().__new__(cls, value, low, high, n)
+        made.freedom = freedom
+        return made
+
+    def _replace(self, **changes: Any) -> Interval:
+        return Interval(**(self._asdict() | {"freedom": self.freedom} | changes))
+
     def exp(self) -> Interval:
         """The exponential of the value and of its limits: a perplexity from nats a token."""
-        return Interval(math.exp(self.value), math.exp(self.low), math.exp(self.high), self.n)
+        return Interval(math.exp(self.value), math.exp(self.low), math.exp(self.high), self.n, self.freedom)
 
     def within(self, lowest: float, highest: float) -> Interval:
         """The same with limits that go no further: a rate lies between 0 and 1, whatever a normal interval says."""
@@ -43,10 +60,13 @@ class Interval(NamedTuple):
         """
         low = self.value - max(self.value - self.low, other.value - other.low)
         high = self.value + max(self.high - self.value, other.high - other.value)
-        return Interval(self.value, low, high, self.n).within(-1.0, 1.0)
+        return Interval(self.value, low, high, self.n, min(self.freedom, other.freedom)).within(-1.0, 1.0)
 
 
 NOTHING = Interval(math.nan, math.nan, math.nan, 0)
+#: Of an interval by the rule of three: the chance of seeing nothing is exp(-3 m) for a rate of m times its limit, and Student's
+#: t with five degrees gives as much there or more.
+FREEDOM_OF_THREE = 5.0
 
 
 # ------------------------------------------------------------------------------------------------------------- rates
@@ -79,13 +99,13 @@ def rate(hits: ArrayLike, clusters: ArrayLike | None = None, level: float = 0.95
     if n == 0 or size == n:
         return wilson(values.sum(), n, level)
     p = values.mean()
-    worth = float(size)
+    worth, freedom = float(size), math.inf
     if 0 < p < 1 and size > 1:
         variance = _cluster_variance(values - p, groups)
         effect = max(1.0, variance / (p * (1 - p) / n))
-        worth = n / effect * (_quantile(level) / _quantile(level, size - 1)) ** 2
+        worth, freedom = n / effect * (_quantile(level) / _quantile(level, size - 1)) ** 2, size - 1
     found = wilson(p * worth, worth, level)
-    return Interval(float(p), found.low, found.high, n)
+    return Interval(float(p), found.low, found.high, n, freedom)
 
 
 # ------------------------------------------------------------------------------------------------- means, differences
@@ -104,7 +124,7 @@ def mean(values: ArrayLike, clusters: ArrayLike | None = None, level: float = 0.
     if size == 1:
         return Interval(value, math.nan, math.nan, len(kept))
     half = _quantile(level, size - 1) * math.sqrt(_cluster_variance(kept - value, groups))
-    return Interval(value, value - half, value + half, len(kept))
+    return Interval(value, value - half, value + half, len(kept), size - 1)
 
 
 def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
@@ -120,8 +140,11 @@ def pooled(found: Sequence[Interval], level: float = 0.95) -> Interval:
     """
     values = np.array([f.value for f in found])
     within = np.mean([(max(f.value - f.low, f.high - f.value) / _quantile(level)) ** 2 for f in found])
-    half = _quantile(level, len(values) - 1) * math.sqrt(max(values.var(ddof=1), within) / len(values))
-    return Interval(float(values.mean()), float(values.mean() - half), float(values.mean() + half), len(values))
+    freedom = len(values) - 1
+    half = _quantile(level, freedom) * math.sqrt(max(values.var(ddof=1), within) / len(values))
+    return Interval(
+        float(values.mean()), float(values.mean() - half), float(values.mean() + half), len(values), freedom
+    )
 
 
 def ratio(above: ArrayLike, below: ArrayLike, level: float = 0.95) -> Interval:
@@ -131,7 +154,7 @@ def ratio(above: ArrayLike, below: ArrayLike, level: float = 0.95) -> Interval:
         return NOTHING
     value = float(first.sum() / second.sum())
     spread = mean((first - value * second) * len(first) / second.sum(), None, level)
-    return Interval(value, value + spread.low, value + spread.high, len(first))
+    return Interval(value, value + spread.low, value + spread.high, len(first), spread.freedom)
 
 
 def clustered_difference(
@@ -170,16 +193,16 @@ def clustered_difference(
     parts = [(over_prompts, size - 1)]
     parts += [(float(side.mean(1).var(ddof=1)) / len(side), len(side) - 1) for side in (table, last) if len(side) > 1]
     total = sum(variance for variance, _ in parts)
-    half = 0.0
+    half, freedom = 0.0, math.inf
     if total > 0:
         freedom = total**2 / sum(variance**2 / max(degrees, 1) for variance, degrees in parts)
         half = _quantile(level, freedom) * math.sqrt(total)
     if over_prompts < 1e-18:
-        half = math.hypot(half, 3 / size)
+        half, freedom = math.hypot(half, 3 / size), min(freedom, FREEDOM_OF_THREE)
     low, high = value - half, value + half
     if max(np.abs(table).max(), np.abs(last).max()) <= 1:
         low, high = max(-1.0, low), min(1.0, high)
-    return Interval(value, low, high, n)
+    return Interval(value, low, high, n, freedom)
 
 
 def _judged(values: ArrayLike, clusters: ArrayLike | None) -> tuple[np.ndarray, np.ndarray]:

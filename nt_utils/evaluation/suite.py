@@ -7,6 +7,7 @@ figure can be inspected) and one tidy table: set, metric, rate, low, high, n, co
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import re
@@ -342,7 +343,8 @@ def evaluate(
             main_judge, others = _judges_of(member, judge, judges)
             by_phrases_alone = main_judge.name == "phrases" and not others
             needs_whole = {"partial", "hit_limit"} & set(member.metrics)  # these ask how a refusal goes on
-            end = EARLY_END if early_end and by_phrases_alone and not needs_whole else None
+            begun = _thought_begun(lm)
+            end = _early_end(begun) if early_end and by_phrases_alone and not needs_whole else None
             length = max_new_tokens or member.max_new_tokens or suite.max_new_tokens
             keys = [(p.text, p.prefill, length, end) for p in member.prompts]
             asked = {k: p for k, p in zip(keys, member.prompts, strict=True) if k not in answers}
@@ -350,7 +352,7 @@ def evaluate(
             given = generate(lm, list(asked.values()), max_new_tokens=length, early_end=end, **options)
             answers |= zip(asked, given, strict=True)
             responses = [answers[k] for k in keys]
-            _judge(frame, member, responses, main_judge, others, _thought_begun(lm))
+            _judge(frame, member, responses, main_judge, others, begun)
             if limit is not None:
                 _mark_improbable(frame, member, responses, None if itself else reference, limit, batch_size)
         frames.append(frame)
@@ -386,7 +388,12 @@ def _prompt_rows(member: SuiteSet) -> pandas.DataFrame:
     return frame
 
 
-EARLY_END = EarlyEnd(decided, "phrases-1")
+@functools.cache  # one object for all sets of a suite, which share their answers by it
+def _early_end(begun: str) -> EarlyEnd:
+    """Ends a response that is a refusal whatever follows. begun: what the template has already written of it, so that
+    the words of a thought are not taken for the answer.
+    """
+    return EarlyEnd(lambda text: decided(begun + text), f"phrases-1{begun}")
 
 
 def _judges_of(member: SuiteSet, judge: Judge | None, judges: Sequence[Judge]) -> tuple[Judge, list[Judge]]:

@@ -225,7 +225,7 @@ def equal_loss_points(
 
 
 def points_table(chosen: Mapping[str, Sequence[Point]], measures: Sequence[Measure], **labels) -> pd.DataFrame:
-    """Table 2 of the paper: labels, arm, learning_rate, step, loss, metric, value, low, high, n; intervals resample topics."""
+    """Table 2 of the paper: labels, arm, learning_rate, step, loss, metric, value, low, high, n; intervals are over topics."""
     rows = []
     for arm, (first, *_) in chosen.items():
         more = {**labels, "arm": arm, "learning_rate": first.learning_rate, "step": first.step, "loss": first.loss}
@@ -498,7 +498,7 @@ def direction_values(
 def direction_table(values: Mapping[str, Mapping[str, np.ndarray]], topics: Sequence[str]) -> pd.DataFrame:
     """model -> variant -> leaning as a table: model, variant, layer (0 = embedding), value, low, high, n (prompts).
 
-    Intervals resample topics.
+    Intervals are over topics.
     """
     rows = []
     for model, variants in values.items():
@@ -519,7 +519,7 @@ def lean_finding(leanings: Mapping[str, Mapping[str, np.ndarray]], topics: Seque
 
 
 def over_topics(values: np.ndarray, topics: Sequence[str]) -> metrics.Interval:
-    """Mean with an interval that resamples topics ("" = a topic of its own)."""
+    """Mean with an interval over topics ("" = a topic of its own)."""
     return metrics.clustered_difference(np.zeros((1, len(values))), values, _clusters(topics))
 
 

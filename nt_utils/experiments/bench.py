@@ -133,9 +133,13 @@ def spread(values: Sequence[float], n: int) -> dict:
 
 
 def middle(values: Sequence[float], n: int | None = None) -> Interval:
-    """Mean and the middle 95% of some values (NaN left out); n: their number, or another one that tables shall show."""
+    """Mean and the middle 95% of some values (NaN left out); n: their number, or another one that tables shall show.
+
+    So few values say little of what lies further out: degrees of freedom are as many, less one.
+    """
     low, high = np.nanquantile(values, [0.025, 0.975])
-    return Interval(float(np.nanmean(values)), float(low), float(high), len(values) if n is None else n)
+    freedom = max(1, int(np.isfinite(values).sum()) - 1)
+    return Interval(float(np.nanmean(values)), float(low), float(high), len(values) if n is None else n, freedom)
 
 
 def overlap(pairs: Sequence[tuple[NeuronSet, NeuronSet]]) -> dict:
@@ -155,27 +159,28 @@ def over_halves(scores: Sequence[NeuronScores], number: Callable[..., float], dr
     if np.isnan([value, *others]).any():
         return NOTHING
     low, high = np.quantile(others, [0.025, 0.975])
-    return Interval(value, min(low, value), max(high, value), n)
+    return Interval(value, min(low, value), max(high, value), n, max(1, draws - 1))
 
 
 def total(*parts: Interval, together: bool = False) -> Interval:
     """The sum of independent estimates, with the interval that recovers their variances (MOVER, Zou and Donner 2008).
 
-    Each side's half-widths are added in squares, so that intervals that are not symmetric stay so. n is the smallest.
+    Each side's half-widths are added in squares, so that intervals that are not symmetric stay so. n is the smallest, and
+    so are the degrees of freedom, which is cautious.
     together: the estimates may move together, as those of one request under several attacks do; the half-widths are then
     added as they are, which covers any dependence.
     """
     value, power = sum(p.value for p in parts), 1 if together else 2
     below = sum((p.value - p.low) ** power for p in parts) ** (1 / power)
     above = sum((p.high - p.value) ** power for p in parts) ** (1 / power)
-    return Interval(value, value - below, value + above, min(p.n for p in parts))
+    return Interval(value, value - below, value + above, min(p.n for p in parts), min(p.freedom for p in parts))
 
 
 def average(*parts: Interval) -> Interval:
     """The mean of estimates that may move together (see :func:`total`)."""
     found = total(*parts, together=True)
     value, low, high = (x / len(parts) for x in found[:3])
-    return Interval(value, low, high, found.n)
+    return Interval(value, low, high, found.n, found.freedom)
 
 
 def ratio(after: Interval, before: Interval) -> Interval | None:
@@ -187,7 +192,7 @@ def ratio(after: Interval, before: Interval) -> Interval | None:
         return None
     low = (a * b - math.sqrt(max((a * b) ** 2 - la * (2 * a - la) * ub * (2 * b - ub), 0))) / (ub * (2 * b - ub))
     high = (a * b + math.sqrt(max((a * b) ** 2 - ua * (2 * a - ua) * lb * (2 * b - lb), 0))) / (lb * (2 * b - lb))
-    return Interval(a / b, max(min(low, a / b), 0.0), max(high, a / b), n)
+    return Interval(a / b, max(min(low, a / b), 0.0), max(high, a / b), n, min(after.freedom, before.freedom))
 
 
 class Finding(NamedTuple):
@@ -298,7 +303,7 @@ class Bench:
         return rows
 
     def change(self, action: Action, measure: Measure) -> Interval:
-        """Rate under the action minus the rate without, paired over prompts, resampled by topic."""
+        """Rate under the action minus the rate without, paired over prompts, with an interval over topics."""
         return self.excess(action, [None], measure)
 
     def excess(self, action: Action, controls: Sequence[Action], measure: Measure) -> Interval:

@@ -266,8 +266,8 @@ def part_table(
 ) -> pd.DataFrame:
     """Which part of each set jailbreaks: attention against FFN, first third of the layers against last third.
 
-    Columns rule, part, against, neurons, others, value (jailbroken by the part minus by the other one), low, high, n; a
-    comparison of which one part is empty has n = 0 where both are.
+    Columns rule, part, against, neurons, others, value (jailbroken by the part minus by the other one), low, high, n,
+    freedom (of the interval); a comparison has n = 0 where both parts are empty.
     """
     rows = []
     for rule, neurons in work.parts(chosen):
@@ -280,7 +280,7 @@ def part_table(
             if len(part) or len(rest):
                 found = bench.jailbroken(part if len(part) else None, [rest if len(rest) else None], harm, useful)
             labels = {"rule": rule, "part": name, "against": other, "neurons": len(part), "others": len(rest)}
-            rows.append({**labels, **found._asdict()})
+            rows.append({**labels, **found._asdict(), "freedom": found.freedom})
     return pd.DataFrame(rows)
 
 
@@ -540,7 +540,7 @@ def findings(
     for row in parts.to_dict("records"):
         claim, both_empty = "S3" if row["part"] == "attention" else "S4", not (row["neurons"] or row["others"])
         why = f"no neuron of the set lies in the {row['part']} or none in the {row['against']}"
-        found = Interval(row["value"], row["low"], row["high"], row["n"])
+        found = Interval(row["value"], row["low"], row["high"], row["n"], row["freedom"])
         yield Finding(claim, row["rule"], "effect", why if both_empty else found)
 
 

@@ -601,7 +601,7 @@ def adaptation_table(bench: Bench, adapted: Adapted, over: Measure) -> pd.DataFr
 def adapted_difference(bench: Bench, adapted: Adapted, first: str, second: str, over: Measure) -> metrics.Interval:
     """ASR plus over-refusal after adaptation, first method minus second, mean over the unseen classes.
 
-    Over-refusal is measured on the same prompts for every class: its mean is resampled once.
+    Over-refusal is measured on the same prompts for every class: its mean has one interval.
     """
     classes = list(adapted[first])
     pairs = [(adapted[first][name][1], adapted[second][name][1]) for name in classes]
@@ -661,7 +661,7 @@ def spread_findings(ranked: Rankings, sizes: Mapping[str, int], draws: int, seed
 def dial_slope(bench: Bench, settings: Mapping[tuple, Modulation | None], axis: int, measure: Measure):
     """Slope of a rate over the number of safety (axis 0) or utility neurons (axis 1), from none to the most = 1.
 
-    Least squares over the levels, each the mean over the other settings; resampled over topics.
+    Least squares over the levels, each the mean over the other settings; the interval is over topics.
 
     Args:
         settings: (safety neurons, utility neurons, strength) -> the modulation; None where nothing is turned.

@@ -417,7 +417,7 @@ def equal_table(
 ) -> pd.DataFrame:
     """Rates at equal harmful score: arm, step (interpolated, mean over draws), target, metric, value, low, high, n.
 
-    Intervals resample topics. An arm that never comes down to the target is left out.
+    Intervals are over topics. An arm that never comes down to the target is left out.
     """
     if (target := goal.target) is None:
         raise InputError("goal: got no target; allowed: one whose target is a harmful score")

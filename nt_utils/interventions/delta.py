@@ -228,35 +228,47 @@ class Delta:
     def merge(self, lm: LanguageModel) -> None:
         """Write the entries into the base model: from then on it is a plain model with the trained weights.
 
-        Every other entry keeps its bits. Raises InputError on another base, or when it is merged already.
+        Every other entry keeps its bits. What interrupts it leaves the base behind. Raises InputError on another base, or when
+        it is merged already.
         """
         if self._merged is not None:
             raise InputError("delta: it is merged already; unmerge it first")
         self.check(lm)
         parameters = dict(lm.model.named_parameters(remove_duplicate=False))
         self._merged = lm.model
-        for name, part in self.parts.items():
-            base = take(parameters[name], part.axis, part.index)
-            put(parameters[name], part.axis, part.index, part.entries(base))
-            self._stored[name] = base.cpu()
+        try:
+            for name, part in self.parts.items():
+                base = take(parameters[name], part.axis, part.index)
+                self._stored[name] = base.cpu()
+                put(parameters[name], part.axis, part.index, part.entries(base))
+        except BaseException:  # Ctrl-C and lack of memory among them: a model that is half merged passes for its base
+            self._put_back(lm, parameters)
+            raise
 
     def unmerge(self, lm: LanguageModel) -> None:
         """Put the base's entries back, bit for bit (they were kept: adding and subtracting would round).
 
         The model remembers the hashes of these weights: nothing is hashed again. Raises InputError when it is not merged
-        into this model or the merged entries have changed since.
+        into this model or the merged entries have changed since. When it is interrupted it can be called again.
         """
         if self._merged is not lm.model:
             raise InputError("delta: it is not merged into this model")
         parameters = dict(lm.model.named_parameters(remove_duplicate=False))
-        for name, part in self.parts.items():
-            found, base = take(parameters[name], part.axis, part.index), self._stored[name]
-            if not same_bits(found, part.entries(base.to(found.device))):
+        for name, base in self._stored.items():
+            part = self.parts[name]
+            found = take(parameters[name], part.axis, part.index)
+            # The base's entries are there already where an earlier call was interrupted.
+            if not same_bits(found, part.entries(base.to(found.device))) and not same_bits(found, base):
                 raise InputError(f"delta: {name} was changed after the merge; load the base model again instead")
-        for name, part in self.parts.items():
-            put(parameters[name], part.axis, part.index, self._stored.pop(name))
-        restored = [parameters[name] for name in self.parts]
+        self._put_back(lm, parameters)
+
+    def _put_back(self, lm: LanguageModel, parameters: Mapping[str, Tensor]) -> None:
+        """Put back what is stored, and forget it only when all of it is back: a call that was interrupted can be repeated."""
+        for name, base in self._stored.items():
+            put(parameters[name], self.parts[name].axis, self.parts[name].index, base)
+        restored = [parameters[name] for name in self._stored]
         lm.weights_changed(self.weights, {n for n, p in parameters.items() if any(p is one for one in restored)})
+        self._stored.clear()
         self._merged = None
 
     @contextmanager

@@ -42,7 +42,7 @@ METHODS = ("first", "second", "joint")
 TIES = ("", "layer")
 #: What :func:`find_inner_rate` tries: 1/16 to 256.
 RATES = tuple(2.0**k for k in range(-4, 9))
-STATE = "nt_utils.learning.4"
+STATE = "nt_utils.learning.5"
 
 
 @dataclass(frozen=True)
@@ -143,16 +143,21 @@ def learn(
         validation: (tasks, benign) of a split apart; its loss decides when to stop and which alpha is kept.
         measure: instead of that loss, a number to be small (say from an evaluation of the intervention).
         checkpoint: file that holds the state after every iteration; an interrupted run goes on from it and ends with the
-            same alpha. It must be of the same recipe (``iterations`` may grow), neurons, prompts and weights; "{key}" in
-            its name stands for a hash of these, so that one name serves several runs.
+            same alpha. It must be of the same recipe (``iterations`` may grow), neurons, prompts, rendering (template, its
+            arguments, date, system prompt) and weights; "{key}" in its name stands for a hash of these, so that one name
+            serves several runs. It does not go with ``measure``: a file cannot tell one function from another.
 
     Raises:
         InputError: too few prompts for support and query, prompts without target, sets that overlap, a foreign
-            checkpoint.
+            checkpoint, a checkpoint with a measure.
         DivergedError: the loss is not finite before any alpha was validated; later, the best one so far is given back.
     """
     if not tasks:
         raise InputError("tasks: need the attacked prompts of at least one attack class")
+    if checkpoint is not None and measure is not None:
+        raise InputError(
+            f"checkpoint: got {str(checkpoint)!r}; allowed: None with a measure, whose values it cannot tell apart"
+        )
     learner = Learner(lm, safety, utility, tasks, benign, recipe)
     validate = _validation(learner, validation, measure)
     state = _State.begin(learner)
@@ -382,8 +387,10 @@ class Learner:
         data = [(task, prompts.fingerprint) for task, prompts in self.tasks.items()] + [self.benign.fingerprint]
         if validation is not None:
             data += [(t, p.fingerprint) for t, p in validation[0].items()] + [validation[1].fingerprint]
-        parts = (recipe, data, self.safety.fingerprint, self.utility.fingerprint, self.base.weights_fingerprint)
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        sets = (self.safety.fingerprint, self.utility.fingerprint)
+        # Which tokens the prompts become is not in their fingerprints.
+        parts = (recipe, data, sets, self.base.weights_fingerprint, self.base.text_identity)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 @dataclass
@@ -430,8 +437,8 @@ class _State:
         header, tensors = read_sealed(path, STATE)
         if header["key"] != key:
             raise InputError(
-                f"checkpoint: {path} belongs to another run (recipe, neurons, prompts or weights differ); remove it or "
-                "name another file"
+                f"checkpoint: {path} belongs to another run (recipe, neurons, prompts, their rendering or weights "
+                "differ); remove it or name another file"
             )
         numbers = json.loads(header["numbers"])
         if numbers["iteration"] > iterations:

@@ -48,6 +48,9 @@ def folder(name: str) -> Path:
     kept = 4 if row["parameters"] <= gguf.FLOAT32_PARAMETERS else 2
     gguf.check_room(downloads, kept * row["parameters"], name)
     with FileLock(downloads / f"{row['sha256']}.lock"):
+        found = gguf.cached(row["sha256"])  # another process may have made it while this one waited
+        if found:
+            return found
         path, is_ours = _file(name, row, downloads)
         made = gguf.folder(path)
         if is_ours:

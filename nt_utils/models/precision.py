@@ -8,9 +8,11 @@ import hashlib
 import json
 import platform
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM
 
 from nt_utils.errors import InputError, ModelError
@@ -66,7 +68,10 @@ def _parameters(config) -> int:
 
 
 def _measured(config) -> dict[str, float]:
-    """Name of a precision -> seconds of a forward pass on this machine."""
+    """Name of a precision -> seconds of a forward pass on this machine.
+
+    Of notebooks that begin side by side one measures; the others wait for it and take what it wrote.
+    """
     shape = {
         key: value
         for key, value in config.to_dict().items()
@@ -74,15 +79,29 @@ def _measured(config) -> dict[str, float]:
     }
     facts = f"{config.model_type} {sorted(shape.items())} {platform.machine()} {torch.__version__}"
     path = cache_folder() / "precision" / f"{hashlib.sha256(facts.encode()).hexdigest()[:16]}.json"
+    kept = _kept(path)
+    if kept:
+        return kept
+    # A cache that cannot be written costs the lock and the measurement, not the run.
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(f"{path}.lock"))
+        kept = _kept(path)
+        if kept:
+            return kept
+        found = {kind: _seconds(config, getattr(torch, kind)) for kind in ("float32", "bfloat16")}
+        with contextlib.suppress(OSError), atomic(path) as tmp:
+            tmp.write_text(json.dumps(found), encoding="utf-8")
+    return found
+
+
+def _kept(path: Path) -> dict[str, float] | None:
+    """What a measurement wrote, or None where there is none or its file is damaged."""
     try:
         return {str(kind): float(value) for kind, value in json.loads(path.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, AttributeError, TypeError):
-        found = {kind: _seconds(config, getattr(torch, kind)) for kind in ("float32", "bfloat16")}
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs the measurement, not the run
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(path) as tmp:
-            tmp.write_text(json.dumps(found), encoding="utf-8")
-    return found
+        return None
 
 
 def _seconds(config, dtype: torch.dtype) -> float:

@@ -277,7 +277,7 @@ class Prompter:
             messages = [("system", text), ("user", prompt)] if has_role else [("user", f"{text}\n\n{prompt}")]
             return self._apply(messages, True)
         head = self._apply([("user", prompt)], True)
-        return self._without_system(head, prompt) if self.system_prompt == "none" else head
+        return self._without_system(head) if self.system_prompt == "none" else head
 
     def _apply(self, messages: Sequence[tuple[str, str]], add_generation_prompt: bool = False) -> str:
         template = self.tokenizer.chat_template
@@ -309,10 +309,11 @@ class Prompter:
         except Exception:  # templates raise errors of their own making
             return False
 
-    def _without_system(self, head: str, prompt: str) -> str:
+    def _without_system(self, head: str) -> str:
         """A rendered prompt without the system message that the template writes by itself.
 
-        What stands before a second user turn, less the end of the answer before it, opens a user turn.
+        What stands before a second user turn, less the end of the answer before it, opens a user turn. Where the user's
+        text begins is told by a marker in its place: a short prompt may occur in the template's own words, too.
         """
         bos = self.tokenizer.bos_token or ""
         start = bos if bos and head.startswith(bos) else ""
@@ -320,12 +321,13 @@ class Prompter:
         try:
             turns = self._apply([("user", first), ("assistant", second), ("user", third)])
             end = self._apply([("user", first), ("assistant", second)]).rpartition(second)[2]
+            before, found, _ = self._apply([("user", first)], True).partition(first)
         except Exception as error:
             raise self._cannot_do_without(first_line(error)) from error
         between = turns.partition(second)[2].partition(third)[0]
         opening = between.removeprefix(end)
-        before, found, _ = head.rpartition(prompt.strip())
-        if not between.startswith(end) or not found or not before.endswith(opening):
+        alike = between.startswith(end) and found and before.endswith(opening) and head.startswith(before)
+        if not alike:
             raise self._cannot_do_without("its turns are not marked alike")
         opening = opening if start and opening.startswith(start) else start + opening
         return opening + head[len(before) :]

@@ -94,7 +94,7 @@ def attack_sweep(table: pd.DataFrame) -> Figure:
 
 @figure
 def attack_points(table: pd.DataFrame) -> Figure:
-    """Notebook 04: each arm at its worst point and at equal training loss (the paper's Tables 2 and 3).
+    """Notebook 04: each arm at its worst point and at equal held-out loss (the paper's Tables 2 and 3).
 
     Columns: rows, compared, arm, learning_rate, step, loss, metric, value, low, high, n.
     """

@@ -120,6 +120,8 @@ def importance(
                     error_writer.write(row, {site: errors[site][b : b + 1] for site in lm.view.space.sites(estimated)})
         if error_writer is not None:
             error_writer.close()
+        else:  # what earlier scores of this name left would pass for theirs
+            _errors_path(writer.path).unlink(missing_ok=True)
         return writer.close()
 
 

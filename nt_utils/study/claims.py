@@ -71,11 +71,10 @@ class Part:
             return HOLDS if low > self.margin else FAILS if high <= self.margin else UNDECIDED
         return HOLDS if high < self.margin else FAILS if low >= self.margin else UNDECIDED
 
-    def p_value(self, interval: Sequence[float], freedom: int | None = None) -> float:
+    def p_value(self, interval: Interval) -> float:
         """Two-sided p-value of "the quantity equals the margin", below .05 where the 95% interval leaves the margin out.
 
-        Args:
-            freedom: degrees of freedom of a t interval; None for an interval that takes the normal distribution.
+        It is that of Student's t with the interval's degrees of freedom (inf: the normal distribution; NaN, not known: one).
         """
         from scipy import stats  # slow to import, and no command needs it that only reads the table
 
@@ -83,7 +82,7 @@ class Part:
         half = (value - low if value > self.margin else high - value) or max(value - low, high - value)
         if half <= 0:  # nothing was drawn: the quantity is known exactly
             return 0.0 if value != self.margin else 1.0
-        law = stats.norm if freedom is None else stats.t(freedom)
+        law = stats.t(1 if math.isnan(interval.freedom) else interval.freedom)
         return float(2 * law.sf(abs(value - self.margin) / half * law.ppf(0.975)))
 
     def text(self, interval: Sequence[float]) -> str:
@@ -449,9 +448,7 @@ class Verdict(NamedTuple):
     reason: str = ""
 
 
-def decide(
-    name: str, measured: Mapping[str, Sequence[float] | str], model: str = "", freedom: Mapping[str, int] | None = None
-) -> Verdict:
+def decide(name: str, measured: Mapping[str, Interval | str], model: str = "") -> Verdict:
     """The verdict on one row of a claim, from its parts' 95% intervals alone.
 
     It holds when all parts hold; it does not hold when one does not, and then the part that is surest decides. Where all hold,
@@ -460,7 +457,6 @@ def decide(
     Args:
         measured: part -> interval (value, low, high, n), or the reason why it cannot be tested.
         model: its name; a subject of the study that cannot test the claim has the claim's own reason.
-        freedom: part -> degrees of freedom, for t intervals.
     """
     what = claim(name)
     if not measured:
@@ -471,8 +467,7 @@ def decide(
     for part in what.parts:
         got = measured.get(part.name)
         if got is not None and not isinstance(got, str):
-            p = part.p_value(got, (freedom or {}).get(part.name))
-            found.append(Verdict(part.verdict(got), part.name, Interval(got[0], got[1], got[2], int(got[3])), p))
+            found.append(Verdict(part.verdict(got), part.name, got, part.p_value(got)))
     failing = [verdict for verdict in found if verdict.verdict == FAILS]
     if failing:  # any part may refute the claim: the smallest of their p-values counts as many times
         surest = min(failing, key=lambda verdict: verdict.p)
@@ -514,4 +509,4 @@ def checked(name: str, row: str, part: str, interval: Sequence[float]) -> tuple[
         raise InputError(
             f"claim {name}: got {value:g} [{low:g}, {high:g}], n={n}; allowed: low <= value <= high, finite"
         )
-    return what, which, Interval(value, low, high, n)
+    return what, which, Interval(value, low, high, n, getattr(interval, "freedom", math.inf))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from nt_utils.study.run import Run
 
-COLUMNS = tuple("claim row part model seed value low high n reason notebook weights gate".split())
+COLUMNS = tuple("claim row part model seed value low high n freedom reason notebook weights gate".split())
 #: Columns of the ledger, one line a claim's row and model.
 LEDGER = tuple(
     "claim row statement paper section figure model positive_control verdict corrected part value low high n seeds each "
@@ -49,7 +49,7 @@ def run_rows(run: Run) -> list[dict[str, Any]]:
         "weights": run.facts.get("model weights", ""),
         "gate": {True: "passed", False: "missed"}.get(testbed.get("passed"), ""),
     }
-    nothing = {"value": math.nan, "low": math.nan, "high": math.nan, "n": 0, "reason": ""}
+    nothing = {"value": math.nan, "low": math.nan, "high": math.nan, "n": 0, "freedom": math.nan, "reason": ""}
     lines = []
     for what, row in claims.rows(run.notebook):
         parts = [p.name for p in what.parts if (what.id, row, p.name) in run.handed_in]
@@ -101,11 +101,15 @@ def write_table(path: Path, frame: pd.DataFrame, digits: str | None = "%.6g") ->
 
 
 def read(file: Path) -> pd.DataFrame:
-    """One file of a run's claims."""
+    """One file of a run's claims. Raises InputError for one of a version with other columns."""
     import pandas as pd
 
     words = dict.fromkeys(("row", "part", "model", "reason", "weights", "gate"), str)
-    return pd.read_csv(file, dtype=words, keep_default_na=False, na_values={c: [""] for c in ("value", "low", "high")})
+    empty = {c: [""] for c in ("value", "low", "high", "freedom")}
+    found = pd.read_csv(file, dtype=words, keep_default_na=False, na_values=empty)
+    if set(COLUMNS) - set(found):
+        raise InputError(f"publish: {file} was written by an older version; run the study again")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------ verdicts
@@ -133,19 +137,12 @@ def _line(
 ) -> tuple[claims.Verdict, dict[str, Any]]:
     """One row of one claim for one model: its verdict over seeds, and the ledger's line."""
     own = [line for line in lines if (line["claim"], line["row"]) == (what.id, row)]
-    seeds = list(dict.fromkeys(line["seed"] for line in own))
-    by_seed = {seed: _measured([line for line in own if line["seed"] == seed]) for seed in seeds}
-    if what.requires:
-        first = [line for line in lines if (line["claim"], line["row"]) == (what.requires, row)]
-        for seed, parts in by_seed.items():
-            needed = claims.decide(what.requires, _measured([line for line in first if line["seed"] == seed]), model)
-            if needed.verdict not in (claims.HOLDS, claims.NOT_RUN):
-                why = f"what it rests on ({what.requires}) is not shown: {needed.verdict}"
-                by_seed[seed] = {name: found if isinstance(found, str) else why for name, found in parts.items()}
-    missed = [s for s in seeds if any(line["gate"] == "missed" for line in own if line["seed"] == s)]
+    by_seed = _by_seed(own)
+    missed = [s for s in by_seed if any(line["gate"] == "missed" for line in own if line["seed"] == s)]
     kept = {seed: parts for seed, parts in by_seed.items() if seed not in missed}
-    each = {seed: claims.decide(what.id, parts, model) for seed, parts in by_seed.items()}
-    verdict = _pooled(what, kept, model)
+    needed = _by_seed(line for line in lines if (line["claim"], line["row"]) == (what.requires, row))
+    each = {seed: _verdict(what, {seed: parts}, needed, model) for seed, parts in by_seed.items()}
+    verdict = _verdict(what, kept, needed, model)
     if missed and not kept:
         verdict = claims.Verdict(claims.NOT_TESTABLE, reason="every seed of the testbed misses its gate")
     said = "; ".join(f"{seed}: {_cell(what, v)}" + " (missed its gate)" * (seed in missed) for seed, v in each.items())
@@ -160,10 +157,36 @@ def _line(
     return verdict, entry
 
 
+def _by_seed(lines: Iterable[Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """seed -> part -> interval or reason."""
+    lines = list(lines)
+    return {
+        seed: _measured([line for line in lines if line["seed"] == seed])
+        for seed in dict.fromkeys(line["seed"] for line in lines)
+    }
+
+
+def _verdict(
+    what: claims.Claim, seeds: Mapping[Any, Mapping[str, Any]], needed: Mapping[Any, Mapping[str, Any]], model: str
+) -> claims.Verdict:
+    """The verdict over these seeds; a claim says nothing where what it requires is not shown over the same seeds."""
+    if what.requires:
+        first = claims.claim(what.requires)
+        found = _pooled(first, {seed: needed[seed] for seed in seeds if seed in needed}, model)
+        if found.verdict not in (claims.HOLDS, claims.NOT_RUN):
+            why = f"what it rests on ({first.id}) is not shown: {found.verdict}"
+            seeds = {
+                seed: {name: measured if isinstance(measured, str) else why for name, measured in parts.items()}
+                for seed, parts in seeds.items()
+            }
+    return _pooled(what, seeds, model)
+
+
 def _measured(lines: list[Mapping[str, Any]]) -> dict[str, Any]:
     """part -> interval or reason, of one seed."""
     return {
-        line["part"]: line["reason"] or Interval(line["value"], line["low"], line["high"], int(line["n"]))
+        line["part"]: line["reason"]
+        or Interval(line["value"], line["low"], line["high"], int(line["n"]), line["freedom"])
         for line in lines
         if line["part"]
     }
@@ -175,7 +198,6 @@ def _pooled(what: claims.Claim, seeds: Mapping[Any, Mapping[str, Any]], model: s
     A part whose training diverged at a seed has no verdict: seeds that failed are not left out of what succeeded.
     """
     measured: dict[str, Any] = {}
-    freedom: dict[str, int] = {}
     for part in what.parts:
         found = [parts[part.name] for parts in seeds.values() if part.name in parts]
         values = [f for f in found if not isinstance(f, str)]
@@ -184,10 +206,9 @@ def _pooled(what: claims.Claim, seeds: Mapping[Any, Mapping[str, Any]], model: s
             measured[part.name] = f"at {len(lost)} of {len(found)} seeds: {lost[0]}"
         elif len(values) > 1:
             measured[part.name] = pooled(values)
-            freedom[part.name] = len(values) - 1
         elif found:
             measured[part.name] = values[0] if values else found[0]
-    return claims.decide(what.id, measured, model, freedom)
+    return claims.decide(what.id, measured, model)
 
 
 def frame(lines: Iterable[Mapping[str, Any]]) -> pd.DataFrame:

@@ -109,9 +109,12 @@ def claims_page(table: pd.DataFrame) -> str:
     head = (
         "# The thirty claims\n\nThis page is written by `make publish`. A claim holds when the 95% intervals of all its parts lie on"
         " the claimed side of their margins; it does not hold when one part's interval lies on the other side. *After Holm* is the"
-        " verdict after Holm's correction over the rows of one model. Over seeds the interval is Student's t. Points and shares are"
-        " shown times 100 (a margin of 0.1 is 10 points); ratios, nats and indices as they are. n counts prompts where there is one"
-        " seed, else seeds. A row shows the part that decides it, and so does each seed: in brackets where a claim has several.\n\n"
+        " verdict after Holm's correction over the rows of one model, by Student's t with as many degrees of freedom as the"
+        " interval's draws, trainings, prompts or texts leave, of a sum's parts the fewest. (The runs of Qwen and of"
+        " SmolLM2 had not recorded theirs, and have the fewest that their design allows.) Over seeds the interval is Student's t. Points and shares"
+        " are shown times 100 (a margin of 0.1 is 10 points); ratios, nats and indices as they are. Where there is one seed, n"
+        " counts prompts (S1's, S7's, S9's and N4's perplexity: texts; A7: halves of the prompts; X2: pairs of halves), else"
+        " seeds. A row shows the part that decides it, and so does each seed: in brackets where a claim has several.\n\n"
     )
     return head + ledger.front_page(table) + "\n\n" + ledger.counts(table) + "\n\n" + ledger.details(table)
 

@@ -133,7 +133,8 @@ class Run:
 
     def kept(self, name: str, make: Callable[[], Any]):
         """``make()``, a table that takes long, or what an interrupted run left of it: with the same parameters, code, weights
-        and prompts. The file goes when the run is finished; provenance says what made a table that was taken over."""
+        and prompts, as far as they were recorded by now (``Subject`` records what it loads and every prompt set it gives).
+        The file goes when the run is finished; provenance says what made a table that was taken over."""
         import pandas as pd
 
         path = self.path("kept", f"{name}.parquet")
@@ -172,11 +173,12 @@ class Run:
         """Hand in a quantity of one of the thirty claims (:mod:`nt_utils.study.claims`), which decide what it says.
 
         Args:
-            claim: its id; interval: (value, low, high, n) with 95% limits, as the functions of ``evaluation.metrics`` give it.
+            claim: its id; interval: (value, low, high, n) with 95% limits, as the functions of ``evaluation.metrics`` give it:
+                these know its degrees of freedom, and plain numbers are taken to have a normal distribution's limits.
             row: what the claim is tested on, where it has several rows; part: the quantity, where it has several.
         """
         what, which, found = claims.checked(claim, row, part, interval)
-        self._hand_in(what, row, which.name, found._asdict())
+        self._hand_in(what, row, which.name, found._asdict() | {"freedom": found.freedom})
 
     def not_testable(self, claim: str, reason: str, *, row: str | None = None, part: str = "") -> None:
         """Say why this run cannot test a claim, in one row or in all of them (None)."""

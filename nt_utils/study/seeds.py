@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -19,6 +20,9 @@ from nt_utils.evaluation.metrics import t_interval
 from nt_utils.files import run_folder
 from nt_utils.study import ledger
 from nt_utils.study.provenance import notes
+
+if TYPE_CHECKING:
+    from nt_utils.study.run import Run
 
 #: Parameters that may differ between the runs that are compared.
 FREE = {"seed", "runs"}
@@ -112,11 +116,13 @@ def aggregate(folders: Sequence[Path]) -> Path:
     return target
 
 
-def shown(folder: Path) -> pd.DataFrame:
-    """The verdicts over the finished runs beside this one, for display in notebook 06: never saved in a run.
+def shown(run: Run) -> pd.DataFrame:
+    """The verdicts over this run and the finished ones beside it, for display in notebook 06: never saved in a run.
 
-    Says what is missing, and when there is one seed alone.
+    Says what is missing, and when there is one seed alone. Of the run's own notebook it shows what was handed in so far:
+    its file of claims is from a run before, if there is one.
     """
+    folder = run.folder
     siblings = sorted(p for p in folder.parent.glob("seed-*") if (p / "claims").is_dir())
     try:
         check_same(siblings)
@@ -127,8 +133,13 @@ def shown(folder: Path) -> pd.DataFrame:
         print(f"one seed alone; others: {_command(folder.parent.name, '0 1 2')}")
     for line in missing([s for s in siblings if s != folder]):
         print(line)
-    frames = [ledger.read(file) for s in siblings for file in sorted((s / "claims").glob("*.csv"))]
-    lines = pd.concat(frames, ignore_index=True).to_dict("records") if frames else []
+    lines = ledger.run_rows(run)
+    for sibling in siblings:
+        finished = {name for name, note in notes(sibling).items() if note.get("finished")}
+        finished -= {run.notebook} if sibling == folder else set()
+        for name in sorted(finished):
+            file = sibling / "claims" / f"{name}.csv"
+            lines += ledger.read(file).to_dict("records") if file.is_file() else []
     return ledger.frame(lines)["claim row statement verdict corrected part value low high each".split()]
 
 

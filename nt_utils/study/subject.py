@@ -267,7 +267,14 @@ class Subject:
     def rows(self, role: str, use: str, n: int | None = None) -> PromptSet:
         """Prompts of a role (harmful, benign, borderline, general, second_language, new_task) that serve a use: detect,
         tune, develop or test. See :mod:`nt_utils.data.splits`."""
-        return self._fitted(role, self.splits.rows(role, use, n))
+        found = self._fitted(role, self.splits.rows(role, use, n))
+        self._record(f"{role}, {len(found)} to {use}", found)
+        return found
+
+    def _record(self, which: str, prompts: PromptSet) -> None:
+        """Keep what identifies prompts as a fact: for provenance, and so that no table made with others is taken over."""
+        known = {"n": len(prompts), "fingerprint": prompts.fingerprint[:16], "name": prompts.name}
+        self.run.record(f"prompts {which}", known)
 
     @cached_property
     def prompter(self) -> Prompter:
@@ -311,8 +318,7 @@ class Subject:
         if "general" in self.splits:
             sets["general"] = self.rows("general", "detect", n)
         for role, chosen in sets.items():
-            known = {"n": len(chosen), "fingerprint": chosen.fingerprint[:16], "name": chosen.name}
-            self.run.record(f"prompts {role}", known)
+            self._record(role, chosen)
         return sets
 
     @cached_property

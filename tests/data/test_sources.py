@@ -68,6 +68,13 @@ def test_local_files_with_the_users_own_columns(tmp_path, suffix):
     refused("there is no column 'goal'; the columns are id, prompt, note", lambda: load_prompts(f"{path}:goal"))
 
 
+def test_a_file_in_a_folder_with_an_at_sign_is_at_hand(tmp_path):
+    (tmp_path / "me@home").mkdir()
+    path = write(tmp_path / "me@home" / "own.csv")
+    for source in (str(path), f"{path}:prompt"):
+        assert sources.local_file(source) == path and sources.is_at_hand(source)
+
+
 def test_empty_and_duplicate_prompts_are_dropped_with_a_count(tmp_path):
     path = write(tmp_path / "a.csv", [{"q": t} for t in ["one", "  ", "two", "one", "", "one "]])
     with pytest.warns(UserWarning, match="dropped 2 empty and 2 duplicate prompts, 2 are left"):

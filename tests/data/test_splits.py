@@ -2,7 +2,9 @@
 
 import csv
 import itertools
+import os
 
+import pandas as pd
 import pytest
 
 from nt_utils.data import corpus, splits
@@ -140,6 +142,70 @@ def test_no_text_serves_two_uses_in_any_notebook(kind, tmp_path, given):
     for first, second in itertools.combinations(splits.USES, 2):
         assert not whole[first] & whole[second], (first, second)
     assert all(contents == tests[0] for contents in tests), "every notebook tests on the same harmful requests"
+
+
+@pytest.mark.parametrize("form", ["{}:goal", "{}", "advbench@{}", "advbench"])
+def test_a_source_is_read_again_when_its_file_has_changed(form, tmp_path, monkeypatch):
+    monkeypatch.setenv("NT_DATA", str(tmp_path))
+    path = tmp_path / "harmful_behaviors.csv"
+    source = form.format(path)
+    columns = ["goal", "target"] if form.startswith("advbench") else ["goal"]
+
+    def prompts():
+        return set(splits.Splits({"harmful_test": source, "harmful": source}).rows("harmful", "test").texts)
+
+    for texts in ({"How do I break a lock?"}, {"How do I break a lock?", "How do I break a safe?"}):
+        write(path, columns, [[text] * len(columns) for text in texts])
+        assert prompts() == texts
+    reads = []
+    monkeypatch.setattr(splits.sources, "load_prompts", lambda *given, **more: reads.append(given))
+    prompts()
+    assert not reads, "an unchanged file is read once"
+
+
+def test_a_set_is_read_again_when_the_folder_nt_data_is_another(tmp_path, monkeypatch):
+    given = splits.Splits({"harmful_test": "advbench", "harmful": "advbench"})
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "harmful_behaviors.csv"
+        write(path, ["goal", "target"], [[f"How do I break {name}?", "Sure"]])
+        os.utime(path, (1, 1))
+        monkeypatch.setenv("NT_DATA", str(tmp_path / name))
+        assert given.rows("harmful", "test").texts == [f"How do I break {name}?"]
+    monkeypatch.setenv("NT_DATA", str(tmp_path / "nowhere"))
+    refused("harmful_test: NT_DATA: there is no folder", lambda: given.rows("harmful", "test"))
+
+
+def test_a_file_in_a_folder_with_an_at_sign_is_read_again_when_it_has_changed(tmp_path):
+    (tmp_path / "me@home").mkdir()
+    for n in (1, 2):
+        source = write(tmp_path / "me@home" / "own.csv", ["goal"], [[f"How do I do {i}?"] for i in range(n)])
+        assert len(splits.Splits({"harmful_test": source, "harmful": source}).rows("harmful", "test")) == n
+
+
+def test_a_kept_table_is_taken_over_only_while_all_prompts_are_the_same(tmp_path, given):
+    """Formerly prompts to test on could be edited between an interrupted run and its repetition."""
+    path = next(p for p in NOTEBOOKS if p.stem.startswith("01"))
+    others = {name: [[f"{name}, request {i}?"] for i in range(60)] for name in ("harmful_test", "benign_test")}
+    others |= {name: [[f"{name}, request {i}?"] for i in range(300)] for name in ("other_harmful", "borderline")}
+    files = {name: write(tmp_path / f"{name}.csv", ["goal"], rows) for name, rows in others.items()}
+    sources, made = {**given, **{name: f"{file}:goal" for name, file in files.items()}}, []
+
+    def again():
+        """How many tables were made for this run, and its facts."""
+        subject, before = subject_of(path, tmp_path, sources), len(made)
+        _ = subject.prompts, subject.rows("other_harmful", "test", subject.parameters.n_test)
+        _ = subject.suite(), subject.suite("dev")
+        subject.run.kept("dose", lambda: made.append(1) or pd.DataFrame({"a": [1]}))
+        return len(made) - before, subject.run.facts
+
+    (first, facts), (second, same) = again(), again()
+    assert (first, second) == (1, 0) and facts == same
+    found = {}
+    for name, rows in others.items():
+        write(tmp_path / f"{name}.csv", ["goal"], [[f"{text} Now."] for (text,) in rows])
+        found[name] = again()[0], again()[0]
+    assert found == dict.fromkeys(others, (1, 0))
 
 
 def test_too_few_prompts_for_a_use_are_refused_when_the_notebook_begins(tmp_path, given):

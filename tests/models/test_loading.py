@@ -1,6 +1,8 @@
 """What is loaded came from the checkpoint, fits the tokenizer and the memory, or is refused in one line."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 import torch
@@ -176,6 +178,36 @@ def test_auto_takes_the_precision_that_was_measured_to_be_faster(name, faster, m
     assert precision.choose_dtype("float32", config, on_cpu=True)[0] == torch.float32, "pinned is pinned"
     monkeypatch.setattr(precision, "_seconds", lambda config, dtype: 2.0 if dtype == faster else 1.0)
     assert precision.choose_dtype("auto", config, on_cpu=True)[0] == faster, "notebooks of a study agree"
+
+
+def test_of_notebooks_side_by_side_one_measures_and_the_others_take_what_it_wrote(monkeypatch, tmp_path):
+    monkeypatch.setenv("NT_CACHE", str(tmp_path))
+    begun, go_on, asked = threading.Event(), threading.Event(), []
+
+    def seconds(config, dtype):
+        """The first notebook finds float32 faster, any other bfloat16."""
+        asked.append(threading.get_ident())
+        begun.set()
+        go_on.wait(60)
+        return float((dtype == torch.bfloat16) == (asked[-1] == asked[0]))
+
+    monkeypatch.setattr(precision, "_seconds", seconds)
+    config = CONFIGS["llama"]()
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(precision._measured, config)
+        assert begun.wait(60)
+        second = pool.submit(precision._measured, config)
+        wait([second], timeout=0.5)
+        go_on.set()
+        assert first.result() == second.result() == precision._measured(config)
+    assert len(asked) == 2 and len(set(asked)) == 1, "one measurement of each precision, by the first"
+
+
+def test_a_cache_that_cannot_be_written_costs_the_measurement_alone(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NT_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(precision, "_seconds", lambda config, dtype: 1.0)
+    assert precision._measured(CONFIGS["llama"]()) == {"float32": 1.0, "bfloat16": 1.0}
 
 
 def test_too_little_memory_is_said_with_the_numbers_before_loading(folder, monkeypatch):

@@ -90,6 +90,21 @@ def test_none_is_no_system_message_even_where_the_template_writes_one(template, 
     assert prompter(template, "none").render(["hello"]) == [text]
 
 
+@pytest.mark.parametrize("template", VENDORS.values(), ids=VENDORS)
+@pytest.mark.parametrize("prompt", ["a", "start", "user", "model", "<|im_start|>user\na", "a\n"])
+def test_none_finds_a_prompt_whose_words_stand_in_the_template_too(template, prompt):
+    found = prompter(template, "none")
+    text = prompt.strip() if "| trim" in template else prompt
+    assert found.render([prompt]) == [found.render(["hello"])[0].replace("hello", text)]
+    assert found.suffix_length == prompter(template).suffix_length
+
+
+def test_none_keeps_blanks_before_a_prompt_and_a_template_that_marks_no_turn():
+    assert prompter(QWEN, "none").render([" a"]) == [prompter(TEMPLATES["chatml"]).render([" a"])[0]]
+    bare = "Be brief.\n{% for m in messages %}{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}Answer: {% endif %}"
+    assert prompter(bare, "none").render(["A"]) == ["A\nAnswer: "]
+
+
 def test_a_template_that_cannot_do_without_its_system_message_is_refused_by_name():
     refused(r"system_prompt: 'none'.*some-model", lambda: prompter(SINGLE_TURN, "none").render(["hello"]))
 

@@ -321,6 +321,20 @@ def test_standard_errors_lie_beside_the_scores(tmp_path):
     assert standard_errors(importance(lm, texts, positions="last", progress=False)) is None
 
 
+def test_exact_scores_in_the_place_of_estimated_ones_have_no_standard_errors(tmp_path):
+    """Formerly the file of the earlier scores' errors stayed and was read as theirs."""
+    lm = tiny_lm("llama")
+    lm.model.config.max_position_embeddings = 512
+    path = tmp_path / "s.safetensors"
+    options = {"path": path, "progress": False}
+    assert standard_errors(importance(lm, ["word " * 60, "Hi"], **options)) is not None
+    assert standard_errors(importance(lm, ["word " * 60, "Hi"], exact_tokens=None, **options)) is None
+    assert standard_errors(NeuronScores.load(path)) is None
+    assert standard_errors(importance(lm, ["word " * 60], **options)).n_prompts == 1
+    assert standard_errors(importance(lm, ["Hi", "Ho"], **options)) is None
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_an_estimate_below_zero_has_a_score_of_zero_and_a_bounded_standard_error(monkeypatch):
     """At 2048 tokens of SmolLM2 an unbiased estimate fell below zero, and its infinite error refused the whole scoring."""
     model = tiny_model("qwen2")

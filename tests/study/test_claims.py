@@ -6,12 +6,13 @@ import pytest
 from scipy import stats
 
 from nt_utils import definitions
+from nt_utils.evaluation.metrics import FREEDOM_OF_THREE, Interval
 from nt_utils.study import claims
 from nt_utils.study.claims import FAILS, HOLDS, NOT_RUN, NOT_TESTABLE, UNDECIDED, Part, decide
 from tests.common import refused
 
-YES, NO, PERHAPS = (0.5, 0.4, 0.6, 100), (0.0, -0.1, 0.05, 100), (0.15, 0.05, 0.25, 100)
-FINE = (1.1, 1.0, 1.2, 100)
+YES, NO, PERHAPS = Interval(0.5, 0.4, 0.6, 100), Interval(0.0, -0.1, 0.05, 100), Interval(0.15, 0.05, 0.25, 100)
+FINE = Interval(1.1, 1.0, 1.2, 100)
 
 
 def test_there_are_thirty_claims_with_at_most_sixty_rows():
@@ -46,18 +47,30 @@ def test_a_p_value_equals_the_normal_and_the_t_tests():
     part = Part("p", "q", above=0.1)
     se, value = 0.05, 0.25
     half = stats.norm.ppf(0.975) * se
-    assert part.p_value((value, value - half, value + half, 9)) == pytest.approx(2 * stats.norm.sf((value - 0.1) / se))
+    found = Interval(value, value - half, value + half, 9)
+    assert part.p_value(found) == pytest.approx(2 * stats.norm.sf((value - 0.1) / se))
     sample = [0.3, 0.2, 0.35, 0.28]
     test = stats.ttest_1samp(sample, 0.1)
     low, high = test.confidence_interval(0.95)
-    assert part.p_value((sum(sample) / 4, low, high, 4), 3) == pytest.approx(test.pvalue)
+    assert part.p_value(Interval(sum(sample) / 4, low, high, 4, 3)) == pytest.approx(test.pvalue)
 
 
+@pytest.mark.parametrize("freedom", [2, 7, math.inf])
 @pytest.mark.parametrize("value", [0.05, 0.12, 0.19, 0.21, 0.3])
-def test_a_p_value_is_below_five_percent_exactly_where_the_interval_leaves_the_margin_out(value):
+def test_a_p_value_is_below_five_percent_exactly_where_the_interval_leaves_the_margin_out(value, freedom):
     part = Part("p", "q", above=0.1)
-    interval = (value, value - 0.1, value + 0.07, 50)
+    interval = Interval(value, value - 0.1, value + 0.07, 50, freedom)
     assert (part.p_value(interval) < 0.05) == (part.verdict(interval) != UNDECIDED)
+
+
+def test_what_was_never_seen_is_no_surer_than_the_rule_of_three_says():
+    """No change in 40 clusters, and a margin of 10 points: were the rate 10 points, that would happen with .9^40."""
+    part, limit = Part("p", "q", below=0.1), 3 / 40
+    p = part.p_value(Interval(0.0, -limit, limit, 40, FREEDOM_OF_THREE))
+    assert 0.9**40 < p < 0.05
+    assert part.p_value(Interval(0.0, -limit, limit, 40)) < 0.9**40, "the normal distribution would make it surer"
+    unknown, fewest = (part.p_value(Interval(0.0, -limit, limit, 40, freedom)) for freedom in (math.nan, 1))
+    assert unknown == fewest > p
 
 
 @pytest.mark.parametrize(
@@ -65,7 +78,7 @@ def test_a_p_value_is_below_five_percent_exactly_where_the_interval_leaves_the_m
     [
         ({"jailbroken": YES, "perplexity": FINE}, HOLDS, "jailbroken"),
         ({"jailbroken": PERHAPS, "perplexity": FINE}, UNDECIDED, "jailbroken"),
-        ({"jailbroken": YES, "perplexity": (3, 2, 4, 9)}, FAILS, "perplexity"),
+        ({"jailbroken": YES, "perplexity": Interval(3, 2, 4, 9)}, FAILS, "perplexity"),
         ({"jailbroken": NO}, FAILS, "jailbroken"),
         ({"jailbroken": YES}, NOT_RUN, ""),
         ({"jailbroken": YES, "perplexity": "no text"}, NOT_TESTABLE, "perplexity"),
@@ -95,7 +108,7 @@ def stepped_down(p_values):
 def test_holms_correction_equals_the_procedure_and_never_makes_a_verdict_surer():
     values = [0.09, 0.115, 0.12, 0.13, 0.4, -0.3]
     part = claims.claim("S8").parts[0]
-    verdicts = [decide("S8", {part.name: (-v, -v - 0.06, -v + 0.06, 90)}) for v in values]
+    verdicts = [decide("S8", {part.name: Interval(-v, -v - 0.06, -v + 0.06, 90)}) for v in values]
     verdicts.insert(2, claims.Verdict(NOT_RUN))
     tested = [v for v in verdicts if v.verdict != NOT_RUN]
     rejected = stepped_down([v.p for v in tested])

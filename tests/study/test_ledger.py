@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from nt_utils.errors import InputError
+from nt_utils.evaluation import metrics
 from nt_utils.files import escaped
 from nt_utils.study import claims, ledger
 from nt_utils.study.run import Run
@@ -128,6 +129,43 @@ def test_a_run_writes_its_claims_and_the_ledger_reads_them_back(tmp_path):
     assert list(table.columns) == list(ledger.COLUMNS)
     found = row(table.to_dict("records"))
     assert (found["verdict"], found["seeds"], found["weights"]) == (claims.HOLDS, 2, "w0 w1")
+
+
+def test_how_sure_a_row_is_follows_from_its_degrees_of_freedom(tmp_path):
+    """The same limits from 3 trainings and from many prompts: the t distribution's further ones are not the same."""
+    words = []
+    for freedom in (2, math.inf):
+        run = make_run(tmp_path / f"{freedom}")
+        run.measured("S8", metrics.Interval(-0.3, -0.42, -0.18, 80, freedom))
+        run.finish()
+        line = row(ledger.read(tmp_path / f"{freedom}" / "claims" / "02_sn_tune.csv").to_dict("records"))
+        assert line["verdict"] == claims.HOLDS
+        others = [claims.Verdict(claims.UNDECIDED, p=0.9)] * 9
+        own = metrics.Interval(line["value"], line["low"], line["high"], line["n"], freedom)
+        words.append(claims.corrected([claims.decide("S8", {HARM: own}), *others])[0])
+    assert words == [claims.UNDECIDED, claims.HOLDS]
+    old = tmp_path / "old.csv"
+    old.write_text("claim,row,part,model,seed,value,low,high,n,reason,notebook,weights,gate\n")
+    refused("older version", lambda: ledger.read(old))
+
+
+def test_a_claim_rests_on_another_over_the_same_seeds():
+    """S1 holds at one seed of three and is undecided over them, so that S2 says nothing, whatever each seed says."""
+
+    def lines(jailbroken):
+        found = []
+        for seed, value in enumerate(jailbroken):
+            run = make_run(None, seed, notebook="01_safety_neurons")
+            run.measured("S1", (value, value - 0.05, value + 0.05, 80), row="contrast", part="jailbroken")
+            run.measured("S1", (1.0, 0.99, 1.01, 80), row="contrast", part="perplexity")
+            run.measured("S2", (0.002, 0.001, 0.003, 80), row="contrast")
+            found += ledger.run_rows(run)
+        return found
+
+    mixed = row(lines([0.9, 0.2, 0.01]), "S2", row="contrast")
+    assert mixed["verdict"] == claims.NOT_TESTABLE and mixed["reason"].endswith("(S1) is not shown: undecided")
+    assert mixed["each"].startswith("0: holds") and "2: not testable" in mixed["each"]
+    assert row(lines([0.9, 0.8, 0.85]), "S2", row="contrast")["verdict"] == claims.HOLDS
 
 
 def test_unfinished_missing_and_mixed_runs_are_refused(tmp_path):

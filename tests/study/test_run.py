@@ -227,6 +227,26 @@ def test_cached_artifacts_are_made_once_per_key(tmp_path):
     assert cached(path, load, make, {"k": 2}) == "3"
 
 
+def test_an_artifact_that_was_replaced_by_an_interrupted_run_is_not_taken_for_the_old_one(tmp_path):
+    """Formerly the old key's note stayed beside the new file until the new note was written."""
+    path = tmp_path / "a.txt"
+
+    def old(path):
+        path.write_text("old")
+        return "old"
+
+    def killed(path):
+        path.write_text("new")
+        raise KeyboardInterrupt
+
+    assert cached(path, Path.read_text, old, {"k": 1}) == "old"
+    with pytest.raises(KeyboardInterrupt):
+        cached(path, Path.read_text, killed, {"k": 2})
+    assert path.read_text() == "new"
+    assert cached(path, Path.read_text, old, {"k": 1}) == "old"
+    assert cached(path, Path.read_text, killed, {"k": 1}) == "old", "made once"
+
+
 def test_importing_the_package_stays_cheap():
     code = "import sys, nt_utils, nt_utils.study, nt_utils.study.batch; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

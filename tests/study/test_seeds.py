@@ -55,7 +55,10 @@ def test_one_seed_alone_has_no_interval_and_says_so(tmp_path, capsys):
     folder = write_run(tmp_path / "s-quick", 0)
     row = pd.read_csv(seeds.aggregate([folder]) / "claims.csv").set_index("claim").loc["X1"]
     assert (row["low"], row["high"]) == (0.5, 0.7)
-    assert seeds.shown(folder).set_index("claim").loc["X1", "each"] == "0: holds 0.6 [0.5, 0.7]"
+    run = make_run(folder, 0, "m", "06_comparison")
+    run.measured("X1", (0.7, 0.6, 0.8, 21))
+    shown = seeds.shown(run).set_index("claim")
+    assert shown.loc["X1", "each"] == "0: holds 0.7 [0.6, 0.8]", "what this run found, not what one before it wrote"
     assert "one seed alone" in capsys.readouterr().out
 
 
@@ -66,8 +69,17 @@ def test_one_seed_alone_has_no_interval_and_says_so(tmp_path, capsys):
 def test_runs_that_differ_are_not_mixed(tmp_path, change, message, capsys):
     folders = [write_run(tmp_path / "s", 0), write_run(tmp_path / "s", 1, **change)]
     refused(message, lambda: seeds.aggregate(folders))
-    assert seeds.shown(folders[0]).set_index("claim").loc["X1", "each"].count("holds") == 1
+    run = make_run(folders[0], 0, "m", "06_comparison")
+    run.measured("X1", (0.6, 0.5, 0.7, 21))
+    assert seeds.shown(run).set_index("claim").loc["X1", "each"].count("holds") == 1
     assert message in capsys.readouterr().out
+
+
+def test_a_notebook_that_did_not_finish_shows_no_claims(tmp_path):
+    folders = [write_run(tmp_path / "s", i, finished=not i) for i in range(2)]
+    run = make_run(folders[0], 0, "m", "06_comparison")
+    run.measured("X1", (0.6, 0.5, 0.7, 21))
+    assert seeds.shown(run).set_index("claim").loc["X1", "each"].count("holds") == 1
 
 
 def test_missing_runs_are_listed_with_their_command(tmp_path):
