@@ -287,7 +287,9 @@ PARAMETERS: dict[str, Parameter] = {
     ),
     "defence_share": _number("share of the pool that SN-Tune and RSN-Tune train as a defence", 1e-4, 0.5),
     "floor": _number("share of its utility that a model under a fine-tuning attack has to keep", 0, 1),
-    "n_defence": _whole("harmful prompts of each attack class that defences learn from; of given prompts n_detect", 4, presets=(4, 24, 60)),
+    "n_defence": _whole(
+        "embedded harmful prompts of each attack class that defences learn from", 4, presets=(4, 24, 60)
+    ),
     "defence_rates": _rates(
         "learning rates of neurons and LoRA as a defence, chosen from on the development split",
         presets=([3e-3], [3e-3], [3e-4, 1e-3, 3e-3, 1e-2]),
@@ -318,7 +320,7 @@ PARAMETERS: dict[str, Parameter] = {
         "learning rates of later fine-tuning, of which the one that learns the task best is taken",
         presets=([0.001], [0.001], [0.0003, 0.001]),
     ),
-    "n_learn": _whole("harmful prompts of each attack class to learn alpha from; of given prompts n_detect", 4, presets=(4, 60)),
+    "n_learn": _whole("embedded harmful prompts of each attack class to learn alpha from", 4, presets=(4, 60)),
     "n_attacked": _whole("prompts inside attacks to evaluate on", 8, presets=(8, 240, 480)),
     "steering_strengths": _many(
         float, "multiples of the refusal direction", presets=([0.5], [0.25, 0.5], [0.25, 0.5, 1.0])
