@@ -4,7 +4,7 @@
 
 a_N = the neuron's activation where the response's tokens are predicted: how a neuron's move under attack hurts the refusal.
 
-1. Wrap each harmful prompt in representatives of the study's attack classes.
+1. Wrap each harmful prompt (by default the first 24) in representatives of the study's attack classes.
 2. Read every activation on the plain and on the attacked prompt, and the gradient of L at the plain one.
 3. Multiply move and gradient, average over the prompts of a class, then over the classes.
 

@@ -7,7 +7,9 @@
 2. A neuron's score is the mean over the weights that it owns.
 3. Leave out the top p of the pool on utility data; rank the rest by its score on safety data.
 
-**Ours**: neurons in place of single weights; p is chosen on development prompts (``Material.utility_share``).
+**Ours**: neurons in place of single weights, compared over the whole pool, where the paper compares the weights of one
+matrix row with each other; norms of inputs are taken prompt by prompt and the scores averaged; p is chosen on
+development prompts (``Material.utility_share``).
 """
 
 from nt_utils.definitions import Material, definition
