@@ -18,8 +18,9 @@ RUNS = {v.folder: v for study in STUDIES for v in batch.variants(study, SEEDS, P
 SWEPT = {study_name(study, study, PRESET): study for study in STUDIES if FILES[study].sweep}
 COMPARED = [folder for folder, run in RUNS.items() if set(batch.LAST) & set(run.notebooks)]
 COMPARED = [f for f in COMPARED if FILES[RUNS[f].study].has_model]  # notebooks without a model leave no claims
-for run in RUNS.values():
-    batch.note_settings(run, PRESET, ROOT)
+if not workflow.remote_exec:  # a job of a cluster reads this file anew, and would decide anew where the hub does not answer
+    for run in RUNS.values():
+        batch.note_settings(run, PRESET, ROOT)
 
 
 wildcard_constraints:
@@ -101,7 +102,7 @@ rule notebook:
         runtime=needs("runtime"),
     shell:
         "OMP_NUM_THREADS={threads} {sys.executable:q} -m nt_utils.study.batch run {wildcards.notebook:q} {params.point}"
-        " --seed {wildcards.seed} --preset {PRESET:q} --output {output:q}"
+        " --seed {wildcards.seed} --preset {PRESET:q} --output {output:q} --settings {input.settings:q}"
 
 
 rule seeds:

@@ -28,6 +28,7 @@ from nt_utils.study import batch, parameters
 from nt_utils.study.batch.access import boxed, cached_file, has_token, is_local
 from nt_utils.study.batch.step import expected_seconds
 from nt_utils.study.parameters import EMBEDDED, SOURCES
+from nt_utils.study.subject import ANSWER_TOKENS
 from nt_utils.work import clock
 from nt_utils.work import memory as machine_memory
 
@@ -42,8 +43,8 @@ COSTS = ("peak_bytes", "gpu_peak_bytes", "cpu_seconds")
 #: reading weights while generating; and exact scoring over the plain forward pass, of any device.
 ASSUMED_GPU, SCORING = (2.5e14, 1.2e12), 3.0
 SLOWER = 1.5  # times float32's time from which on a pinned bfloat16 is spoken of
-#: Shape (b) of the bench: tokens of a batch, weights (see nt_utils/bench/setup.py); weights of bench-gpu's 7B shape.
-SHAPE_B, SHAPE_7B = (4 * 64, 2 * (1024 * (2 * 1024 + 2 * 256) + 3 * 1024 * 2816)), 6.6e9
+#: Shape (b) of the bench: tokens of a batch, weights (see nt_utils/bench/setup.py); weights and layers of bench-gpu's 7B shape.
+SHAPE_B, SHAPE_7B, LAYERS_7B = (4 * 64, 2 * (1024 * (2 * 1024 + 2 * 256) + 3 * 1024 * 2816)), 6.6e9, 32
 #: Bytes beside weights and cache: libraries, logits, the allocator's slack; of notebooks 00 to 03 on the 0.5B model 2.9 GiB.
 REST = 3 * GIB
 #: Tokens that a backward pass through all layers keeps activations of, in notebooks 05 and 06: so many attacked prompts with
@@ -55,6 +56,8 @@ ROWS_A_BATCH = 32
 PASSES = {"read": 1.0, "gradient": 2.0, "trained": 2.0, "tuned": 3.0}
 #: Mean tokens of a rendered prompt: of the embedded ones in the testbed's own tokenizer, and of others (assumed).
 EMBEDDED_TOKENS, PROMPT_TOKENS = 24, 64
+#: Longest answer to an embedded prompt, unless max_new_tokens says otherwise; as in evaluation.suite.corpus_suite, which loads torch.
+EMBEDDED_ANSWER_TOKENS = 40
 #: Published numbers of rows, where a set is small enough to matter.
 ROWS = {
     "advbench": 520,
@@ -168,7 +171,8 @@ def rates(root: Path, device: str, dtype: str = "float32") -> Rates:
         row = found[0]
         forward, scoring = row["tokens_per_second"] * row["exact_over_forward"], row["exact_over_forward"]
         source = f"scoring measured on {row['device']} ({row['date']}, runs/bench_gpu.json); {read}"
-        return Rates(1 / (2 * SHAPE_7B * forward), 1 / bandwidth, scoring, source)
+        weights = SHAPE_7B * row.get("layers", LAYERS_7B) / LAYERS_7B  # a trial takes fewer layers (--layers)
+        return Rates(1 / (2 * weights * forward), 1 / bandwidth, scoring, source)
     if device == "cpu" and found and "milliseconds" in found:
         times = sorted(found["milliseconds"]["b"]["forward"])
         seconds = times[len(times) // 2] / 1e3 / (2 * SHAPE_B[0] * SHAPE_B[1])
@@ -222,7 +226,7 @@ class Work:
             both = [(getattr(p, name, None), getattr(old, name, None)) for name in names]
             return math.prod(now / then for now, then in both if now and then)
 
-        answers = (getattr(p, "max_new_tokens", 0) or 40) / (getattr(old, "max_new_tokens", 0) or 40)
+        answers = answer_tokens(p) / answer_tokens(old)
         tokens = _prompt_tokens(p) / _prompt_tokens(old)
         by = {
             "scored": ratio("n_detect", "n_calibrate") * tokens,
@@ -240,7 +244,7 @@ class Work:
         given = {name: value for name, value in note["parameters"].items() if name in FOLLOWED}
         if answers := counts.pop("cached_answers", 0):
             p = SimpleNamespace(**given)
-            new = answers * (getattr(p, "max_new_tokens", 0) or 40)
+            new = answers * answer_tokens(p)
             added = {
                 "read_tokens": answers * _prompt_tokens(p),
                 "written_tokens": new,
@@ -255,8 +259,17 @@ class Work:
         return self.counts.get(f"{kind}_tokens", 0)
 
 
+def _is_embedded(p: SimpleNamespace) -> bool:
+    return getattr(p, "harmful", EMBEDDED) == EMBEDDED
+
+
 def _prompt_tokens(p: SimpleNamespace) -> float:
-    return EMBEDDED_TOKENS if getattr(p, "harmful", EMBEDDED) == EMBEDDED else PROMPT_TOKENS
+    return EMBEDDED_TOKENS if _is_embedded(p) else PROMPT_TOKENS
+
+
+def answer_tokens(p: SimpleNamespace) -> int:
+    """Longest answer, in tokens, that a run with these parameters writes."""
+    return getattr(p, "max_new_tokens", 0) or (EMBEDDED_ANSWER_TOKENS if _is_embedded(p) else ANSWER_TOKENS)
 
 
 def work_of(notebook: str, folder: Path, study: str, preset: str, p: SimpleNamespace) -> Work | None:
@@ -299,9 +312,8 @@ def seconds_of(work: Work, model: Model, dtype: str, rate: Rates) -> float:
 def memory_of(work: Work, model: Model, p: SimpleNamespace, dtype: str) -> float:
     """Expected peak bytes: the models held, what training adds (masters, gradients and two moments in float32: 16 bytes a
     trained parameter), the activations of a batch of gradients, the cache of a batch of answers, and REST."""
-    rows, new = ROWS_A_BATCH, getattr(p, "max_new_tokens", 0) or 256
     models = 1 + bool(getattr(p, "base_model", ""))
-    answering = rows * (_prompt_tokens(p) + new) * model.cache * BYTES.get(dtype, 2)
+    answering = ROWS_A_BATCH * (_prompt_tokens(p) + answer_tokens(p)) * model.cache * BYTES.get(dtype, 2)
     training = 16 * model.count if work.tokens("tuned") else 0
     prompts = min(getattr(p, "n_attribution", getattr(p, "n_detect", GRADIENT_PROMPTS)), GRADIENT_PROMPTS)
     kept = GRADIENT_TOKENS * prompts / GRADIENT_PROMPTS if work.tokens("gradient") else 0
@@ -507,21 +519,19 @@ def _device() -> tuple[str, float] | None:
 # ------------------------------------------------------------------------------------------------ cluster resources
 
 
-#: Notebooks that train all weights, whatever their parameters: 16 bytes a parameter beside the weights.
-TRAINS_ALL = ("04_ssah_alignment", "06_comparison")
-
-
 def resources(file, notebook: str = "") -> dict[str, int]:
     """What a cluster is asked for a notebook of this study: gpu, mem_mb (of the host), runtime (minutes).
 
-    From the parameter file alone: a GPU with 80 GB holds a model of up to 18 billion half-precision parameters beside its
-    unaligned counterpart, or one of 3.6 billion that is trained whole; a study without facts is taken as one of 8 billion.
+    From the parameter file and the notebook's defaults alone: a GPU with 80 GB holds a model of up to 18 billion half-precision
+    parameters beside its unaligned counterpart, or one of 3.6 billion that is trained whole (16 bytes a parameter beside the
+    weights); a study without facts is taken as one of 8 billion.
     """
     if file.is_small:
         return {"gpu": 0, "mem_mb": 4000, "runtime": 60}
     config = file.facts.get("config")
     billions = sizes(file.name, config, "facts").count / 1e9 if config else 8.0
-    gpus = math.ceil((20 if notebook in TRAINS_ALL else 4) * billions / 72)
+    whole = bool(notebook) and _ever_trains_all(file, notebook, project_root())
+    gpus = math.ceil((20 if whole else 4) * billions / 72)
     return {"gpu": gpus, "mem_mb": int(16000 + 3000 * billions), "runtime": int(60 * (4 + billions))}
 
 
@@ -561,6 +571,14 @@ def trains_all(notebook: str, p: SimpleNamespace) -> bool:
     """Whether a notebook fine-tunes all weights of the model with these parameters."""
     arms = f"{getattr(p, 'baselines', '')} {getattr(p, 'defended', '')}"
     return notebook.startswith("04") or bool(getattr(p, "new_task", "")) or "full" in arms
+
+
+def _ever_trains_all(file, notebook: str, root: Path) -> bool:
+    """Whether a notebook fine-tunes all weights in this study, or would with any value of its sweep."""
+    given = parameters.notebook_parameters(root / "notebooks" / f"{notebook}.ipynb") | file.parameters(notebook, root)
+    given = {name: value for name, value in given.items() if name in parameters.PARAMETERS}
+    points = [{}, *({name: value} for name, values in file.sweep.items() if name in given for value in values)]
+    return any(trains_all(notebook, parameters.check_parameters(given | point)) for point in points)
 
 
 @command

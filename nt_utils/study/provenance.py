@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import platform
@@ -14,12 +15,22 @@ from typing import Any
 
 from nt_utils.files import read_json
 
+PACKAGE = Path(__file__).resolve().parent.parent
+#: Files of the package that decide results. The testbed's weights are large: the index holds their digests.
+DECIDING = ("**/*.py", "**/*.yaml", "models/adapters/**/*", "testbed/weights/index.json")
+#: How processes are started and whose account pays a cluster: no result follows from it.
+PROFILES = "study/batch/profiles"
 
-def code_fingerprint() -> str:
-    """Hash of this package's source: what was computed by other code is computed again."""
+
+@functools.cache
+def code_fingerprint(folder: Path = PACKAGE) -> str:
+    """Hash of this package's source and data: what was computed with others is computed again.
+
+    It is taken once a process, since a running kernel keeps the code that it imported whatever is edited afterwards.
+    """
     digest = hashlib.sha256()
-    folder = Path(__file__).resolve().parent.parent
-    for file in sorted(folder.rglob("*.py")):
+    files = {file for pattern in DECIDING for file in folder.glob(pattern) if file.is_file()}
+    for file in sorted(file for file in files if not file.is_relative_to(folder / PROFILES)):
         digest.update(f"{file.relative_to(folder)}".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -20,7 +20,7 @@ import pandas as pd
 
 from nt_utils.errors import InputError, command
 from nt_utils.files import project_root, read_json, run_folder, study_name
-from nt_utils.study import ledger
+from nt_utils.study import claims, ledger
 
 TOLERANCE = 1e-4  # of a number's size, up to which a cell counts as close
 FLOOR = 1e-7  # difference that counts as close whatever the size: a KL divergence of nothing is rounding
@@ -28,12 +28,13 @@ COLUMNS = ("notebook", "table", "cells", "equal", "close", "different", "largest
 
 
 class Published(NamedTuple):
-    """A published study: its name, the folder with its figures' tables, and the preset and seed that made them."""
+    """A published study: its name, the folder with its figures' tables, the preset and seed that made them, and its notebooks."""
 
     study: str
     folder: Path
     preset: str
     seed: int
+    notebooks: tuple[str, ...]
 
 
 def published(study: str, root: Path) -> Published:
@@ -44,11 +45,11 @@ def published(study: str, root: Path) -> Published:
         known = sorted({p.parent.parent.name for p in (root / "figures").glob("*/*/made_with.json")})
         raise InputError(f"study: nothing is published of {study!r}; published: {', '.join(known) or 'nothing'}")
     made = read_json(notes[0])
-    return Published(study, folder, made["preset"], made["seed"])
+    return Published(study, folder, made["preset"], made["seed"], tuple(note.parent.name for note in notes))
 
 
 def rerun(what: Published, root: Path, cores: int) -> Path:
-    """Run the study's notebooks into a folder of their own, ``cores`` at a time; returns the run folder.
+    """Run the notebooks that were published into a folder of their own, ``cores`` at a time; returns the run folder.
 
     Raises InputError naming the notebooks that failed.
     """
@@ -63,10 +64,9 @@ def rerun(what: Published, root: Path, cores: int) -> Path:
         call = [sys.executable, "-m", "nt_utils.study.batch", "run", notebook, *options]
         return notebook if subprocess.run(call, cwd=root, check=False).returncode else ""
 
-    names = batch.notebooks(root)
     with ThreadPoolExecutor(cores) as pool:
-        failed = [n for n in pool.map(step, [n for n in names if n not in batch.LAST]) if n]
-    failed += [n for n in map(step, [n for n in names if n in batch.LAST]) if n]
+        failed = [n for n in pool.map(step, [n for n in what.notebooks if n not in batch.LAST]) if n]
+    failed += [n for n in map(step, [n for n in what.notebooks if n in batch.LAST]) if n]
     if failed:
         raise InputError(f"reproduce: {', '.join(failed)} failed; see {folder}")
     return folder
@@ -99,7 +99,7 @@ def compare_tables(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, Any]:
 
 
 def compare(what: Published, folder: Path, root: Path) -> pd.DataFrame:
-    """One row a published table, and one a notebook for the verdicts on its claims.
+    """One row a published table, and one a published notebook for the verdicts on its claims.
 
     Raises InputError when the run folder holds nothing.
     """
@@ -115,9 +115,14 @@ def compare(what: Published, folder: Path, root: Path) -> pd.DataFrame:
     model = lines[0]["model"]
     known = ledger.read(root / "figures" / "measured.csv").to_dict("records")
     known = [line for line in known if (line["model"], line["seed"]) == (model, what.seed)]
-    pairs = zip(ledger.verdicts(known), ledger.verdicts(lines), strict=True) if known else ()
+    # Lines of an unpublished notebook are left out before the verdicts are taken: a claim may rest on one of another notebook.
+    measured = {line["notebook"] for line in known}
+    lines = [line for line in lines if line["notebook"] in measured]
+    before, after = (
+        {(v["notebook"], v["claim"], v["row"]): v["verdict"] for v in ledger.verdicts(part)} for part in (known, lines)
+    )
     verdicts = pd.DataFrame(
-        [(a["notebook"], a["claim"], a["row"], a["verdict"], b["verdict"]) for a, b in pairs],
+        [(*key, old, after.get(key, claims.NOT_RUN)) for key, old in before.items() if key[0] in measured],
         columns=["notebook", "claim", "row", "before", "after"],
     )
     for notebook, part in verdicts.groupby("notebook"):

@@ -16,6 +16,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from nt_utils.errors import InputError
 from nt_utils.files import project_root
 from nt_utils.study import batch, parameters
+from nt_utils.study.batch import step
 from tests.common import refused
 
 ROOT = project_root()
@@ -290,14 +291,48 @@ def test_papermill_shows_one_line_for_a_bad_parameter(tmp_path, name, parameters
 
 LEAKING = """
 import os, pathlib, sys
+from nt_utils.study import ledger
 print(os.environ["HF_TOKEN"])
 print(os.environ["HF_TOKEN"], file=sys.stderr)
 folder = pathlib.Path("runs") / study / f"seed-{seed}" / "claims"
 folder.mkdir(parents=True, exist_ok=True)
-(folder / "00_toy.csv").write_text(f"claim,value,low,high,n,seed\\nc,{rho},0,1,9,{seed}\\n")
+line = {"claim": "c", "value": rho, "low": 0, "high": 1, "n": 9, "seed": seed}
+rows = [ledger.COLUMNS, [str(line.get(name, "")) for name in ledger.COLUMNS]]
+(folder / "00_toy.csv").write_text("\\n".join(map(",".join, rows)) + "\\n")
 if rho == 0.25:
     raise RuntimeError(os.environ["HF_TOKEN"])
 """
+
+
+@pytest.mark.parametrize(
+    ("environment", "file"),
+    [
+        ({"XDG_CACHE_HOME": "{home}/cache"}, "cache/huggingface/token"),
+        ({"XDG_CACHE_HOME": "{home}/cache", "HF_HOME": "~/hub"}, "hub/token"),
+        ({"HF_HOME": "$PLACE/hub"}, "there/hub/token"),
+        ({"HF_TOKEN_PATH": "~/my token"}, "my token"),
+        ({}, ".cache/huggingface/token"),
+    ],
+)
+def test_the_hubs_token_is_hidden_wherever_the_hub_looks_for_it(tmp_path, monkeypatch, environment, file):
+    for name in ("XDG_CACHE_HOME", "HF_HOME", "HF_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    environment = {"HOME": str(tmp_path), "PLACE": str(tmp_path / "there")} | environment
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value.replace("{home}", str(tmp_path)))
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("hf_planted_token\n")
+    assert step.hide("a hf_planted_token here") == "a [hidden] here"
+
+
+def test_a_secret_is_hidden_in_json_too(monkeypatch):
+    """Notebooks are JSON, where a quote or a backslash of a secret is written in another way."""
+    secret = 'pass"word\\with é'
+    monkeypatch.setenv("MY_PASSWORD", secret)
+    text = json.dumps({"text": f"it is {secret}!"}, ensure_ascii=False)
+    assert json.loads(step.hide(text)) == {"text": "it is [hidden]!"}
+    assert step.hide(f"it is {secret}!") == "it is [hidden]!"
 
 
 def everything(folder):
@@ -334,7 +369,12 @@ def test_a_sweep_gives_one_table_and_a_planted_token_appears_nowhere(project):
     assert "toy.rho-0.75, seed 3" in done.stdout
     assert "toy.rho-0.5," not in done.stdout, "a finished point is not repeated"
     table = (project / "runs" / "toy" / "sweep.csv").read_text().splitlines()
-    assert table == ["rho,seed,claim,value,low,high,n", "0.5,3,c,0.5,0,1,9", "0.75,3,c,0.75,0,1,9"]
+    names, *lines = (line.split(",") for line in table)
+    rows = [dict(zip(names, line, strict=True)) for line in lines]
+    assert [(r["rho"], r["seed"], r["claim"], r["value"], r["n"]) for r in rows] == [
+        ("0.5", "3", "c", "0.5", "9"),
+        ("0.75", "3", "c", "0.75", "9"),
+    ]
 
 
 def test_runs_of_a_sweep(project):
@@ -386,6 +426,47 @@ def test_a_changed_prompt_file_changes_the_settings_of_the_steps_that_read_it(pr
     (model / "config.json").write_text("{ }")
     changed = batch.parameter_files.contents(given, project)
     assert changed["c"] != before["c"] and changed["g"] != before["g"]
+
+
+def test_a_file_below_a_folder_with_an_at_sign_is_found(project):
+    """What stood after the @ was taken for the file, and the contents of such a model counted for nothing."""
+    home = project / "me@corp.com"
+    (home / "model").mkdir(parents=True)
+    (home / "model" / "config.json").write_text("{}")
+    (home / "prompts.csv").write_text("goal\nHow?\n")
+    given = {"model": f"{home}/model", "bare": "me@corp.com/model", "phrases": f"phrases+{home}/model"}
+    given |= {"set": f"advbench@{home}/prompts.csv", "bare_set": "advbench@me@corp.com/prompts.csv"}
+    given |= {"column": f"{home}/prompts.csv:goal"}
+    before = batch.parameter_files.contents(given, project)
+    assert sorted(before) == sorted(given)
+    (home / "model" / "config.json").write_text("{ }")
+    (home / "prompts.csv").write_text("goal\nWhy?\n")
+    after = batch.parameter_files.contents(given, project)
+    assert not [name for name in given if after[name] == before[name]]
+
+
+def test_a_step_takes_the_prompts_that_its_settings_file_says(project, monkeypatch, capsys):
+    """With a network that comes and goes, one notebook took the file's prompts and the next one the others, unseen."""
+    (project / "notebooks" / "00_toy.ipynb").write_text(notebook(TOY + 'harmful = "testbed"  # h\n', "print(harmful)"))
+    write_params(project, harmful="advbench", otherwise={"harmful": "testbed"})
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(batch.parameter_files, "is_at_hand", lambda source: True)
+    [run] = batch.variants("toy", [0], "default", project)
+    batch.note_settings(run, "default", project)
+    monkeypatch.setattr(batch.parameter_files, "is_at_hand", lambda source: False)
+    folder = project / "runs" / "toy" / "seed-0"
+    output, settings = folder / "00_toy.ipynb", folder / ".settings" / "00_toy.json"
+    call = ["run", "00_toy", "--study=toy", "--seed=0", f"--output={output}"]
+    assert batch.main([*call, f"--settings={settings}"]) == 0
+    assert outputs(output) == "advbench\n"
+    assert batch.main(call) == 0
+    assert outputs(output) == "testbed\n", "by hand, the step decides itself"
+    capsys.readouterr()
+    settings.write_text("{")
+    assert batch.main([*call, f"--settings={settings}"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: settings: {settings} ")
+    assert batch.main([*call, f"--settings={settings}.none"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: settings: {settings}.none ")
 
 
 def test_a_kernel_is_reached_through_sockets_of_its_own(project, monkeypatch):

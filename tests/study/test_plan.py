@@ -3,16 +3,20 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from nt_utils.bench.gpu import CONFIGS as GPU_CONFIGS
 from nt_utils.errors import InputError
+from nt_utils.evaluation.suite import corpus_suite
 from nt_utils.files import project_root
 from nt_utils.study import batch, plan
 from nt_utils.study.batch import access
 from nt_utils.study.parameters import TESTBEDS
+from nt_utils.study.subject import ANSWER_TOKENS
 from tests.common import refused
 from tests.tiny import CONFIGS, tiny_lm
 
@@ -163,6 +167,21 @@ def test_counts_are_published_and_scaled_to_another_study(counted, tmp_path):
     assert "last ran" in own.source
 
 
+def test_an_answer_has_the_length_that_the_run_gives_it(counted):
+    """Without a length of its own a study of given prompts was taken to write 40 tokens where it writes up to 256."""
+    embedded, given = (SimpleNamespace(harmful=name, max_new_tokens=0) for name in ("testbed", "advbench"))
+    assert plan.answer_tokens(embedded) == corpus_suite().max_new_tokens
+    assert plan.answer_tokens(given) == ANSWER_TOKENS
+    assert plan.answer_tokens(SimpleNamespace(harmful="advbench", max_new_tokens=24)) == 24
+    work = plan.Work(WORK, "", {"harmful": "testbed", "max_new_tokens": 0}).scaled(given)
+    assert work.counts["written_tokens"] == pytest.approx(WORK["written_tokens"] * ANSWER_TOKENS / 40)
+    note = {"work": {"cached_answers": 64}, "parameters": vars(given)}
+    assert plan.Work.counted(note, "").tokens("written") == 64 * ANSWER_TOKENS
+    longer = plan.memory_of(work, SMALL, given, "float16") - plan.memory_of(work, SMALL, embedded, "float16")
+    tokens = ANSWER_TOKENS - 40 + plan.PROMPT_TOKENS - plan.EMBEDDED_TOKENS
+    assert longer == pytest.approx(plan.ROWS_A_BATCH * tokens * SMALL.cache * 2)
+
+
 def test_a_study_with_counts_of_its_own_does_not_take_the_testbeds(counted, tmp_path):
     plan.publish(counted, "testbed", "default")
     plan.publish(counted, "testbed", "quick")
@@ -213,14 +232,28 @@ def test_rates_are_the_benchs_or_measured_now(tmp_path, monkeypatch):
     bench["machine"] = {"date": "d"}
     (tmp_path / "runs" / "bench.json").write_text(json.dumps(bench))
     found = plan.rates(tmp_path, "cpu")
-    assert found.operation == pytest.approx(2e-3 / (2 * weights * tokens)) and found.scoring == 4.0
+    assert 1 / found.operation == pytest.approx(2 * weights * tokens / 2e-3) and found.scoring == 4.0
     assert found.byte == 5e-11
     assert plan.rates(tmp_path, "cpu", "bfloat16") == found  # not measured in bfloat16
     bench["bfloat16_over_float32"] = {"forward": 0.25, "scoring": 0.5}
     (tmp_path / "runs" / "bench.json").write_text(json.dumps(bench))
     half = plan.rates(tmp_path, "cpu", "bfloat16")
-    assert half.operation == pytest.approx(found.operation / 4) and half.scoring == pytest.approx(8.0)
+    assert 1 / half.operation == pytest.approx(4 / found.operation) and half.scoring == pytest.approx(8.0)
     assert plan.rates(tmp_path, "cpu") == found
+
+
+def test_a_gpu_bench_of_fewer_layers_gives_the_same_rate(tmp_path):
+    """The bench takes --layers for a trial; its times were read as those of the whole model, sixteen times too fast."""
+    whole = GPU_CONFIGS["Llama-2-7B shape"](None).num_hidden_layers
+    row = {"layers": whole, "tokens_per_second": 1e4, "exact_over_forward": 3.0, "device": "H", "date": "d"}
+    trial = row | {"layers": whole // 16, "tokens_per_second": 16e4}
+    older = {name: value for name, value in row.items() if name != "layers"}
+    (tmp_path / "runs").mkdir()
+    found = []
+    for measured in (row, trial, older):
+        (tmp_path / "runs" / "bench_gpu.json").write_text(json.dumps([measured]))
+        found.append(1 / plan.rates(tmp_path, "gpu").operation)
+    assert found == pytest.approx([2 * plan.SHAPE_7B * 3e4] * 3)
 
 
 @pytest.mark.parametrize(("bfloat16", "taken"), [(1e11, "float32"), (9e11, "bfloat16")])
@@ -263,7 +296,13 @@ def test_a_cluster_is_asked_for_what_the_size_needs():
     needs = [plan.resources(batch.read(n, ROOT)) for n in ("testbed", "llama-2-7b", "qwen2.5-14b-instruct")]
     assert [n["gpu"] for n in needs] == [0, 1, 1]
     assert needs[0]["mem_mb"] < needs[1]["mem_mb"] < needs[2]["mem_mb"]
-    assert plan.resources(batch.read("llama-2-7b", ROOT), "04_ssah_alignment")["gpu"] == 2
+    for notebook, gpus in (("01_safety_neurons", 1), ("02_sn_tune", 2), ("04_ssah_alignment", 2), ("06_comparison", 2)):
+        assert plan.resources(batch.read("llama-2-7b", ROOT), notebook)["gpu"] == gpus, notebook
+    asked = {"sweep": {"baselines": ["lora", "full"]}, "own": {"02_sn_tune": {"new_task": ""}}}
+    file = replace(batch.read("llama-2-7b", ROOT), **asked)
+    assert plan.resources(file, "02_sn_tune")["gpu"] == 2, "one point of its sweep trains all weights"
+    file = replace(file, sweep={"baselines": ["lora", ""]})
+    assert plan.resources(file, "02_sn_tune")["gpu"] == 1, "later fine-tuning was left out"
 
 
 @pytest.mark.parametrize(("cores", "free_mb", "threads"), [(2, 10**6, 1), (16, 10**6, 2), (16, 24_000, 4)])

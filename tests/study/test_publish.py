@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -213,6 +214,26 @@ def test_a_rerun_passes_exactly_when_its_verdicts_are_equal(
     (folder / "figures" / "02_sn_steps.csv").unlink()
     assert reproduce.main(["--study", "testbed", "--folder", str(folder)]) == 1
     assert "was not made" in capsys.readouterr().out
+
+
+def test_a_study_of_which_some_notebooks_were_published_is_rerun_and_compared_in_these_alone(published, monkeypatch):
+    """Every notebook of the checkout was rerun, and each claim of an unpublished one counted as another verdict."""
+    shutil.copy(published / "notebooks" / f"{NAME}.ipynb", published / "notebooks" / "01_safety_neurons.ipynb")
+    ran = []
+    what = reproduce.published("testbed", published)
+    with monkeypatch.context() as fake:
+        fake.setattr("subprocess.run", lambda call, **_: ran.append(call[4]) or SimpleNamespace(returncode=0))
+        folder = reproduce.rerun(what, published, 1)
+    assert ran == [NAME]
+    finished(published, folder)
+    other = make_run(folder, notebook="01_safety_neurons", testbed={"passed": True})
+    other.measured("S2", (0.3, 0.27, 0.33, 80), row="contrast", part="share")
+    other.finish()
+    table = reproduce.compare(what, folder, published)
+    assert set(table["notebook"]) == {NAME} and reproduce.is_reproduced(table)
+    (folder / "claims" / f"{NAME}.csv").unlink()
+    says = reproduce.compare(what, folder, published).set_index("table").loc["verdicts", "says"]
+    assert says == "S8: holds, now not run"
 
 
 def test_a_study_that_was_not_published_is_refused(published):

@@ -17,7 +17,7 @@ from nt_utils.interventions import kept
 from nt_utils.interventions.tuning import Everything, tune
 from nt_utils.study import ledger, parameters
 from nt_utils.study.parameters import TESTBEDS, from_notebook, notebook_parameters
-from nt_utils.study.provenance import devices
+from nt_utils.study.provenance import code_fingerprint, devices
 from nt_utils.study.run import Run
 from nt_utils.study.subject import Subject
 from tests.common import refused
@@ -155,6 +155,40 @@ def test_a_table_of_an_interrupted_run_is_kept_for_the_same_parameters_and_promp
     Path(run.checkpoint("alpha").replace("{key}", "f00d")).touch()
     run.finish()
     assert not list((tmp_path / "kept").iterdir())
+
+
+def package(folder, **changed):
+    """A small copy of the package's layout; ``changed`` gives other content to a file, by its stem."""
+    names = ["work.py", "data/registry.yaml", "models/box.yaml", "models/adapters/one/adapter_model.safetensors"]
+    names += ["testbed/weights/index.json", "study/work.json", "study/batch/profiles/slurm/config.yaml"]
+    names += ["models/__pycache__/box.pyc"]
+    for name in names:
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(changed.get(file.stem, "as shipped"))
+    return folder
+
+
+def test_a_process_keeps_the_fingerprint_of_the_code_it_started_with(tmp_path):
+    """After an edit on disk, results of the code that a kernel had imported were filed under the new code's key."""
+    before = code_fingerprint(package(tmp_path / "one"))
+    assert code_fingerprint(package(tmp_path / "one", work="edited")) == before
+    assert code_fingerprint(package(tmp_path / "two", work="edited")) != before
+
+
+def test_the_fingerprint_of_the_code_covers_the_data_of_the_package_that_decides_results(tmp_path):
+    def found(stem):
+        return code_fingerprint(package(tmp_path / stem, **{stem: "changed"}))
+
+    shipped = found("nothing")
+    folder = package(tmp_path / "noted")
+    (folder / "study" / "work.json").write_text("published anew")
+    (folder / "study" / "batch" / "profiles" / "slurm" / "config.yaml").write_text("another account")
+    (folder / "models" / "__pycache__" / "box.pyc").write_text("compiled anew")
+    assert code_fingerprint(folder) == shipped, "these decide no result"
+    for stem in ("registry", "box", "adapter_model", "index"):
+        assert found(stem) != shipped, stem
+    assert len(code_fingerprint()) == 16
 
 
 def test_a_runs_tables_claims_timings_and_provenance(tmp_path):

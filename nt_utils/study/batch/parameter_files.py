@@ -327,13 +327,13 @@ def contents(given: Mapping[str, Any], root: Path) -> dict[str, str]:
 def _named_file(value: str, root: Path) -> Path | None:
     """The file or folder in "file", "file:column", "file:split:column", "name@file" or "phrases+folder", or a set's in
     NT_DATA; else None."""
-    text = value.removeprefix("phrases+").rpartition("@")[2]
-    pieces = text.split(":")
-    for n in range(len(pieces), 0, -1):
-        with contextlib.suppress(OSError, RuntimeError, ValueError):
-            path = root / Path(":".join(pieces[:n])).expanduser()
-            if pieces[0] and path.exists() and path.resolve() != root.resolve():
-                return path
+    text = value.removeprefix("phrases+")
+    for pieces in (text.split(":"), text.partition("@")[2].split(":")):  # an @ may stand in a path, too
+        for n in range(len(pieces), 0, -1):
+            with contextlib.suppress(OSError, RuntimeError, ValueError):
+                path = root / Path(":".join(pieces[:n])).expanduser()
+                if pieces[0] and path.exists() and path.resolve() != root.resolve():
+                    return path
     return local_file(value)
 
 
@@ -354,6 +354,17 @@ def note_settings(variant: Variant, preset: str, root: Path) -> None:
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             with atomic(path) as tmp:
                 tmp.write_text(text, encoding="utf-8")
+
+
+def noted_parameters(path: Path) -> dict[str, Any]:
+    """The parameters of a step as :func:`note_settings` wrote them. Raises InputError where the file holds none.
+
+    A step that decided anew whether the hub answers could take other prompts than the steps before it.
+    """
+    try:
+        return dict(read_json(path)["parameters"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"settings: {path} holds no parameters of a step ({first_line(error)})") from error
 
 
 def changes_of(texts: Sequence[str]) -> dict[str, Any]:

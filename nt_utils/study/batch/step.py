@@ -190,12 +190,21 @@ def _last_line(error: BaseException) -> str:
 
 
 def secrets() -> list[str]:
-    """Values of the environment's tokens, keys and passwords, and of the hub's token file."""
+    """Values of the environment's tokens, keys and passwords, and of the hub's token file; also as JSON writes them."""
     values = [value for name, value in os.environ.items() if SECRET.search(name.upper())]
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     with contextlib.suppress(OSError, UnicodeError):
-        values.append(Path(os.environ.get("HF_TOKEN_PATH") or home / "token").read_text(encoding="utf-8"))
-    return sorted({v.strip() for v in values if len(v.strip()) >= 8}, key=len, reverse=True)
+        values.append(_token_file().read_text(encoding="utf-8"))
+    found = {v.strip() for v in values if len(v.strip()) >= 8}
+    found |= {json.dumps(v, ensure_ascii=False)[1:-1] for v in found}
+    return sorted(found, key=len, reverse=True)
+
+
+def _token_file() -> Path:
+    """Where the hub's token lies, by the rules of ``huggingface_hub.constants``, which reads the environment only once."""
+    cache = os.environ.get("XDG_CACHE_HOME", os.path.join("~", ".cache"))
+    home = os.environ.get("HF_HOME", os.path.join(cache, "huggingface"))
+    path = os.environ.get("HF_TOKEN_PATH", os.path.join(home, "token"))
+    return Path(os.path.expandvars(os.path.expanduser(path)))
 
 
 def hide(text: str) -> str:

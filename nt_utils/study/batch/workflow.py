@@ -150,7 +150,10 @@ def _run_step(options: argparse.Namespace, root: Path) -> None:
     point = parameter_files.Variant(
         options.study, name, "", parameter_files.changes_of(options.set), (options.notebook,), (seed,)
     )
-    given = parameter_files.settings(point, options.notebook, seed, options.preset, root)
+    if options.settings:
+        given = parameter_files.noted_parameters(options.settings)
+    else:
+        given = parameter_files.settings(point, options.notebook, seed, options.preset, root)
     title = f"{options.notebook} ({name}, seed {seed})"
     expected = step.expected_seconds(options.notebook, options.output)
     about = f"expected {clock(expected)}" if expected else "expected time unknown"
@@ -177,6 +180,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", required=True)
     one.add_argument("--preset", default="default")
     one.add_argument("--output", required=True, type=Path)
+    one.add_argument(
+        "--settings", type=Path, help="the workflow's file of this step's parameters; default: decided anew"
+    )
     one.add_argument("--name", default="", help="name of the run folder, for a point of a sweep; default: the study's")
     one.add_argument("--set", action="append", default=[], metavar="PARAMETER=JSON", help="a point of a sweep")
     model = commands.add_parser("testbed", help="train the testbed of one seed, if it is not in the cache")
