@@ -65,7 +65,7 @@ class Interval(_Estimate):
 
 NOTHING = Interval(math.nan, math.nan, math.nan, 0)
 #: Of an interval by the rule of three: the chance of seeing nothing is exp(-3 m) for a rate of m times its limit, and Student's
-#: t with five degrees gives as much there or more.
+#: t with five degrees gives as much there, to .0003, or more.
 FREEDOM_OF_THREE = 5.0
 
 

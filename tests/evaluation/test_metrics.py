@@ -1,5 +1,5 @@
+import copy
 import math
-import pickle
 
 import numpy as np
 import pytest
@@ -189,7 +189,7 @@ def test_an_interval_knows_its_degrees_of_freedom():
     assert 2 <= few.freedom < 2.1, "what varies are three trainings, however many the prompts"
     assert few.as_wide_as(plain).freedom == few.freedom
     assert metrics.clustered_difference(np.zeros(12), np.zeros(12)).freedom == metrics.FREEDOM_OF_THREE
-    copied = pickle.loads(pickle.dumps(few))
+    copied = copy.deepcopy(few)
     assert (copied, copied.freedom) == (few, few.freedom)
 
 

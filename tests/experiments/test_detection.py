@@ -12,7 +12,7 @@ from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.evaluation import metrics
 from nt_utils.evaluation.suite import Suite, SuiteSet
 from nt_utils.experiments import detection
-from nt_utils.experiments.bench import Bench, Measure, total
+from nt_utils.experiments.bench import Bench, Measure, average, middle, ratio, total
 from nt_utils.neurons import POOL, NeuronSet, NeuronSpace, ScoreWriter
 
 SPACE = NeuronSpace(
@@ -150,6 +150,13 @@ def test_jailbroken_is_the_sum_of_what_is_answered_more_and_lost_less():
     assert found.value == 2 * bench.change(CHOSEN, ASR).value
     parts = [metrics.Interval(1.0, 0.7, 1.4, 5), metrics.Interval(2.0, 1.6, 2.3, 9)]
     assert total(*parts) == pytest.approx((3.0, 3.0 - 0.5, 3.0 + 0.5, 5))
+
+
+def test_what_is_made_of_intervals_has_the_fewest_of_their_degrees_of_freedom():
+    few, many = metrics.Interval(0.5, 0.4, 0.6, 5, 3), metrics.Interval(0.4, 0.3, 0.5, 9)
+    made = total(few, many), average(few, many), ratio(many, few)
+    assert [found.freedom for found in made] == [3, 3, 3]
+    assert middle([0.1, 0.2, 0.3, np.nan]).freedom == 2
 
 
 def test_thirds_and_blocks_split_a_set_by_place():

@@ -69,6 +69,10 @@ def test_what_was_never_seen_is_no_surer_than_the_rule_of_three_says():
     p = part.p_value(Interval(0.0, -limit, limit, 40, FREEDOM_OF_THREE))
     assert 0.9**40 < p < 0.05
     assert part.p_value(Interval(0.0, -limit, limit, 40)) < 0.9**40, "the normal distribution would make it surer"
+    for times in (1, 1.1, 1.5, 2, 3, 5):  # the margin in units of the limit
+        assert Part("p", "q", below=times * limit).p_value(Interval(0.0, -limit, limit, 40, FREEDOM_OF_THREE)) > (
+            math.exp(-3 * times) - 3e-4
+        )
     unknown, fewest = (part.p_value(Interval(0.0, -limit, limit, 40, freedom)) for freedom in (math.nan, 1))
     assert unknown == fewest > p
 
