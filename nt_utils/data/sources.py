@@ -77,10 +77,19 @@ def local_file(source: str) -> Path | None:
     if known:
         found = _read_folder(known)
         return found[0] if found else None
-    for path in (source, source.rpartition(":")[0], source.partition("@")[2]):  # an @ may stand in a path, too
-        if path and Path(path).expanduser().is_file():
-            return Path(path).expanduser()
-    return None
+    return next((path for path in named_paths(source) if os.path.isfile(path)), None)
+
+
+def named_paths(text: str) -> Iterator[Path]:
+    """The paths that a text may name, most likely first: "file", "file:column", "file:split:column" or "name@file".
+
+    An @ and a colon may stand in a path, too, so only what is there tells which one is meant.
+    """
+    for part in (text, text.partition("@")[2]):
+        pieces = part.split(":")
+        for n in range(len(pieces), 0, -1):
+            if pieces[0]:
+                yield Path(os.path.expanduser(":".join(pieces[:n])))
 
 
 def is_at_hand(source: str) -> bool:

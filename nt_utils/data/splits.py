@@ -182,13 +182,12 @@ def _stamp(source: str) -> tuple[Any, ...]:
     It is taken at every look at the prompts, so no file is read for it, as `sources.local_file` does to tell which of
     NT_DATA holds a set.
     """
-    named = (source, source.rpartition(":")[0], source.partition("@")[2])
-    paths = [Path(text).expanduser().absolute() for text in named if text]
+    paths = [path.absolute() for path in sources.named_paths(source)]
     folder = os.environ.get("NT_DATA")
     if folder and source.partition(":")[0] in REGISTRY:
         with contextlib.suppress(OSError):  # reading the source says what is wrong with the folder
             paths = sorted(Path(folder).expanduser().absolute().iterdir())
-    stats = [(str(path), path.stat()) for path in paths if path.is_file()]
+    stats = [(str(path), path.stat()) for path in paths if os.path.isfile(path)]
     return folder, *((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats)
 
 

@@ -71,8 +71,20 @@ def test_local_files_with_the_users_own_columns(tmp_path, suffix):
 def test_a_file_in_a_folder_with_an_at_sign_is_at_hand(tmp_path):
     (tmp_path / "me@home").mkdir()
     path = write(tmp_path / "me@home" / "own.csv")
-    for source in (str(path), f"{path}:prompt"):
+    for source in (str(path), f"{path}:prompt", f"advbench@{path}"):
         assert sources.local_file(source) == path and sources.is_at_hand(source)
+
+
+def test_the_paths_that_a_text_may_name():
+    assert list(map(str, sources.named_paths("set@a:b/c.csv:column"))) == [
+        "set@a:b/c.csv:column",
+        "set@a:b/c.csv",
+        "set@a",
+        "a:b/c.csv:column",
+        "a:b/c.csv",
+        "a",
+    ]
+    assert list(sources.named_paths("")) == [] and sources.local_file("x" * 5000) is None
 
 
 def test_empty_and_duplicate_prompts_are_dropped_with_a_count(tmp_path):

@@ -13,12 +13,12 @@ A file gives parameters for every notebook that takes them and has these keys of
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
 import functools
 import hashlib
 import itertools
 import json
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ from typing import Any
 import yaml
 
 import nt_utils
-from nt_utils.data.sources import is_at_hand, local_file
+from nt_utils.data.sources import is_at_hand, local_file, named_paths
 from nt_utils.errors import InputError, first_line
 from nt_utils.files import atomic, read_json, study_name
 from nt_utils.study import parameters
@@ -327,13 +327,10 @@ def contents(given: Mapping[str, Any], root: Path) -> dict[str, str]:
 def _named_file(value: str, root: Path) -> Path | None:
     """The file or folder in "file", "file:column", "file:split:column", "name@file" or "phrases+folder", or a set's in
     NT_DATA; else None."""
-    text = value.removeprefix("phrases+")
-    for pieces in (text.split(":"), text.partition("@")[2].split(":")):  # an @ may stand in a path, too
-        for n in range(len(pieces), 0, -1):
-            with contextlib.suppress(OSError, RuntimeError, ValueError):
-                path = root / Path(":".join(pieces[:n])).expanduser()
-                if pieces[0] and path.exists() and path.resolve() != root.resolve():
-                    return path
+    for named in named_paths(value.removeprefix("phrases+")):
+        path = root / named
+        if os.path.exists(path) and path.resolve() != root.resolve():
+            return path
     return local_file(value)
 
 
