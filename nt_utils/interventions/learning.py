@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -143,9 +144,10 @@ def learn(
         validation: (tasks, benign) of a split apart; its loss decides when to stop and which alpha is kept.
         measure: instead of that loss, a number to be small (say from an evaluation of the intervention).
         checkpoint: file that holds the state after every iteration; an interrupted run goes on from it and ends with the
-            same alpha. It must be of the same recipe (``iterations`` may grow), neurons, prompts, rendering (template, its
-            arguments, date, system prompt) and weights; "{key}" in its name stands for a hash of these, so that one name
-            serves several runs. It does not go with ``measure``: a file cannot tell one function from another.
+            same alpha. It must be of the same recipe (``iterations`` may grow), neurons, prompts and model with its text
+            (``LanguageModel.identity``); "{key}" in its name stands for a hash of these, so that one name serves several
+            runs. A file cannot tell one function from another: it does not go with ``measure``, and with hooks or foreign
+            code on the model a warning says that nothing is kept.
 
     Raises:
         InputError: too few prompts for support and query, prompts without target, sets that overlap, a foreign
@@ -162,8 +164,13 @@ def learn(
     validate = _validation(learner, validation, measure)
     state = _State.begin(learner)
     key = learner.key(validation)
-    file = None if checkpoint is None else Path(str(checkpoint).replace("{key}", key))
-    if file is not None:
+    file = None
+    if checkpoint is not None and key is None:
+        warnings.warn(
+            "checkpoint: nothing is kept, since hooks or code that no file can name act on the model", stacklevel=2
+        )
+    elif checkpoint is not None:
+        file = Path(str(checkpoint).replace("{key}", key))
         state.resume(file, key, recipe.iterations)
     bar = track(total=recipe.iterations, initial=state.iteration, desc="alpha", unit="step", disable=not progress)
     with frozen(learner.lm.model), bar:
@@ -381,15 +388,17 @@ class Learner:
         kept = state.best_iteration if validated else state.iteration
         return Learnt(self.modulation(alpha.detach(), name, iterations=kept), history, stopped, state.diverged)
 
-    def key(self, validation: tuple[Tasks, PromptSet] | None) -> str:
-        """Identifies the run a checkpoint belongs to."""
+    def key(self, validation: tuple[Tasks, PromptSet] | None) -> str | None:
+        """Identifies the run a checkpoint belongs to; None where what acts on the model is not known."""
+        model = self.base.identity()
+        if model is None:
+            return None
         recipe = {k: v for k, v in asdict(self.recipe).items() if k != "iterations"}
         data = [(task, prompts.fingerprint) for task, prompts in self.tasks.items()] + [self.benign.fingerprint]
         if validation is not None:
             data += [(t, p.fingerprint) for t, p in validation[0].items()] + [validation[1].fingerprint]
         sets = (self.safety.fingerprint, self.utility.fingerprint)
-        # Which tokens the prompts become is not in their fingerprints.
-        parts = (recipe, data, sets, self.base.weights_fingerprint, self.base.text_identity)
+        parts = (recipe, data, sets, model)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -437,7 +446,7 @@ class _State:
         header, tensors = read_sealed(path, STATE)
         if header["key"] != key:
             raise InputError(
-                f"checkpoint: {path} belongs to another run (recipe, neurons, prompts, their rendering or weights "
+                f"checkpoint: {path} belongs to another run (recipe, neurons, prompts, or the model with its text "
                 "differ); remove it or name another file"
             )
         numbers = json.loads(header["numbers"])

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nt_utils import hooks
 from nt_utils.data.records import Prompt, PromptSet
 from nt_utils.errors import DivergedError
 from nt_utils.interventions import trunk
@@ -436,6 +437,21 @@ def test_what_was_learnt_on_prompts_rendered_otherwise_is_not_resumed(lm, tmp_pa
     assert torch.equal(learnt(file), plain[0]), "the same rendering again"
     monkeypatch.setattr(lm, "template_arguments", {"mood": "kind"})
     refused("belongs to another run", learnt, file)
+
+
+def test_what_was_learnt_under_hooks_is_not_kept(lm, tmp_path):
+    """Learning beside another intervention gives another alpha; formerly a file could not tell the two apart."""
+    sets, file = _sets(lm), tmp_path / "state"
+
+    def learnt(checkpoint):
+        return learn(lm, *sets, TASKS, BENIGN, SHORT, checkpoint=checkpoint, progress=False).modulation.alpha
+
+    plain = learnt(file)
+    with hooks.ablate(lm, NeuronSet.from_flat(lm.view.space, range(5), ("ffn",))):
+        with pytest.warns(UserWarning, match="^checkpoint: nothing is kept"):
+            beside = learnt(file)
+        assert torch.equal(beside, learnt(None))
+    assert not torch.equal(beside, plain) and torch.equal(learnt(file), plain)
 
 
 def test_a_measure_goes_with_no_checkpoint(lm, tmp_path):
