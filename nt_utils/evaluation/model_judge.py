@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from nt_utils.data.records import Prompt
 from nt_utils.errors import InputError, first_line
@@ -145,3 +145,9 @@ def find_judge(name: str) -> Judge:
     if any("SequenceClassification" in kind for kind in architectures):
         return ClassifierJudge.load(source)
     return ModelJudge.load(name)
+
+
+def asked_model(judge: Judge) -> PreTrainedModel | None:
+    """The model that a judge asks, if it asks one."""
+    judge = getattr(judge, "second", judge)
+    return getattr(getattr(judge, "lm", judge), "model", None)

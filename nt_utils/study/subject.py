@@ -352,9 +352,13 @@ class Subject:
     @cached_property
     def judge(self) -> Judge:
         """Who judges answers to given prompts: the parameter `judge`; answers to embedded prompts are known."""
-        from nt_utils.evaluation.model_judge import find_judge
+        from nt_utils.evaluation.model_judge import asked_model, find_judge
+        from nt_utils.models.identity import weights_fingerprint
 
-        return find_judge(getattr(self.parameters, "judge", PHRASES))
+        found = find_judge(getattr(self.parameters, "judge", PHRASES))
+        if (model := asked_model(found)) is not None:
+            self.run.record("judge weights", weights_fingerprint(model))
+        return found
 
     def suite(self, split: str = "test") -> Suite:
         """What the model is evaluated on, n_test prompts of each kind; split "dev" is for choosing (learning rates, doses)."""

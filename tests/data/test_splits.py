@@ -6,6 +6,7 @@ import os
 
 import pandas as pd
 import pytest
+import torch
 
 from nt_utils.data import corpus, splits
 from nt_utils.data.records import Prompt, PromptSet
@@ -13,8 +14,9 @@ from nt_utils.errors import InputError
 from nt_utils.experiments import modulation
 from nt_utils.files import project_root
 from nt_utils.study import Subject, begin
-from tests.common import refused
+from tests.common import refused, saved
 from tests.study.test_hardening import parameter_cell
+from tests.tiny import tiny_lm
 
 NOTEBOOKS = sorted((project_root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 PROMPTS = PromptSet.of([f"How do I do thing {i}?" for i in range(600)], "things")
@@ -206,6 +208,21 @@ def test_a_kept_table_is_taken_over_only_while_all_prompts_are_the_same(tmp_path
         write(tmp_path / f"{name}.csv", ["goal"], [[f"{text} Now."] for (text,) in rows])
         found[name] = again()[0], again()[0]
     assert found == dict.fromkeys(others, (1, 0))
+
+
+def test_a_kept_table_is_made_again_when_the_judges_weights_are_others(tmp_path, given):
+    """Formerly a judge's folder could be edited between an interrupted run and its repetition."""
+    path, made = next(p for p in NOTEBOOKS if p.stem.startswith("01")), []
+    lm = tiny_lm()
+    for expected in ([1], [1], [1, 1]):
+        if len(expected) == 2:
+            with torch.no_grad():
+                lm.view.weight(0, "ffn").mul_(2)
+        subject = subject_of(path, tmp_path, given, judge=str(saved(lm, tmp_path / "judge")))
+        _ = subject.suite()
+        subject.run.kept("dose", lambda: made.append(1) or pd.DataFrame({"a": [1]}))
+        assert made == expected
+    assert subject.run.facts["judge weights"] == lm.weights_fingerprint
 
 
 def test_too_few_prompts_for_a_use_are_refused_when_the_notebook_begins(tmp_path, given):

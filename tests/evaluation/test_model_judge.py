@@ -7,7 +7,7 @@ import torch
 from nt_utils.data.records import Prompt
 from nt_utils.evaluation import agreement
 from nt_utils.evaluation.judges import PhraseJudge
-from nt_utils.evaluation.model_judge import QUESTION, CombinedJudge, ModelJudge, find_judge
+from nt_utils.evaluation.model_judge import QUESTION, CombinedJudge, ModelJudge, asked_model, find_judge
 from tests.common import Says, refused, saved
 from tests.tiny import tiny_lm
 
@@ -54,6 +54,7 @@ def test_judges_are_found_by_name(tmp_path):
     assert find_judge("phrases").name == "phrases" and find_judge("known").name == "known answer"
     found = find_judge(f"phrases+{saved(tiny_lm(), tmp_path / 'judge')}")
     assert isinstance(found, CombinedJudge) and isinstance(found.second, ModelJudge) and found.name == "phrases+judge"
+    assert asked_model(found) is found.second.lm.model and asked_model(find_judge("phrases")) is None
     refused("judge: ", lambda: find_judge(str(tmp_path / "nothing")))
     assert "{prompt}" in QUESTION and "{response}" in QUESTION
 
