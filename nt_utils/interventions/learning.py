@@ -165,7 +165,7 @@ def learn(
     state = _State.begin(learner)
     key = learner.key(validation)
     file = None
-    if checkpoint is not None and key is None:
+    if checkpoint is not None and not key:
         warnings.warn(
             "checkpoint: nothing is kept, since hooks or code that no file can name act on the model", stacklevel=2
         )
@@ -388,11 +388,11 @@ class Learner:
         kept = state.best_iteration if validated else state.iteration
         return Learnt(self.modulation(alpha.detach(), name, iterations=kept), history, stopped, state.diverged)
 
-    def key(self, validation: tuple[Tasks, PromptSet] | None) -> str | None:
-        """Identifies the run a checkpoint belongs to; None where what acts on the model is not known."""
+    def key(self, validation: tuple[Tasks, PromptSet] | None) -> str:
+        """Identifies the run a checkpoint belongs to; "" where what acts on the model is not known."""
         model = self.base.identity()
         if model is None:
-            return None
+            return ""
         recipe = {k: v for k, v in asdict(self.recipe).items() if k != "iterations"}
         data = [(task, prompts.fingerprint) for task, prompts in self.tasks.items()] + [self.benign.fingerprint]
         if validation is not None:
