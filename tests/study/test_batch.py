@@ -324,6 +324,11 @@ def test_the_hubs_token_is_hidden_wherever_the_hub_looks_for_it(tmp_path, monkey
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("hf_planted_token\n")
     assert step.hide("a hf_planted_token here") == "a [hidden] here"
+    stored = "[work]\nhf_token = hf_stored%token\nrefresh_token = renewed_token\nexpires_at = 1234567890\n"
+    path.with_name("stored_tokens").write_text(stored)
+    assert step.hide("hf_stored%token, renewed_token, 1234567890") == "[hidden], [hidden], 1234567890"
+    path.with_name("stored_tokens").write_text("not such a file")
+    assert step.hide("a hf_planted_token here") == "a [hidden] here"
 
 
 def test_a_secret_is_hidden_in_json_too(monkeypatch):

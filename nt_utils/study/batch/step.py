@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import contextlib
 import fcntl
 import functools
@@ -190,10 +191,14 @@ def _last_line(error: BaseException) -> str:
 
 
 def secrets() -> list[str]:
-    """Values of the environment's tokens, keys and passwords, and of the hub's token file; also as JSON writes them."""
+    """Values of the environment's tokens, keys and passwords, and of the hub's token files; also as JSON writes them."""
     values = [value for name, value in os.environ.items() if SECRET.search(name.upper())]
     with contextlib.suppress(OSError, UnicodeError):
         values.append(_token_file().read_text(encoding="utf-8"))
+    stored = configparser.ConfigParser(interpolation=None)  # of all accounts that this user ever logged in with
+    with contextlib.suppress(OSError, UnicodeError, configparser.Error):
+        stored.read(_token_file().with_name("stored_tokens"), encoding="utf-8")
+    values += [value for account in stored.sections() for name, value in stored.items(account) if "token" in name]
     found = {v.strip() for v in values if len(v.strip()) >= 8}
     found |= {json.dumps(v, ensure_ascii=False)[1:-1] for v in found}
     return sorted(found, key=len, reverse=True)
