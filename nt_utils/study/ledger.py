@@ -17,7 +17,7 @@ from nt_utils.errors import InputError
 from nt_utils.evaluation.metrics import Interval, pooled
 from nt_utils.files import atomic, escaped
 from nt_utils.study import claims
-from nt_utils.study.provenance import notes
+from nt_utils.study.provenance import EDITED, notes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,6 +78,8 @@ def collect(folders: Sequence[Path]) -> pd.DataFrame:
             if not known.get("finished"):
                 raise InputError(f"publish: {file} comes from a notebook that did not finish; run the study again")
             code = known.get("code", "")
+            if code.endswith(EDITED):
+                raise InputError(f"publish: the code was edited while {file} was made; run the study again")
             if codes.setdefault((folder.parent.name, file.stem), code) != code:
                 raise InputError(
                     f"publish: the runs of {file.stem} were made by different versions of the code; run the study again"

@@ -20,6 +20,8 @@ PACKAGE = Path(__file__).resolve().parent.parent
 DECIDING = ("**/*.py", "**/*.yaml", "models/adapters/**/*", "testbed/weights/index.json")
 #: How processes are started and whose account pays a cluster: no result follows from it.
 PROFILES = "study/batch/profiles"
+#: Stands behind the fingerprint of code that was edited while a run computed.
+EDITED = "+edited"
 
 
 @functools.cache
@@ -40,8 +42,14 @@ def notes(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: read_json(path) for path in sorted((folder / "provenance").glob("*.json"))}
 
 
+def code_edited(folder: Path = PACKAGE) -> bool:
+    """Whether the package on disk is no longer the one that this process began with."""
+    return code_fingerprint.__wrapped__(folder) != code_fingerprint(folder)
+
+
+@functools.cache
 def git_revision() -> str:
-    """Commit of the project, with "+changes" when the tree differs; "" outside a checkout."""
+    """Commit of the project when this process began, with "+changes" when the tree differs; "" outside a checkout."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*args: str) -> str:

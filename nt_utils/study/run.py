@@ -22,7 +22,7 @@ from nt_utils.errors import InputError
 from nt_utils.files import atomic, cached, project_root, read_json, run_folder, study_name
 from nt_utils.study import claims, display, ledger
 from nt_utils.study.parameters import check_parameters, from_notebook
-from nt_utils.study.provenance import code_fingerprint, git_revision, machine, notes, versions
+from nt_utils.study.provenance import EDITED, code_edited, code_fingerprint, git_revision, machine, notes, versions
 from nt_utils.study.subject import check_inputs
 
 
@@ -222,6 +222,10 @@ class Run:
         if where.is_relative_to(root):  # the saved notebook names no place of this machine
             where = where.relative_to(root)
         print(f"{self.notebook}: tables, figures and claims are in {where}")
+        if code_edited():
+            print(
+                "nt_utils was edited while this notebook ran, and what it loaded later is the edited code: run it again"
+            )
 
     def _drop_leftovers(self) -> None:
         """Remove what an earlier run of this notebook left and this one did not write again."""
@@ -246,7 +250,7 @@ class Run:
             "facts": self.facts,
             "work": work.measured() if seconds is not None else {},
             "git": git_revision(),
-            "code": code_fingerprint(),
+            "code": code_fingerprint() + (EDITED if code_edited() else ""),
             "versions": versions(),
             "machine": machine(),
             "kept": self.taken_over,

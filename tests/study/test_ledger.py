@@ -171,6 +171,7 @@ def test_a_claim_rests_on_another_over_the_same_seeds():
 def test_unfinished_missing_and_mixed_runs_are_refused(tmp_path):
     refused("no claims", lambda: ledger.collect([tmp_path / "nothing"]))
     refused("did not finish", lambda: ledger.collect([write(tmp_path / "a" / "seed-0", 0, finished=False)]))
+    refused("edited while", lambda: ledger.collect([write(tmp_path / "c" / "seed-0", 0, code="c+edited")]))
     with pytest.raises(InputError, match="different versions of the code"):
         ledger.collect([write(tmp_path / "b" / f"seed-{i}", i, code=c) for i, c in enumerate("cd")])
 

@@ -17,7 +17,7 @@ from nt_utils.interventions import kept
 from nt_utils.interventions.tuning import Everything, tune
 from nt_utils.study import ledger, parameters
 from nt_utils.study.parameters import TESTBEDS, from_notebook, notebook_parameters
-from nt_utils.study.provenance import code_fingerprint, devices
+from nt_utils.study.provenance import code_edited, code_fingerprint, devices
 from nt_utils.study.run import Run
 from nt_utils.study.subject import Subject
 from tests.common import refused
@@ -172,7 +172,9 @@ def package(folder, **changed):
 def test_a_process_keeps_the_fingerprint_of_the_code_it_started_with(tmp_path):
     """After an edit on disk, results of the code that a kernel had imported were filed under the new code's key."""
     before = code_fingerprint(package(tmp_path / "one"))
+    assert not code_edited(tmp_path / "one")
     assert code_fingerprint(package(tmp_path / "one", work="edited")) == before
+    assert code_edited(tmp_path / "one"), "a run says so when it ends"
     assert code_fingerprint(package(tmp_path / "two", work="edited")) != before
 
 
