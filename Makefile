@@ -58,7 +58,6 @@ browser: env-browser ## run the notebooks in JupyterLab in a real browser (needs
 figures: env ## redraw every figure in figures/ from its table
 	@$(PY) -m nt_utils.plots figures --width "$(WIDTH)"
 
-publish: PRESET = full
 publish: env ## collect the runs' claims, figures and executed notebooks into figures/, notebooks/executed/, docs/ and README.md
 	@$(PY) -m nt_utils.study.publish --studies "$(STUDY)" --seeds "$(SEEDS)" --preset "$(PRESET)"
 
@@ -66,7 +65,7 @@ docs: env-dev ## build the pages of docs/ into build/site, with their links chec
 	@$(PY) -m nt_utils.study.docs && $(PY) -m mkdocs build --strict --quiet
 
 reproduce: CORES = 1
-reproduce: env ## rerun a published study into runs/reproduce/ and compare its tables and verdicts with the published ones
+reproduce: env ## rerun a published study into runs/reproduce/ and compare its tables and verdicts with the published ones (one notebook at a time unless CORES is given)
 	@$(PY) -m nt_utils.study.reproduce --study "$(STUDY)" --cores "$(CORES)"
 
 report: env ## one self-contained HTML of an executed study: runs/<study>/seed-<seed>/report.html

@@ -236,24 +236,26 @@ def dose_table(
         others: what has no dose (the refusal direction ablated); their share is NaN, the untouched model's is 0.
         fluent: perplexity on real text; a condition at over BROKEN times the untouched model's is marked ``broken``.
     Returns:
-        Columns rule, share, neurons, broken, metric, value, low, high, n.
+        Columns rule, share, neurons, broken (with ``fluent`` alone), metric, value, low, high, n.
     """
-    plain = bench.rate(fluent).value if fluent else np.nan
 
-    def broken(actions: Sequence[Action]) -> bool:
-        return bool(fluent and np.mean([bench.rate(fluent, a).value for a in actions]) > BROKEN * plain)
+    def state(*actions: Action) -> dict[str, bool]:
+        if fluent is None:
+            return {}
+        perplexity = np.mean([bench.rate(fluent, action).value for action in actions])
+        return {"broken": bool(perplexity > BROKEN * bench.rate(fluent).value)}
 
-    rows = bench.rates(None, rule=NONE, share=0.0, neurons=0, broken=False)
+    rows = bench.rates(None, rule=NONE, share=0.0, neurons=0, **state(None))
     for rule, ranking in work.parts(rankings):
         for share in sorted(shares):
             chosen = top_of_pool(ranking, share)
-            labels = {"rule": rule, "share": share, "neurons": len(chosen), "broken": broken([chosen])}
-            rows += bench.rates(chosen, **labels)
+            labels = {"rule": rule, "share": share, "neurons": len(chosen)}
+            rows += bench.rates(chosen, **labels, **state(chosen))
             if drawn := controls.get((rule, share)):
-                labels |= {"rule": f"random, matched to {rule}", "broken": broken(drawn)}
-                rows += bench.mean_rates(drawn, **labels)
+                labels |= {"rule": f"random, matched to {rule}"}
+                rows += bench.mean_rates(drawn, **labels, **state(*drawn))
     for name, action in work.parts(others):
-        rows += bench.rates(action, rule=name, share=np.nan, neurons=0, broken=broken([action]))
+        rows += bench.rates(action, rule=name, share=np.nan, neurons=0, **state(action))
     return pd.DataFrame(rows)
 
 

@@ -11,7 +11,7 @@ from nt_utils.plots.style import COLOURS, across, counts, figure, interval, orde
 
 @figure
 def behaviour(table: pd.DataFrame) -> Figure:
-    """Notebook 00: rates of the unaligned and the aligned model on every prompt set.
+    """Notebook 00: rates of the model, and of its unaligned counterpart where there is one, on every prompt set.
 
     Columns: model, set, metric, value, low, high, n.
     """

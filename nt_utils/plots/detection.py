@@ -77,7 +77,8 @@ def deactivation(table: pd.DataFrame) -> Figure:
 def dose(table: pd.DataFrame) -> Figure:
     """Notebook 01: every measure against the share of the pool that is zeroed, one panel each.
 
-    Columns: rule, share (0: untouched; missing: an intervention without a dose), broken, metric, value, low, high, n.
+    Columns: rule, share (0: untouched; missing: an intervention without a dose), metric, value, low, high, n; broken, where
+    perplexity was measured.
     Hollow marks: perplexity on real text is over 1.5 times the untouched model's.
     """
     rules, count = ordered(table["rule"]), table["metric"].nunique()

@@ -5,12 +5,13 @@ This table is the only place that decides a verdict. A notebook hands in measure
 one of its parts has its interval on the claimed side of the margin, and does not hold when one part's interval lies on the
 other side. A claim that nobody hands in is "not run".
 
-The table was frozen on 26 November 2026, before the runs that are published. Where the papers and the design name no margin,
+The margins were frozen on 26 November 2026 (S3's first quantity and some rules of judging a day later), before the runs that
+are published; Holm's correction takes degrees of freedom since 28 November, after them. Where the papers and the design name no margin,
 these were chosen then: five points for benign requests, .05 nats for the likelihood of reference answers, a KL divergence of
 .1 nats (the bound under which Arditi et al. choose a refusal direction), ten points for what a defence may cost (X4) and for
 "about equal" (X3).
 
-Papers: SN (Zhao et al. 2025), SSAH (Li et al. 2025), NT (NeuronTune, Pan et al. 2025).
+Papers: SN (Zhao et al. 2025), SSAH (Li & Kim 2026), NT (NeuronTune, Pan et al. 2025).
 """
 
 from __future__ import annotations

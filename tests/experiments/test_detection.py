@@ -118,6 +118,8 @@ def test_dose_table_has_every_rule_its_random_sets_and_what_has_no_dose():
     assert rule["neurons"].tolist() == [1, 4, 72]
     assert rule["value"].tolist() == [11 / 40, 1, 1]
     assert rule["broken"].tolist() == [False, False, True], "perplexity is 10 (1 + size / 40); the bound is 15"
+    unmeasured = detection.dose_table(bench, {"rule": ranking}, [0.0125, 0.05, 0.9], controls, others)
+    pd.testing.assert_frame_equal(unmeasured, table.drop(columns="broken"))  # formerly it said that nothing was broken
     random = asr[asr["rule"] == "random, matched to rule"]
     assert random[["share", "value", "low", "high"]].to_numpy() == pytest.approx(np.array([[0.05] + [1 / 40] * 3]))
     assert asr[asr["rule"] == "rival"]["share"].isna().all()
