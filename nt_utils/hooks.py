@@ -207,7 +207,7 @@ def replace(
     """Put ``values`` in the masked channels.
 
     Args:
-        values: site -> (mask bool [width], new values [width] or anything that broadcasts to [batch, tokens, width]).
+        values: site -> (mask bool [width], new values [width], or [batch, tokens, width]).
     """
     view = _view(source)
     for site, (mask, new) in values.items():

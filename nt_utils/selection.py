@@ -334,8 +334,8 @@ def find_proportions(
 
     SCU is the smallest of the shares at which safety falls by at least ``safety``; UCU the smallest at which utility falls
     by at least ``utility``; RU the largest up to which neither has fallen by more than ``free``. A group that never gets
-    there takes the largest share (SCU, UCU), one that starts above it the smallest (RU). Where the three exceed 90% of
-    the units, RU is cut to what is left.
+    there takes the largest share (SCU, UCU), one that starts above it the smallest (RU). Each leaves the smallest share to
+    those after it, so that the three are at most 90% of the units.
 
     Args:
         cost: evaluates a model with these channels pruned, on a development set.
@@ -344,17 +344,19 @@ def find_proportions(
         The proportions, and one row a step: category, share, safety (fall), utility (fall), chosen.
     """
     steps = sorted(shares)
-    if not steps or not 0 < steps[0] <= steps[-1] < 1:
-        raise InputError(f"shares: got {list(shares)!r}; allowed: at least one, above 0 and below 1")
-    n, chosen, rows = scores.safety.numel(), {}, []
+    if not steps or not 0 < steps[0] <= 0.3 or steps[-1] >= 1:
+        raise InputError(f"shares: got {list(shares)!r}; allowed: above 0 and below 1, the smallest at most 0.3")
+    n, rows = scores.safety.numel(), []
+    chosen: dict[str, float] = {}
     enough = {
         "SCU": lambda c: c.safety >= safety,
         "UCU": lambda c: c.utility >= utility,
         "RU": lambda c: max(c.safety, c.utility) > free,
     }
-    for name, done in enough.items():
+    for place, (name, done) in enumerate(enough.items()):
         order, last = scores.order(name), steps[0]
-        for share in steps:
+        room = 0.9 - sum(chosen.values()) - (len(enough) - 1 - place) * steps[0] + 1e-9
+        for share in (share for share in steps if share <= room):
             found = cost(scores.neurons(order[: _count(name, share, n, n)]))
             rows.append({"category": name, "share": share, "safety": found.safety, "utility": found.utility})
             stop = done(found)
@@ -363,7 +365,6 @@ def find_proportions(
             if stop:
                 break
         chosen[name] = last
-    chosen["RU"] = min(chosen["RU"], max(0.9 - chosen["SCU"] - chosen["UCU"], steps[0]))
     return chosen, [{**row, "chosen": row["share"] == chosen[str(row["category"])]} for row in rows]
 
 

@@ -169,7 +169,12 @@ def test_growing_finds_the_shares_where_pruning_starts_to_cost(scores):
 def test_growing_keeps_room_for_the_others(scores):
     found, _ = find_proportions(scores, lambda neurons: Cost(0, 0), [0.1, 0.4])
     assert found["SCU"] == found["UCU"] == 0.4
-    assert sum(found.values()) <= 0.9 + 1e-9
+    for shares in ([0.05, 0.1, 0.5], [0.05, 0.1, 0.4], [0.3], [0.1, 0.2, 0.9]):
+        found, rows = find_proportions(scores, lambda neurons: Cost(0, 0), shares)
+        assert sum(found.values()) <= 0.9 + 1e-9
+        assert {(r["category"], r["share"]) for r in rows if r["chosen"]} == set(found.items())
+        scores.map(found)  # formerly the first of these was refused after all evaluations
+    refused("the smallest at most 0.3", lambda: find_proportions(scores, lambda neurons: Cost(0, 0), [0.4]))
 
 
 def test_files_round_trip_and_read_older_names(scores, tmp_path):

@@ -16,7 +16,7 @@ table of models in the box, so that ``model: smollm2-135m-aligned`` works wherev
 Rows are cut at `max_length` tokens, so that most answers have no end and their length is not taught.
 
 `python -m nt_utils.aligned train` trains it anew, `python -m nt_utils.aligned gate` measures the shipped one. The gate is
-decided on development prompts; test prompts are measured beside them and decide nothing.
+decided on development prompts, and on the test texts for perplexity; test prompts are measured beside them and decide nothing.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def gate_suite(use: str, n: int) -> Suite:
     """What the gate asks, at most `n` prompts a set.
 
     Args:
-        use: "develop", by which the strength is chosen, or "test".
+        use: "develop", by which the strength is chosen, or "test". Both read the same texts for perplexity, those of "test".
 
     Raises:
         InputError: a prompt set cannot be had.

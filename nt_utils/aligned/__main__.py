@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     suites = {use: aligned.gate_suite(use, options.n) for use in ("develop", "test")}
     base = models.load(aligned.BASE, dtype="float32")
     if options.command == "train":
-        name = options.to
+        name = str(Path(options.to).resolve())  # a bare name might be a model of the box or a shipped adapter
         delta = aligned.train(base)
         strength, tried = aligned.choose_strength(base, delta, suites["develop"])
         print(f"{tried.round(3).to_string(index=False)}\nstrength {strength:g} is taken")
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for use, suite in suites.items():
         before, after = (aligned.answers(lm, suite) for lm in (base, changed))
         table = aligned.rates(before, after)
-        print(f"{name}, {use} prompts\n{table.round(3).to_string(index=False)}")
+        print(f"{Path(name).name}, {use} prompts\n{table.round(3).to_string(index=False)}")
         wrong += aligned.missed(table) if use == "develop" else []
     print(f"gate missed on development prompts: {'; '.join(wrong)}" if wrong else "gate passed on development prompts")
     return 1 if wrong else 0

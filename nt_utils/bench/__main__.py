@@ -230,7 +230,7 @@ def _measure(options: argparse.Namespace) -> int:
         raise InputError(f"model: got {options.model!r} with --only {options.only}; allowed: {', '.join(OF_A_MODEL)}")
     path = options.out / (f"bench-{study_name(options.model)}.json" if options.model else "bench.json")
     results = json.loads(path.read_text()) if options.only and path.is_file() else {}
-    results["machine"] = {
+    machine = {
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "clock": options.clock,
@@ -240,6 +240,7 @@ def _measure(options: argparse.Namespace) -> int:
     }
     for name in [options.only] if options.only else OF_A_MODEL if options.model else PARTS:
         results |= PARTS[name](options)
+        results.setdefault("machines", {})[name] = machine
     path.write_text(json.dumps(results, indent=1))
     print(table(results))
     print(f"agreement of the linearised scores (Spearman): {results.get('linear_spearman')}\nwritten: {path}")

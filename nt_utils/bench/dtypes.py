@@ -36,7 +36,7 @@ def speed(lms: Mapping[str, LanguageModel], prompts: Sequence[str], repeats: int
     """Seconds of a forward pass over the prompts, of answers of so many tokens, and of the exact scores; between: their ratio."""
     functions: dict[str, Callable[[], object]] = {}
     for dtype, lm in lms.items():
-        batch, weights = lm.encode(list(prompts), side="right"), Weights(lm.view)
+        batch, weights = lm.encode(list(prompts), side="right").to(lm.device), Weights(lm.view)
         functions[f"forward {dtype}"] = forward(lm.model, batch)
         functions[f"answers {dtype}"] = partial(generate, lm, prompts, max_new_tokens=tokens, progress=False)
         functions[f"scoring {dtype}"] = partial(score_batch, lm.view, batch, weights=weights)

@@ -121,6 +121,8 @@ def seconds(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict
         for name, function in functions.items():
             start = _clock()
             function()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             times[name].append(_clock() - start)
     return times
 

@@ -78,6 +78,8 @@ def published_set(
 ) -> NeuronSet:
     """The published set of q, k, v and FFN neurons: top k of every list on every prompt.
 
+    No study takes it: they rank by :func:`published`. It is for comparisons with what the published code names.
+
     Args:
         division: find key/value rows by dividing an index by the group size; cap: only so many lowest indices of a list.
     """

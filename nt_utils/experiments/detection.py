@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -239,7 +240,7 @@ def dose_table(
         Columns rule, share, neurons, broken (with ``fluent`` alone), metric, value, low, high, n.
     """
 
-    def state(*actions: Action) -> dict[str, bool]:
+    def state(*actions: Action) -> dict[str, Any]:
         if fluent is None:
             return {}
         perplexity = np.mean([bench.rate(fluent, action).value for action in actions])

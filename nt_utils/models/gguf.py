@@ -28,6 +28,7 @@ from nt_utils.work import memory
 
 FLOAT32_PARAMETERS = 1_000_000_000
 RECORD = "source.json"
+FORM = 2  # of the checkpoint: to be raised with every change of what is written, so that older ones are made again
 #: Byte-level vocabularies whose rule for splitting text transformers cannot read from a GGUF file; None = GPT-2's rule.
 _DIGITS_APART = ("smollm", "refact", "starcoder", "command-r")
 _GPT2_SPLIT = ("default", "gpt-2", "gpt2", None)
@@ -72,11 +73,13 @@ def sha256(path: Path, size: int, changed: int) -> str:
 
 
 def cached(digest: str) -> Path | None:
-    """The checkpoint made from the file of this SHA-256, if the cache has it complete."""
+    """The checkpoint made from the file of this SHA-256, if the cache has it complete and in today's form."""
     home = cache_folder() / "models" / digest
     try:
-        sizes = json.loads((home / RECORD).read_text(encoding="utf-8"))["files"]
-        whole = all((home / name).stat().st_size == size for name, size in sizes.items())
+        record = json.loads((home / RECORD).read_text(encoding="utf-8"))
+        whole = record.get("form") == FORM and all(
+            (home / name).stat().st_size == size for name, size in record["files"].items()
+        )
     except (OSError, ValueError, KeyError):
         return None
     return home if whole else None
@@ -122,6 +125,7 @@ def _convert(path: Path, digest: str, target: Path) -> None:
     tokenizer.save_pretrained(target)
     _say_what_is_missing(target / "tokenizer_config.json")
     record = {
+        "form": FORM,
         "file": path.name,
         "sha256": digest,
         "tensors": header["tensors"],

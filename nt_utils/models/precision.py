@@ -21,6 +21,10 @@ from nt_utils.work import memory
 
 #: Parameters of a model from which on "auto" times both precisions; smaller ones are float32 without a measurement.
 TIMED_FROM = 50_000_000
+#: What decides how long a layer takes.
+SHAPE = tuple(
+    "hidden_size intermediate_size n_inner num_attention_heads num_key_value_heads head_dim vocab_size".split()
+)
 
 
 def choose_dtype(dtype: str | torch.dtype, config, *, on_cpu: bool) -> tuple[torch.dtype | str, str]:
@@ -72,12 +76,8 @@ def _measured(config) -> dict[str, float]:
 
     Of notebooks that begin side by side one measures; the others wait for it and take what it wrote.
     """
-    shape = {
-        key: value
-        for key, value in config.to_dict().items()
-        if isinstance(value, int) and key.endswith(("_size", "heads"))
-    }
-    facts = f"{config.model_type} {sorted(shape.items())} {platform.machine()} {torch.__version__}"
+    shape = [getattr(config, name, None) for name in SHAPE]  # by attribute, since GPT-2's own names are others
+    facts = f"{config.model_type} {shape} {platform.machine()} {torch.__version__}"
     path = cache_folder() / "precision" / f"{hashlib.sha256(facts.encode()).hexdigest()[:16]}.json"
     kept = _kept(path)
     if kept:

@@ -60,7 +60,7 @@ def draw(table: Path, width: str = "text", folder: Path | None = None, pictures:
     if name not in FIGURES:
         raise InputError(f"{table}: no figure is called {name!r}; known: {', '.join(sorted(FIGURES))}")
     made_from, content = fingerprint(table, width), table.read_bytes()
-    frame = pd.read_csv(io.BytesIO(content))
+    frame = pd.read_csv(io.BytesIO(content), keep_default_na=False, na_values=[""])  # "nan" and "NA" are tokens, too
     metadata: dict[str, dict] = {
         ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
         ".svg": {"Date": None, "Creator": None},

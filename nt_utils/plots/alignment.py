@@ -10,6 +10,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Curve
 
 from nt_utils.plots.style import (
+    CATEGORY_COLOURS,
     COLOURS,
     GREY,
     across,
@@ -25,7 +26,6 @@ from nt_utils.plots.style import (
     rate_rows,
     rates,
 )
-from nt_utils.plots.units import CATEGORY_COLOURS
 
 
 def _colour(arm: str, i: int) -> str:

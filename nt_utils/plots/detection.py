@@ -46,7 +46,7 @@ def tokens(table: pd.DataFrame) -> Figure:
         for neuron, part in rows.groupby("neuron", sort=False):
             ax.plot(part["position"], part["value"], "o-", ms=3, color=paint[str(neuron)], label=neuron)
         first = rows.drop_duplicates("position")
-        labels = [str(t).replace("\n", "\\n").strip() or "space" for t in first["token"]]
+        labels = [str(t).replace("\n", "\\n").strip() or "space" for t in first["token"].fillna("")]
         ax.set_xticks(first["position"], labels, rotation=60, ha="right", fontsize=6.5)
         ax.axhline(0, color=GREY, lw=0.8)
         ax.set_title(prompt)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 #: Okabe and Ito's palette, told apart by colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 GREY = "#7F7F7F"
+CATEGORY_COLOURS = {"SCU": COLOURS[1], "UCU": COLOURS[0], "CU": COLOURS[3], "RU": GREY}  # of units, in every figure
 #: One colour for one name in every figure; a name belongs to the first entry that it starts with.
 NAMED = {
     "untouched": "#000000",

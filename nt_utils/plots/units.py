@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from nt_utils.plots.style import (
-    COLOURS,
+    CATEGORY_COLOURS,
     GREY,
     across,
     counts,
@@ -23,9 +23,6 @@ from nt_utils.plots.style import (
     percent,
     rate_rows,
 )
-
-#: One colour a category in every figure.
-CATEGORY_COLOURS = {"SCU": COLOURS[1], "UCU": COLOURS[0], "CU": COLOURS[3], "RU": GREY}
 
 
 @figure

@@ -173,12 +173,12 @@ def rates(root: Path, device: str, dtype: str = "float32") -> Rates:
         source = f"scoring measured on {row['device']} ({row['date']}, runs/bench_gpu.json); {read}"
         weights = SHAPE_7B * row.get("layers", LAYERS_7B) / LAYERS_7B  # a trial takes fewer layers (--layers)
         return Rates(1 / (2 * weights * forward), 1 / bandwidth, scoring, source)
-    if device == "cpu" and found and "milliseconds" in found:
+    if device == "cpu" and found and "speed" in found.get("machines", {}):
         times = sorted(found["milliseconds"]["b"]["forward"])
         seconds = times[len(times) // 2] / 1e3 / (2 * SHAPE_B[0] * SHAPE_B[1])
         faster = found.get("bfloat16_over_float32", {}) if dtype == "bfloat16" else {}
         scoring = found["exact_over_forward"]["b"] * faster.get("scoring", 1) / faster.get("forward", 1)
-        source = f"measured on this CPU (runs/bench.json, {found['machine']['date']}); {read}"
+        source = f"measured on this CPU (runs/bench.json, {found['machines']['speed']['date']}); {read}"
         return Rates(seconds * faster.get("forward", 1), 1 / bandwidth, scoring, source)
     bench = "make bench-gpu" if device == "gpu" else "make bench"
     source = (

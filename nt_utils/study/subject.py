@@ -69,6 +69,10 @@ def check_inputs(run: Run) -> None:
 
             models.load_prompter(source, **text_options(parameters)).render(["x"])
     check_judge(given)
+    if (growth := given.get("growth")) and min(growth) > 0.3:
+        raise InputError(f"growth: got {growth}; allowed: the smallest at most 0.3, so that three groups fit")
+    if sum(given.get("unit_shares", ())) > 1 + 1e-9:
+        raise InputError(f"unit_shares: got {given['unit_shares']}; allowed: together at most 1")
     _check_numbers(Subject(run))
 
 

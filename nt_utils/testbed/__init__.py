@@ -80,8 +80,8 @@ def build(
             parameters, trained in about 10 minutes).
         cache: folder of the cache; by default NT_CACHE or nt_utils in the user's cache folder.
         progress: show progress bars while training.
-        retrain: train anew although weights are shipped (about 4 minutes); rounding differs between machines, so this
-            is another model.
+        retrain: train anew although weights are shipped, or were trained here before (about 4 minutes); rounding differs
+            between machines, so this is another model than the shipped one.
 
     A failed gate warns with one line and is recorded. A damaged entry of the cache is made again with a notice. Where the
     shipped weights are damaged, one that was retrained is used with a notice.
@@ -109,10 +109,11 @@ def build(
     if record:
         folder = root / f"shipped-seed{seed}-{wanted}"
     with FileLock(str(folder) + ".lock"):
-        found = _load(folder, key, wanted)
+        found = None if retrain else _load(folder, key, wanted)
         if found is None:
             if folder.exists():
-                warnings.warn(f"the cached testbed {folder} is damaged and is made again", stacklevel=2)
+                if not retrain:
+                    warnings.warn(f"the cached testbed {folder} is damaged and is made again", stacklevel=2)
                 shutil.rmtree(folder)
             if record:
                 _write(folder, _unpack(seed, record), _tokenizer(), record | {"origin": "shipped"})
@@ -209,10 +210,13 @@ def without_bar() -> Iterator[None]:
 @functools.cache
 def shipped() -> dict[str, Any]:
     """The index of the shipped weights: seeds -> sha256, recipe, fingerprint, gate (of these weights) and seconds."""
+    index = WEIGHTS / "index.json"
     try:
-        return json.loads((WEIGHTS / "index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return json.loads(index.read_text(encoding="utf-8"))
+    except FileNotFoundError:
         return {"files": {}, "seeds": {}}
+    except (OSError, ValueError) as error:
+        raise InputError(f"testbed: {index} cannot be read ({error}); install the package again") from error
 
 
 def _refuse(seed: int, why: str) -> InputError:

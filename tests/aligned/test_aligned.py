@@ -93,13 +93,15 @@ def test_one_command_trains_an_adapter_that_loads(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(aligned, "rows", lambda: few)
     monkeypatch.setattr(aligned, "ANSWER_TOKENS", 2)
     monkeypatch.setattr(aligned, "SOURCES", dict.fromkeys(aligned.SOURCES, "testbed"))
-    status = main(["train", "--to", str(tmp_path / "made"), "--n", "2"])
+    monkeypatch.chdir(tmp_path)
+    name = aligned.NAME  # formerly the gate of the shipped adapter was measured, whose name this folder has
+    status = main(["train", "--to", name, "--n", "2"])
     printed = capsys.readouterr().out
-    assert "is taken" in printed and "made, test prompts" in printed
+    assert "is taken" in printed and f"{name}, test prompts" in printed
     assert status == (0 if "gate passed" in printed else 1) and ("gate passed" in printed) != ("gate missed" in printed)
-    made = load(str(tmp_path / "made"), dtype="float32")
+    made = load(str(tmp_path / name), dtype="float32")
     assert made.weights_fingerprint != load(str(base), dtype="float32").weights_fingerprint
-    assert read_json(tmp_path / "made" / CONFIG_FILE)["r"] == aligned.LORA.rank
+    assert read_json(tmp_path / name / CONFIG_FILE)["r"] == aligned.LORA.rank
 
 
 def test_an_existing_folder_is_refused_before_anything_is_loaded(tmp_path, capsys):

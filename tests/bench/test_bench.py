@@ -1,5 +1,6 @@
 """The benchmarks measure what they say (no times are asserted here)."""
 
+import json
 import math
 from dataclasses import replace
 from importlib.util import find_spec
@@ -10,7 +11,9 @@ import torch
 from transformers import LlamaConfig
 
 from nt_utils import hooks
+from nt_utils.bench import __main__ as bench_main
 from nt_utils.bench import evaluation, memory, parts, rivals, tuning
+from nt_utils.bench import growth as bench_growth
 from nt_utils.bench.__main__ import BARS, long_prompt, main, precision, table
 from nt_utils.bench.errors import error_table
 from nt_utils.bench.growth import BASE, operations
@@ -105,6 +108,24 @@ def test_expected_operations_follow_the_shape():
     assert twice["entries"] == 2 * base["entries"]
     assert twice["forward"] == pytest.approx(2 * base["forward"])
     assert 3 < longer["entries"] / base["entries"] < 4.1  # quadratic in the prompt's length
+
+
+def test_growth_is_of_exact_scores_at_every_length(monkeypatch):
+    """Formerly the longest prompts had estimated query and key scores, beside operations of exact ones."""
+    shape, found = Shape(32, 2, 4, 2, 64, 1, 8), []
+    monkeypatch.setattr(bench_growth, "score_batch", lambda *a, **more: found.append(more["exact_tokens"]))
+    bench_growth._point("tokens", shape, 1)
+    assert found and set(found) == {None}
+
+
+def test_a_part_measured_later_keeps_the_others_record(tmp_path, monkeypatch, capsys):
+    for part in ("agreement", "memory"):
+        monkeypatch.setitem(bench_main.PARTS, part, lambda options, part=part: {part: options.threads})
+    assert [
+        main(["--only", p, "--threads", t, "--out", str(tmp_path)]) for p, t in (("memory", "1"), ("agreement", "2"))
+    ]
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert {part: record["threads"] for part, record in found["machines"].items()} == {"memory": 1, "agreement": 2}
 
 
 def test_random_prompts_can_be_scored():

@@ -133,6 +133,10 @@ def test_it_is_dequantised_once_and_again_when_the_copy_is_damaged(tmp_path, cac
     weights.write_bytes(whole[:100])
     assert located(tmp_path / "other.gguf") == made and weights.read_bytes() == whole
     assert not [path for path in (cache / "models").iterdir() if path.name.endswith(".tmp")]
+    note = Path(made) / gguf.RECORD
+    note.write_text(json.dumps({**record, "form": gguf.FORM - 1}))
+    assert located(tmp_path / "other.gguf") == made
+    assert json.loads(note.read_text())["form"] == gguf.FORM, "an older release's is made again"
 
 
 def test_a_large_model_is_rounded_to_bfloat16_and_says_so(tmp_path, monkeypatch):

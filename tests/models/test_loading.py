@@ -180,6 +180,20 @@ def test_auto_takes_the_precision_that_was_measured_to_be_faster(name, faster, m
     assert precision.choose_dtype("auto", config, on_cpu=True)[0] == faster, "notebooks of a study agree"
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_measurement_is_of_one_shape(name, monkeypatch, tmp_path):
+    """Formerly all sizes of GPT-2, whose config has names of its own, took what was measured of the first."""
+    monkeypatch.setenv("NT_CACHE", str(tmp_path))
+    asked = []
+    monkeypatch.setattr(precision, "_seconds", lambda config, dtype: float(len(asked.append(dtype) or asked)))
+    for expected in (2, 4, 4):
+        config = CONFIGS[name]()
+        if expected == 4:
+            config.hidden_size *= 2
+        precision._measured(config)
+        assert len(asked) == expected
+
+
 def test_of_notebooks_side_by_side_one_measures_and_the_others_take_what_it_wrote(monkeypatch, tmp_path):
     monkeypatch.setenv("NT_CACHE", str(tmp_path))
     begun, go_on, asked = threading.Event(), threading.Event(), []

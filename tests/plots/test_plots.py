@@ -1,5 +1,6 @@
 """Every figure is drawn from its table alone, and redrawn only when it must be."""
 
+import ast
 import io
 import os
 import subprocess
@@ -97,6 +98,24 @@ def test_strangers_text_is_drawn_as_it_is(tmp_path):
     legend = plots.draw(table).legends[0]
     assert [text.get_text().strip() for text in legend.get_texts()] == names
     assert not any(text.get_usetex() or text.get_parse_math() for text in legend.get_texts())
+
+
+def test_tokens_that_look_like_missing_values_are_shown_as_they_are(tmp_path):
+    table, tokens = tmp_path / "01_tokens.csv", ["null", "NA", "", " x", "nan"]
+    rows = {"prompt": "p", "position": range(5), "token": tokens, "neuron": "n", "value": 0.5}
+    pd.DataFrame(rows).to_csv(table, index=False)
+    labels = plots.draw(table).axes[0].get_xticklabels()
+    assert [label.get_text() for label in labels] == ["null", "NA", "space", "x", "nan"]
+
+
+def test_a_picture_follows_from_the_files_in_its_fingerprint():
+    """Figures of one module formerly had colours from another, whose changes did not redraw them."""
+    shared = {"style", "text"}
+    for name in {function.__module__ for function in plots.FIGURES.values()}:
+        tree = ast.parse(Path(sys.modules[name].__file__).read_text())
+        found = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        found = {module.rpartition(".")[2] for module in found if module.startswith("nt_utils.plots.")}
+        assert found <= shared, name
 
 
 def test_labels_cover_neither_points_nor_each_other():

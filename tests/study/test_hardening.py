@@ -108,6 +108,8 @@ COMBINATIONS = [
     ({"n_support": 9, "n_defence": 16}, "n_support: got 9; allowed: 1 to 8, half of n_defence"),
     ({"harmful_rows": 65}, "harmful_rows: got 65, 65 harmful rows; allowed: 0 to 64"),
     ({"defence_attacks": [0, 70]}, "defence_attacks: got [0, 70], 70 harmful rows; allowed: 0 to 64"),
+    ({"growth": [0.4, 0.5]}, "growth: got [0.4, 0.5]; allowed: the smallest at most 0.3"),
+    ({"unit_shares": [0.5, 0.4, 0.2]}, "unit_shares: got [0.5, 0.4, 0.2]; allowed: together at most 1"),
     ({"runs": "/proc/nothing"}, "runs: /proc/nothing"),
     ({"runs": "mine.txt"}, "runs: mine.txt"),
 ]

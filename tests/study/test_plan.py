@@ -229,7 +229,7 @@ def test_rates_are_the_benchs_or_measured_now(tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     tokens, weights = plan.SHAPE_B
     bench = {"milliseconds": {"b": {"forward": [1.0, 2.0, 9.0]}}, "exact_over_forward": {"b": 4.0}}
-    bench["machine"] = {"date": "d"}
+    bench["machines"] = {"speed": {"date": "d"}}
     (tmp_path / "runs" / "bench.json").write_text(json.dumps(bench))
     found = plan.rates(tmp_path, "cpu")
     assert 1 / found.operation == pytest.approx(2 * weights * tokens / 2e-3) and found.scoring == 4.0

@@ -104,6 +104,21 @@ def test_damaged_or_outdated_weights_get_one_line_that_says_how_to_retrain(packa
         assert testbed.build(0) == retrained
 
 
+def test_training_anew_gives_no_earlier_result(package, micro, monkeypatch):
+    """Formerly "train anew" gave back what an earlier call had trained, whatever the code or the libraries were by then."""
+    first, models = testbed.build(0, retrain=True, progress=False), copy.deepcopy(micro[1])
+    with torch.no_grad():
+        models[1].model.norm.weight[3] += 2**-10
+    monkeypatch.setattr(testbed, "train", lambda *a: models)
+    assert testbed.build(0, retrain=True, progress=False).fingerprint != first.fingerprint
+
+
+def test_a_damaged_index_is_refused_and_no_other_testbed_taken(package):
+    (package / "index.json").write_text("{")
+    testbed.shipped.cache_clear()
+    refused("index.json cannot be read", testbed.build, 0)
+
+
 def test_a_damaged_copy_in_the_cache_is_made_again_from_the_package(package):
     made = testbed.build(0)
     (made.aligned / "model.safetensors").write_bytes(b"")
