@@ -34,6 +34,7 @@ PUBLISHED = {
     "qwen2.5-7b-instruct": 7.62,
     "qwen2.5-14b-instruct": 14.8,
     "qwen2.5-coder-0.5b-instruct": 0.63,  # as loaded: the file stores the output matrix apart
+    "qwen2.5-coder-0.5b-instruct-laptop": 0.63,
     "qwen2.5-coder-1.5b-instruct": 1.78,
     "smollm2-135m-instruct": 0.1345,
     "smollm2-135m-aligned": 0.1345,
