@@ -28,7 +28,7 @@ from nt_utils.work import memory
 
 FLOAT32_PARAMETERS = 1_000_000_000
 RECORD = "source.json"
-FORM = 2  # of the checkpoint: to be raised with every change of what is written, so that older ones are made again
+FORM = 1  # of the checkpoint: to be raised with every change of what is written, so that older ones are made again
 #: Byte-level vocabularies whose rule for splitting text transformers cannot read from a GGUF file; None = GPT-2's rule.
 _DIGITS_APART = ("smollm", "refact", "starcoder", "command-r")
 _GPT2_SPLIT = ("default", "gpt-2", "gpt2", None)
@@ -77,7 +77,7 @@ def cached(digest: str) -> Path | None:
     home = cache_folder() / "models" / digest
     try:
         record = json.loads((home / RECORD).read_text(encoding="utf-8"))
-        whole = record.get("form") == FORM and all(
+        whole = record.get("form", 1) == FORM and all(
             (home / name).stat().st_size == size for name, size in record["files"].items()
         )
     except (OSError, ValueError, KeyError):
