@@ -117,7 +117,7 @@ def trimmed(suite: Suite, measures: Sequence[Measure]) -> Suite:
     return dataclasses.replace(suite, sets=tuple(sets))
 
 
-#: Share of answers without a verdict up to which a comparison leaves them out.
+#: Share of answers without a verdict up to which a comparison leaves them out; one answer is left out of any set.
 UNJUDGED = 0.05
 
 
@@ -330,14 +330,15 @@ class Bench:
     def against(self, actions: Sequence[Action], controls: Sequence[Action] | None, measure: Measure) -> Interval:
         """A rate, averaged over the actions, minus the controls' mean; the rate itself without controls (None).
 
-        Over topics, over the actions and over the controls. Where more than ``UNJUDGED`` of an action's answers have no
-        verdict the result is :data:`NOTHING`: what no judge could read is not missing at random.
+        Over topics, over the actions and over the controls. Where more than ``UNJUDGED`` of an action's answers, and more
+        than one, have no verdict the result is :data:`NOTHING`: what no judge could read is not missing at random.
         """
         after = self.values(actions, measure)
         rows = np.zeros((1, after.shape[1])) if controls is None else self.values(controls, measure)
         part = self.part(measure)
         answers = [part.on(measure.set, a).rows for a in (*actions, *(controls or ()))]
-        if measure.metric in METRICS and any(found["verdict"].isna().mean() > UNJUDGED for found in answers):
+        missing = [found["verdict"].isna().sum() > max(1, UNJUDGED * len(found)) for found in answers]
+        if measure.metric in METRICS and any(missing):
             return NOTHING
         return metrics.clustered_difference(rows, after, clusters_of(answers[0], measure.set))
 

@@ -62,14 +62,20 @@ class FakeEvaluation:
         return pd.DataFrame({"set": "direct", "topic": "", "number": range(n), "verdict": verdicts})
 
 
-@pytest.mark.parametrize(("unjudged", "n"), [(2, 40), (3, 0)])
-def test_a_comparison_needs_verdicts_on_nearly_all_answers(monkeypatch, unjudged, n):
-    """Answers that no judge could read are left out up to 5%; beyond that they may be what the comparison is about."""
+@pytest.mark.parametrize(("unjudged", "prompts", "n"), [(2, 40, 40), (3, 40, 0), (1, 12, 12), (2, 12, 0)])
+def test_a_comparison_needs_verdicts_on_nearly_all_answers(monkeypatch, unjudged, prompts, n):
+    """Answers that no judge could read are left out up to 5%, or one; beyond that they may be what the comparison is about.
+
+    Formerly a single one among fewer than twenty left nothing to compare, and so most claims of a small study untestable.
+    """
     bench, on = FakeBench(), FakeBench.on
     few = NeuronSet(SPACE, {(0, "q"): torch.tensor([True, False, False, False])})
-    monkeypatch.setattr(
-        FakeBench, "on", lambda self, *a: replace(on(self, *a), unjudged=unjudged if len(a) > 1 and a[1] else 0)
-    )
+
+    def answers(self, *a):
+        found = on(self, *a)
+        return replace(found, outcomes=found.outcomes[:prompts], unjudged=unjudged if len(a) > 1 and a[1] else 0)
+
+    monkeypatch.setattr(FakeBench, "on", answers)
     assert bench.excess(few, [None], ASR).n == n
 
 
